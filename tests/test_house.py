@@ -1,0 +1,202 @@
+"The habits of the house: notebooks run, modules and README are made from them, arrows between modules go down."
+import ast, configparser, contextlib, importlib, inspect, json, multiprocessing as mp, os, re, runpy, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+from fastcore.docments import docments
+
+root = Path(__file__).resolve().parents[1]
+cfg = configparser.ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini', encoding='utf8')
+cfg = cfg['DEFAULT']
+nbs = sorted(p for p in (root/'nbs').glob('*.ipynb') if p.name[0] not in '_.')
+modules = sorted(p for p in (root/'pipa').glob('*.py') if p.name[0]!='_')
+stems = [p.stem for p in modules]
+every_nb,every_module = pytest.mark.parametrize('nb', nbs, ids=lambda p: p.stem),pytest.mark.parametrize('mod', stems)
+
+def cells(nb): return json.loads(nb.read_text(encoding='utf8'))['cells']
+def source(cell): return ''.join(cell['source'])
+def sh(*args, cwd=root, **env):
+    r = subprocess.run([str(o) for o in args], cwd=cwd, env={**os.environ, **env}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    return r.returncode,r.stdout,r.stderr
+
+# --- every notebook is a case -----------------------------------------------------------------------------------------------------------
+# Each notebook has a process of its own, forked from a server that has torch loaded, for importing it takes seconds. It hasn't fastai,
+# which changes how tensors compare: a notebook that doesn't import it shall not feel it.
+server = mp.get_context('forkserver')
+server.set_forkserver_preload(['torch', 'torchvision', 'matplotlib.pyplot', 'nbdev.test'])
+
+def _run_nb(nb, log, cache):
+    "In its own process: run the notebook as `nbdev_test` does, with everything it prints in `log`"
+    fd = os.open(log, os.O_WRONLY|os.O_CREAT)
+    for o in (1, 2): os.dup2(fd, o)
+    os.environ.update(IN_TEST='1', XDG_CACHE_HOME=str(cache), MPLCONFIGDIR=os.environ.get('MPLCONFIGDIR') or _mpl_dir())
+    from nbdev.test import test_nb
+    ok,_ = test_nb(Path(nb), skip_flags=cfg['tst_flags'].split(), basepath=root)
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(0 if ok else 1)
+
+def _mpl_dir():
+    import matplotlib
+    return matplotlib.get_cachedir()
+
+@every_nb
+def test_notebook(nb, tmp_path):
+    log = tmp_path/'log'
+    p = server.Process(target=_run_nb, args=(nb, log, tmp_path/'cache')); p.start(); p.join(300)
+    if p.is_alive(): p.kill(); p.join(); pytest.fail(f'{nb.name} ran for more than 5 minutes')
+    if p.exitcode: pytest.fail(f'{nb.name} failed:\n{log.read_text(errors="replace")[-6000:]}', pytrace=False)
+
+def test_a_failing_notebook_fails(tmp_path):
+    nb = json.loads(nbs[0].read_text(encoding='utf8'))
+    nb['cells'] = [dict(cell_type='code', id='a', metadata={}, execution_count=None, outputs=[], source=['assert 1==2, "on purpose"'])]
+    (tmp_path/'bad.ipynb').write_text(json.dumps(nb))
+    with pytest.raises(pytest.fail.Exception, match='on purpose'): test_notebook(tmp_path/'bad.ipynb', tmp_path)
+
+# --- what is made is as it would be made now --------------------------------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "A copy of the notebooks, exported and cleaned"
+    to = tmp_path_factory.mktemp('made')/root.name
+    shutil.copytree(root/'nbs', to/'nbs', ignore=shutil.ignore_patterns('.*', 'images')); shutil.copy(root/'settings.ini', to)
+    (to/'pipa').mkdir(); shutil.copy(root/'pipa/__init__.py', to/'pipa')
+    for cmd in ('export', 'clean'):
+        code = f'from nbdev.{dict(export="doclinks", clean="clean")[cmd]} import nbdev_{cmd} as f; f.__wrapped__()'
+        ret,out,err = sh(sys.executable, '-c', code, cwd=to, IN_TEST='')
+        assert not ret and 'Warning' not in err, f'nbdev_{cmd}: {out}{err}'
+    return to
+
+def differing(a, b, glob):
+    names = {p.name for o in (a, b) for p in o.glob(glob)}
+    return sorted(n for n in names if not ((a/n).exists() and (b/n).exists() and (a/n).read_bytes()==(b/n).read_bytes()))
+
+def test_modules_are_what_the_notebooks_export(made):
+    assert not differing(root/'pipa', made/'pipa', '*.py'), 'run nbdev_export'
+
+def test_notebooks_are_clean(made):
+    assert not differing(root/'nbs', made/'nbs', '*.ipynb'), 'run nbdev_clean'
+
+readme = runpy.run_path(str(root/'.ci/readme.py'))['render']
+
+def test_readme_is_made_from_index():
+    assert (root/'README.md').read_text(encoding='utf8')==readme(root/'nbs/index.ipynb'), 'run python .ci/readme.py'
+
+def test_readme_links_lead_somewhere():
+    links = re.findall(r'\]\(([^)\s#]+)\)', (root/'README.md').read_text(encoding='utf8'))
+    assert len(links)>5 and not [o for o in links if not o.startswith('http') and not (root/o).exists()]
+
+def test_readme_table_is_measured():
+    from pipa.show import results_markdown
+    assert results_markdown(root/'data/results/minicity.csv').strip() in (root/'README.md').read_text(encoding='utf8'), 'run nbs/index.ipynb again'
+
+def test_version():
+    from pipa import __version__
+    assert __version__==cfg['version'] and f'## {__version__}' in (root/'CHANGELOG.md').read_text(encoding='utf8')
+
+# --- arrows go down ---------------------------------------------------------------------------------------------------------------------
+# What a module may import from pipa; modules that aren't named may import whatever has a lower number.
+layers = dict(labels='', losses='', mix='', metrics='', mit='', models='mit', hrda='models', minicity='labels', data='labels minicity',
+              checkpoints='models hrda', callbacks='mix losses models', baselines='callbacks mix losses models')
+leaves = 'labels losses mix mit models hrda minicity'.split()
+number = {re.sub(r'^\d+_', '', p.stem):p.stem[:2] for p in nbs}
+
+def imports(mod):
+    "Dotted names that a module imports, at the top or inside a function"
+    for o in ast.walk(ast.parse((root/f'pipa/{mod}.py').read_text(encoding='utf8'))):
+        if isinstance(o, ast.Import): yield from (a.name for a in o.names)
+        if isinstance(o, ast.ImportFrom):
+            base = '.'.join(['pipa']*bool(o.level) + [o.module]*bool(o.module))
+            if base=='pipa': yield from (f'pipa.{a.name}' for a in o.names)
+            else: yield base
+
+@every_module
+def test_layers(mod):
+    used = {o.split('.')[1] for o in imports(mod) if o.startswith('pipa.')} - {'__version__'}
+    below = set(layers[mod].split()) if mod in layers else {o for o in stems if number.get(o, '99')<number.get(mod, '00')}
+    assert used<=below, f'{mod} may not import {used-below}'
+
+@every_module
+def test_narrow_imports(mod):
+    used = set(imports(mod))
+    assert not {o for o in used if o.split('.')[0]=='nbdev'}, 'nbdev is for authors, not for users'
+    assert 'fastai.vision.all' not in used, 'import from the part of fastai that you need'
+    if mod in leaves: assert {o for o in used if o.startswith('fastai')}<={'fastai.torch_basics'}
+
+def test_import_asks_the_net_for_nothing(tmp_path):
+    code = '''
+import importlib, socket, sys
+def no(*a, **k): raise RuntimeError(f'the network is asked: {a}')
+socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = no
+for o in sys.argv[1:]: importlib.import_module(f'pipa.{o}')
+assert not [o for o in sys.modules if o.split('.')[0]=='nbdev' or o=='fastai.vision.all']'''
+    ret,out,err = sh(sys.executable, '-c', code, *stems)
+    assert not ret, out+err
+
+# --- pages and code that are pleasant to read -------------------------------------------------------------------------------------------
+def has_default(cell): return '#| default_exp' in source(cell)
+
+@every_nb
+def test_anatomy(nb):
+    cs = cells(nb)
+    text = '\n\n'.join(source(c) for c in cs[:2])
+    assert re.match(r'# \S.*\n+> \S', text), 'a notebook starts with `# title` and `> one sentence`'
+    assert nb.stat().st_size<400_000, 'figures are small: a notebook has less than 400 kB'
+    assert not [o for c in cs for o in c.get('outputs', []) if o['output_type']=='error']
+    assert 'widgets' not in json.loads(nb.read_text(encoding='utf8'))['metadata']
+    if any(map(has_default, cs)): assert 'nbdev_export()' in source(cs[-1]), 'the last cell exports'
+
+@every_nb
+def test_exported_cells_are_short(nb):
+    ls = [s.splitlines() for s in map(source, (c for c in cells(nb) if c['cell_type']=='code')) if re.match(r'#\| *exports?\b', s)]
+    ns = [sum(bool(l.strip()) and l.strip()[0]!='#' for l in o) for o in ls]
+    assert max(ns, default=0)<=40, f'lines of exported cells: {ns}'
+
+# Docments are aligned under their function, and small things stand side by side: these rules of chkstyle aren't ours.
+not_ours = 'continuation-indent semicolon lhs-assignment-annotation inefficient-multiline-expression single-statement-body'.split()
+
+@every_nb
+def test_style(nb):
+    ret,out,err = sh(sys.executable, '-c', 'import sys; from chkstyle.core import cli; sys.exit(cli())', '--ignore', ','.join(not_ours), nb)
+    assert not ret and 'found 0 potential' in out, out+err
+
+def public(mod): m = importlib.import_module(f'pipa.{mod}'); return [(n, getattr(m, n)) for n in m.__all__]
+
+@every_module
+def test_public_names_are_documented(mod):
+    bad = []
+    for n,o in public(mod):
+        if not inspect.isfunction(o) and not inspect.isclass(o) or not o.__module__.startswith('pipa'): continue
+        if not (o.__doc__ or '').strip(): bad.append(f'{n} has no docstring')
+        if inspect.isfunction(o):
+            named = {k for k,p in inspect.signature(o).parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+            vague = [k for k,v in docments(o, full=True).items() if k in named and not v['docment']]
+            if vague: bad.append(f'{n}: {", ".join(vague)}')
+    assert not bad, 'parameters without a comment:\n' + '\n'.join(bad)
+
+# --- nothing of one machine -------------------------------------------------------------------------------------------------------------
+hosts = {'arxiv.org', 'www.apache.org', 'github.com', 'pipa-uda.github.io', 'doi.org', 'docs.fast.ai', 'nbdev.fast.ai', 'pytorch.org', 'huggingface.co', 'quarto.org'}
+
+def tracked():
+    ret,out,_ = sh('git', 'ls-files', '-co', '--exclude-standard')
+    return [root/o for o in out.splitlines() if (root/o).is_file()] if not ret else pytest.skip('not in a git repository')
+
+def test_nothing_of_this_machine():
+    bad = []
+    for p in tracked():
+        with contextlib.suppress(UnicodeDecodeError):
+            text = re.sub(r'"image/png": "[^"]*"', '', p.read_text(encoding='utf8'))
+            bad += [f'{p.relative_to(root)}: {m[0]}' for m in re.finditer(r'(?<![\w.~*-])/(?:work|root|opt|home)(?=/)[^\s"]*', text)]
+            bad += [f'{p.relative_to(root)}: {m[0]}' for m in re.finditer(r'https?://([\w.-]+)', text) if m[1] not in hosts]
+    assert not bad, '\n'.join(bad)
+
+def test_nothing_is_big():
+    big = {str(p.relative_to(root)):p.stat().st_size for p in tracked() if p.stat().st_size>2_000_000}
+    assert not big and sum(p.stat().st_size for p in tracked() if (root/'data/sample') in p.parents)<1_000_000
+
+# --- commands ---------------------------------------------------------------------------------------------------------------------------
+scripts = [o.split('=') for o in cfg['console_scripts'].split()]
+
+@pytest.mark.parametrize('name,target', scripts, ids=[o[0] for o in scripts])
+def test_command_helps(name, target, tmp_path):
+    mod,fn = target.split(':')
+    (tmp_path/name).write_text(f'import sys\nfrom {mod} import {fn}\nif __name__=="__main__": sys.exit({fn}())\n')
+    ret,out,err = sh(sys.executable, tmp_path/name, '--help', PYTHONPATH=str(root), COLUMNS='120')
+    assert not ret and name in out and len(out)>300, out+err
