@@ -6,16 +6,17 @@
 from __future__ import annotations
 from copy import deepcopy
 import torch
-from torch import nn
+from torch import nn, Tensor
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from matplotlib.figure import Figure
 from .losses import weighted_ce, feat_dist, pixel_contrast, patch_contrast
-from .mix import pseudo_label, margins, class_mask, class_mix, strong_augment, two_crops, crop_augment, aligned
+from .mix import pseudo_label, margins, class_mask, class_mix, strong_augment, two_crops, crop_augment, aligned, imagenet_mean, imagenet_std
 from .models import ProjHead, PatchHead
 
 # %% auto #0
-__all__ = ['Pair', 'ema_decay', 'ema_', 'MeanTeacher', 'LossTerm', 'Mix', 'add_heads', 'PixelContrast', 'PatchContrast',
+__all__ = ['Pair', 'add_heads', 'ema_decay', 'ema_', 'MeanTeacher', 'LossTerm', 'Mix', 'PixelContrast', 'PatchContrast',
            'FeatureDistance']
 
 # %% ../nbs/10_callbacks.ipynb #e4da3b7f
@@ -32,7 +33,34 @@ class Pair(Callback):
     @property
     def mean(self): return float(self.total)/self.n if getattr(self, 'n', 0) else float('nan')
 
+# %% ../nbs/10_callbacks.ipynb #8f14e45f
+def _show(rows, titles, **kw):
+    "A figure with a row of panels for each item; images are denormalised, maps get colours"
+    mean,std = (torch.tensor(o)[:,None,None] for o in (imagenet_mean, imagenet_std))
+    h,w = rows[0][0].shape[-2:]
+    fig = Figure(figsize=(2.6*len(titles), 2.6*len(rows)*h/w+.3), dpi=75, layout='constrained')
+    for axs,row in zip(fig.subplots(len(rows), len(titles), squeeze=False), rows):
+        for ax,o,t in zip(axs, row, titles):
+            o = torch.as_tensor(o).as_subclass(Tensor).detach().cpu().float()
+            if o.ndim==3: ax.imshow((o*std+mean).clamp(0,1).movedim(0,-1))
+            else: ax.imshow(o, **(dict(cmap='viridis', vmin=0, vmax=1) if o.max()<=1 else dict(cmap='tab20', vmin=0, vmax=19, interpolation='nearest')))
+            ax.set_title(t, fontsize=8); ax.axis('off')
+    return fig
+
 # %% ../nbs/10_callbacks.ipynb #45c48cce
+def add_heads(
+    net:nn.Module, # A net with `widths` and `fused_dim`, see `pipa.models`
+    pixel_dim:int=256, # Length of a pixel embedding (the release)
+    patch_dim:int=128, # Length of a patch embedding (the release)
+    hidden:int|None=None # Width of the pixel head; defaults to the sum of the encoder's widths
+)->nn.Module: # The same net
+    "Give `net` the heads of the two contrast terms, where it has none yet"
+    dev = next(net.parameters()).device
+    if not hasattr(net, 'proj_head'): net.proj_head = ProjHead(net.widths, pixel_dim, hidden).to(dev)
+    if not hasattr(net, 'project'): net.project = PatchHead(net.fused_dim, patch_dim).to(dev)
+    return net
+
+# %% ../nbs/10_callbacks.ipynb #c51ce410
 def ema_decay(
     step:int, # Number of the update, the first is 1
     alpha:float=.999 # Decay in the long run (DAFormer; DACS has .99)
@@ -40,7 +68,7 @@ def ema_decay(
     "The share of the old teacher that update number `step` keeps"
     return min(1-1/(step+1), alpha)
 
-# %% ../nbs/10_callbacks.ipynb #c20ad4d7
+# %% ../nbs/10_callbacks.ipynb #c74d97b0
 @torch.no_grad()
 def ema_(
     teacher:nn.Module, # Changed in place
@@ -53,14 +81,14 @@ def ema_(
     torch._foreach_lerp_([ts[k] for k in fl], [ss[k].to(ts[k]) for k in fl], 1-a)
     for k in ts.keys()-set(fl): ts[k].copy_(ss[k])
 
-# %% ../nbs/10_callbacks.ipynb #9bf31c7f
+# %% ../nbs/10_callbacks.ipynb #1f0e3dad
 class MeanTeacher(Callback):
     "Label the target with a moving average of the student"
     order,name = Pair.order+1,'mean_teacher'
     def __init__(self,
         alpha:float=.999, # Decay, see `ema_decay`
         thresh:float=.968, # Probability above which a pixel counts for trust (DACS)
-        per_image:bool=False, # Trust for each image instead of one for the batch
+        trust:str='batch', # One trust for the 'batch' (published), for each 'image', or for each 'pixel' (0 or 1)
         margin:tuple=(0,0) # Rows without trust at the top and bottom; (15, 120) of 512 for Cityscapes in DAFormer
     ):
         store_attr(); self.teacher,self.t = None,0
@@ -75,7 +103,7 @@ class MeanTeacher(Callback):
     def before_batch(self):
         if not self.training: return
         z = self.logits(self.x_t).float()
-        self.learn.y_t,w = pseudo_label(z, self.thresh, self.per_image)
+        self.learn.y_t,w = pseudo_label(z, self.thresh, self.trust)
         self.learn.w_t = margins(w, *self.margin) if any(self.margin) else w
 
     def after_step(self):
@@ -86,7 +114,13 @@ class MeanTeacher(Callback):
         if self.undo: self.teacher.load_state_dict(self.undo[0]); self.t = self.undo[1]
         self.undo = None
 
-# %% ../nbs/10_callbacks.ipynb #1f0e3dad
+# %% ../nbs/10_callbacks.ipynb #98f13708
+@patch
+def show(self:MeanTeacher, n:int=2):
+    "The last target images, their pseudo-labels and the trust in them"
+    return _show([*zip(self.x_t[:n], self.y_t[:n], self.w_t[:n])], ('target', 'pseudo-label', 'trust'))
+
+# %% ../nbs/10_callbacks.ipynb #1ff1de77
 class LossTerm(Callback):
     "One loss of a method: `prepare`, `predict`, `score`; added with weight `w` from step `start` on"
     order,run_valid = MeanTeacher.order+1,False
@@ -108,7 +142,7 @@ class LossTerm(Callback):
         if self.active: self.predict()
     def after_step(self): self.steps += 1
 
-# %% ../nbs/10_callbacks.ipynb #98f13708
+# %% ../nbs/10_callbacks.ipynb #8e296a06
 @patch
 def after_loss(self:LossTerm):
     if not self.active: return
@@ -121,7 +155,7 @@ def after_loss(self:LossTerm):
 def mean(self:LossTerm): # Mean score of the epoch; NaN, shown as n/a, before the term begins or when nothing could be scored
     return float(self.total)/self.n if self.n and self.count else float('nan')
 
-# %% ../nbs/10_callbacks.ipynb #b6d767d2
+# %% ../nbs/10_callbacks.ipynb #02e74f10
 class Mix(LossTerm):
     "Cross-entropy on source classes pasted into target images (DACS)"
     def __init__(self, w=1., start=0, classes='batch', **aug):
@@ -133,39 +167,32 @@ class Mix(LossTerm):
     def predict(self): self.pred_m = self.model(self.b[0])[0]
     def score(self): return weighted_ce(self.pred_m.float(), *self.b[1:]),self.b[1].numel()
 
-# %% ../nbs/10_callbacks.ipynb #37693cfc
+# %% ../nbs/10_callbacks.ipynb #33e75ff0
 @patch
 def show(self:Mix, n:int=2):
     "The last mixed images, their labels and the trust in them"
-    x,y,w = [o[:n].cpu() for o in self.b]
-    fig,axs = plt.subplots(len(x), 3, figsize=(9,1.7*len(x)), squeeze=False)
-    for r,*os in zip(axs, x, y, w):
-        for ax,o,t in zip(r, os, ('mixed', 'label', 'trust')): _imshow(ax, o, t)
-    return fig
+    return _show([*zip(*[o[:n] for o in self.b])], ('mixed', 'label', 'trust'))
 
-# %% ../nbs/10_callbacks.ipynb #8e296a06
-def add_heads(
-    net:nn.Module, # A net with `widths` and `fused_dim`, see `pipa.models`
-    pixel_dim:int=256, # Length of a pixel embedding (the release)
-    patch_dim:int=128, # Length of a patch embedding (the release)
-    hidden:int|None=None # Width of the pixel head; defaults to the sum of the encoder's widths
-)->nn.Module: # The same net
-    "Give `net` the heads of the two contrast terms, where it has none yet"
-    dev = next(net.parameters()).device
-    if not hasattr(net, 'proj_head'): net.proj_head = ProjHead(net.widths, pixel_dim, hidden).to(dev)
-    if not hasattr(net, 'project'): net.project = PatchHead(net.fused_dim, patch_dim).to(dev)
-    return net
-
-# %% ../nbs/10_callbacks.ipynb #02e74f10
+# %% ../nbs/10_callbacks.ipynb #e369853d
 class PixelContrast(LossTerm):
     "Contrast between source pixels, labels being the truth (PiPa, pixel-wise)"
     def __init__(self, w=.1, start=0, temp=.1, max_samples=1024, max_views=100, min_pixels=None):
         super().__init__(w, start)
         self.kw = dict(temp=temp, max_samples=max_samples, max_views=max_views, min_pixels=min_pixels)
-    def predict(self): self.emb = self.model.proj_head(self.feats.maps)
+    def predict(self): self.emb,self.seen = self.model.proj_head(self.feats.maps),(self.x,self.y)
     def score(self): return pixel_contrast(self.emb.float(), self.y, self.pred.detach().argmax(1), return_n=True, **self.kw)
 
-# %% ../nbs/10_callbacks.ipynb #6ea9ab1b
+# %% ../nbs/10_callbacks.ipynb #1c383cd3
+@patch
+def show(self:PixelContrast, n:int=2):
+    "The last source images and their embeddings, three principal directions as colours"
+    e = self.emb[:n].detach().float().movedim(1,-1)
+    z = e.flatten(0,-2); z = z-z.mean(0)
+    c = (z @ torch.linalg.svd(z[:4096], full_matrices=False)[2][:3].T).reshape(*e.shape[:-1], 3).movedim(-1,1)
+    c = ((c/c.std((0,2,3), keepdim=True)/4+.5).clamp(0,1)-torch.tensor(imagenet_mean)[:,None,None])/torch.tensor(imagenet_std)[:,None,None]
+    return _show([*zip(*[o[:n] for o in self.seen], c)], ('source', 'label', 'embedding'))
+
+# %% ../nbs/10_callbacks.ipynb #a5771bce
 class PatchContrast(LossTerm):
     "Contrast between two views of a target image (PiPa, patch-wise)"
     def __init__(self, w=.1, start=0, size=(64,128), stride=8, iou=(.1,1.), scale=(1.,1.), temp=.1, thresh=.9, n_neg=1600, keep=3):
@@ -185,7 +212,7 @@ class PatchContrast(LossTerm):
         f = F.adaptive_avg_pool2d(f, [s//self.stride for s in self.x_c.shape[-2:]])
         self.f = self.model.project(f)
 
-# %% ../nbs/10_callbacks.ipynb #34173cb3
+# %% ../nbs/10_callbacks.ipynb #d67d8ab4
 @patch
 def negatives(self:PatchContrast, f, y):
     "Remember some embeddings of this step with their labels and return those of the last few"
@@ -201,7 +228,20 @@ def score(self:PatchContrast):
     l,*n = patch_contrast(f_1, f_2, y_1, y_2, c_1, c_2, neg, y_neg, self.temp, self.thresh, return_n=True)
     return l,sum(n)
 
-# %% ../nbs/10_callbacks.ipynb #6364d3f0
+# %% ../nbs/10_callbacks.ipynb #d645920e
+@patch
+def show(self:PatchContrast, n:int=2):
+    "The last two crops of each image as the student saw them, and where they overlap (bright)"
+    c,rows = self.crops,[]
+    for i in range(min(n, len(c.x_1))):
+        row = []
+        for x,box,flip in ((self.x_c[i], c.box_1[i], c.flip_1[i]), (self.x_c[len(c.x_1)+i], c.box_2[i], c.flip_2[i])):
+            m = torch.full(x.shape[-2:], .35); t,l,b,r = box.tolist(); m[t:b,l:r] = 1
+            row.append(x*(m.flip(-1) if flip else m).to(x))
+        rows.append(row)
+    return _show(rows, ('crop 1', 'crop 2'))
+
+# %% ../nbs/10_callbacks.ipynb #67c6a1e7
 class FeatureDistance(LossTerm):
     "Keep the encoder's last map near that of the pretrained encoder, on things (DAFormer)"
     def __init__(self, classes, w=.005, start=0, min_ratio=.75):

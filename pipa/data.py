@@ -117,7 +117,7 @@ def read_mask(
 # %% ../nbs/08_data.ipynb #1f0e3dad
 def _check_values(y, path, space):
     if [*space.ids]!=[*range(space.n)]: return
-    odd = np.setdiff1d(np.unique(y), [*space.ids, *getattr(space,"void",[255])])
+    odd = np.setdiff1d(np.unique(y), [*space.ids, *space.void])
     if not len(odd): return
     hint = "It looks like a 0/255 mask: divide it by 255" if odd.tolist()==[255] or set(np.unique(y))=={0,255} else \
            "List every class in `codes`, or give the label space a translation (`ids`) that sends the others to 255"

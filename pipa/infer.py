@@ -95,7 +95,10 @@ def slide(
         for (t,l),o in zip(some, zs): z[..., t:t+h, l:l+w] += o; n[t:t+h, l:l+w] += 1
     return z.div_(n)
 
-def whole(net:nn.Module, x:Tensor)->Tensor: # As in `slide`
+def whole(
+    net:nn.Module, # Images to logits, in evaluation mode
+    x:Tensor # Images, B×3×H×W
+)->Tensor: # B×K×H×W, float32
     "Logits in one piece, at the size of `x`; any net that `pipa.models.get_logits` understands will do"
     return resize(get_logits(net(x)).float(), x.shape[-2:])
 
@@ -116,7 +119,9 @@ def best_class(
 
 # %% ../nbs/21_infer.ipynb #02e74f10
 @contextmanager
-def evaluating(net:nn.Module):
+def evaluating(
+    net:nn.Module # Any net
+):
     "Put `net` in evaluation mode, without gradients, and afterwards each of its modules back as it was"
     modes = [(m,m.training) for m in net.modules()]
     try:
@@ -162,6 +167,8 @@ def predict(
     return best_class(z, image.size[::-1]).cpu().numpy()
 
 # %% ../nbs/21_infer.ipynb #1c383cd3
+def _bar(xs, progress): return progress_bar(xs, leave=False) if progress and len(xs) else xs
+
 @delegates(predict, but='space')
 def evaluate(
     model:nn.Module, # Any net, see `pipa.models.get_logits`
@@ -173,7 +180,7 @@ def evaluate(
     "Compare predictions with the masks of a domain, at the size of the masks"
     if domain.masks is None: raise ValueError(f"The domain `{domain.name}` has no masks: a score needs them.")
     cm = torch.zeros(domain.space.n, domain.space.n, dtype=torch.int64)
-    for image,mask in progress_bar(list(zip(domain.images, domain.masks)), display=progress, leave=False):
+    for image,mask in _bar(list(zip(domain.images, domain.masks)), progress):
         y = read_mask(mask, domain.space)
         p = predict(model, np.asarray(read_image(image)), size, domain.space, **kwargs)
         if p.shape!=y.shape: raise ValueError(f"`{image}` has {p.shape} pixels and its mask `{mask}` has {y.shape}: they don't belong together.")
@@ -223,16 +230,16 @@ def predict_folder(
     alpha:float=.5, # Strength of the colours in overlays
     progress:bool=True, # Show a progress bar?
     **kwargs # To `predict`
-)->tuple: # Names of the pictures that worked, and a dict from those that didn't to the reason
+)->tuple: # How many pictures there were, and the reason for each that couldn't be read, by name
     "Write `_labels.png` (train ids), `_color.png` and `_overlay.png` for each picture"
-    out,done,failed = Path(out).expanduser(),[],{}
-    for name,file in progress_bar(find_images(images, out).items(), display=progress, leave=False):
+    files,out,failed = find_images(images, out),Path(out).expanduser(),{}
+    for name,file in _bar(files.items(), progress):
         try: image = as_image(file)
         except (ValueError, OSError, Image.DecompressionBombError) as e:
-            failed[name] = str(e); print(f"Left out `{file}`: {e}"); continue
+            failed[name] = str(e) if str(file) in str(e) else f'`{file}`: {e}'
+            print(failed[name]); continue
         y = predict(model, image, size, space, **kwargs)
         for k,a in dict(labels=y, color=space.color(y), overlay=overlay(image, y, space, alpha)).items():
             _save_png(out/f'{name}_{k}.png', a)
-        done.append(name)
-    if failed: print(f"{len(failed)} of {len(failed)+len(done)} pictures could not be read.")
-    return done,failed
+    if failed: print(f"{len(failed)} of {len(files)} pictures could not be read.")
+    return len(files),failed

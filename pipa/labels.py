@@ -72,7 +72,7 @@ class LabelSpace:
         name:str, # For messages and `space`
         codes:list, # Names of the classes, in the order of their train ids
         palette=None, # RGB in 0..255, `K x 3`; `None`: `distinct_colors(K)`
-        ids:dict=None, # Train id of each raw id; `None`: the files hold train ids
+        ids:dict=None, # Train id of each raw id, `ignore` for known void; `None`: the files hold train ids
         ignore:int=255, # Train id of void, in `K..255`
         things=(), # Train ids of countable objects
         subsets:dict=None, # Named selections of train ids
@@ -80,6 +80,7 @@ class LabelSpace:
         self.name,self.codes,self.ignore = name,_codes(codes),ignore
         if not self.n<=ignore<256: raise ValueError(f'ignore={ignore}: void must be none of the {self.n} train ids and fit in a byte')
         self.palette = _palette(distinct_colors(self.n) if palette is None else palette, self.n)
+        self.void = {ignore} | {int(k) for k,v in (ids or {}).items() if v==ignore}
         self.ids = {i:i for i in range(self.n)} if ids is None else {int(k):int(v) for k,v in ids.items() if v!=ignore}
         _ids_ok(self.ids.values(), self.n, 'ids')
         self.things = _ids_ok(things, self.n, 'things')
@@ -154,7 +155,7 @@ _codes11 = 'sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyc
 _colors11 = [[87,153,219], [93,85,54], [198,188,185], [128,64,128], [255,115,243], [116,163,13],
     [229,223,61], [171,134,136], [25,27,188], [204,25,58], [254,149,26]]
 
-camvid = LabelSpace('camvid', _codes11, _colors11, things=(6,8,9,10))
+camvid = LabelSpace('camvid', _codes11, _colors11, {**{i:i for i in range(11)}, 11:255}, things=(6,8,9,10))
 minicity = LabelSpace('minicity', _codes11, _colors11, things=(6,8,9,10))
 
 # %% ../nbs/00_labels.ipynb #d67d8ab4

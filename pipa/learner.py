@@ -24,6 +24,7 @@ def method_cbs(
     method:str='pipa', # 'source', 'oracle', 'self_training', 'pixel', 'patch', 'pipa' or 'daformer'
     alpha:float=.999, # Decay of the teacher (DAFormer)
     thresh:float=.968, # Probability from which a pseudo-label counts for trust (DACS)
+    trust:str='batch', # Trust for the 'batch' (published), each 'image' or each 'pixel', see `MeanTeacher`
     start:int=0, # Steps on the source alone before the terms that need pseudo-labels begin
     w_pixel:float=.1, # Weight of pixel contrast (the release)
     w_patch:float=.1, # Weight of patch contrast (the release on DAFormer; 0.01 on HRDA)
@@ -35,7 +36,7 @@ def method_cbs(
 )->list: # Callbacks
     "The callbacks of a method by name"
     pixel_,patch_ = PixelContrast(w_pixel, **(pixel or {})),PatchContrast(w_patch, start, crop, **(patch or {}))
-    base = [MeanTeacher(alpha, thresh), Mix(start=start, **(mix or {}))]
+    base = [MeanTeacher(alpha, thresh, trust), Mix(start=start, **(mix or {}))]
     lists = dict(source=[], oracle=[], self_training=base, daformer=base+[FeatureDistance(things)],
                  pixel=base+[pixel_], patch=base+[patch_], pipa=base+[pixel_, patch_])
     if method not in lists: raise ValueError(f"There is no method `{method}`: choose one of {', '.join(lists)}, or give a list of callbacks.")
@@ -64,7 +65,7 @@ def adamw(
     groups = [dict(params=p, weight_decay=0. if i==1 and len(params)==3 else wd) for i,p in enumerate(params)]
     return OptimWrapper(opt=torch.optim.AdamW(groups, lr=lr, fused=True, **kwargs))
 
-# %% ../nbs/20_learner.ipynb #6512bd43
+# %% ../nbs/20_learner.ipynb #c20ad4d7
 def poly_lr(
     step:int|float, # Step, from 0
     n_steps:int, # Steps of the whole run
@@ -76,7 +77,7 @@ def poly_lr(
     r = max(0., 1-step/n_steps)**power
     return r*(1-(1-step/warmup)*(1-warmup_ratio)) if step<warmup else r
 
-# %% ../nbs/20_learner.ipynb #c51ce410
+# %% ../nbs/20_learner.ipynb #70efdf2e
 @patch
 def fit_poly(self:Learner,
     n_epoch:int, # Epochs; an epoch is the distance between two validations
@@ -95,7 +96,7 @@ def fit_poly(self:Learner,
     def sched(pos): return lrs*poly_lr(pos*n_steps, n_steps, max(1, warmup*n_steps), power)
     self.fit(n_epoch, lr=lrs.tolist(), cbs=ParamScheduler({'lr': sched})+L(cbs), **kwargs)
 
-# %% ../nbs/20_learner.ipynb #9bf31c7f
+# %% ../nbs/20_learner.ipynb #1f0e3dad
 class SegLoss:
     "Weighted cross-entropy that knows how predictions are read"
     def __init__(self, ignore=255): self.ignore,self.reduction = ignore,'mean'
@@ -106,7 +107,7 @@ class SegLoss:
     def activation(self, x): return x.softmax(1)
     def decodes(self, x): return TensorMask(x.argmax(1))
 
-# %% ../nbs/20_learner.ipynb #70efdf2e
+# %% ../nbs/20_learner.ipynb #b6d767d2
 nets = dict(light=light, segformer=segformer, daformer=daformer)
 
 def make_net(
@@ -120,7 +121,7 @@ def make_net(
     if model not in nets: raise ValueError(f"There is no net `{model}`: choose one of {', '.join(nets)}, or give a net of your own (see `pipa.models.adapt`).")
     return nets[model](arch, n_out=n_out, **kwargs)
 
-# %% ../nbs/20_learner.ipynb #6f4922f4
+# %% ../nbs/20_learner.ipynb #37693cfc
 @delegates(method_cbs)
 def uda_learner(
     dls, # From `uda_dls`

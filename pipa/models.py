@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from difflib import get_close_matches
-from typing import NamedTuple
+from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torchvision.models import resnet101
@@ -20,7 +20,8 @@ __all__ = ['Feats', 'resize', 'mix_maps', 'ConvBN', 'SepConvBN', 'SepASPP', 'Emb
            'get_logits', 'get_layer', 'run_with', 'Adapter', 'adapt']
 
 # %% ../nbs/05_models.ipynb #e4da3b7f
-class Feats(NamedTuple):
+@dataclass
+class Feats:
     "What a net saw on the way to its logits"
     maps:list    # Encoder maps, fine to coarse, each B×C×h×w
     fused:Tensor # The decoder's feature before its classifier, B×D×h×w

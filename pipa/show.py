@@ -59,21 +59,25 @@ def add_legend(
 )->Figure: # `fig`
     "Name the classes in some label maps"
     hs = [Patch(facecolor=np.array(space.palette[c])/255, edgecolor='k', linewidth=.3, label=space.codes[c]) for c in _present(ys, space)]
-    if hs: fig.legend(handles=hs, loc='outside lower center', ncols=max(2, int(fig.get_figwidth()/1.1)), fontsize=8, frameon=False, handlelength=1)
+    if not hs: return fig
+    n_rows = -(-len(hs)//max(2, int(fig.get_figwidth()/1.05)))
+    fig.set_figheight(fig.get_figheight() + .1 + .2*n_rows)
+    fig.legend(handles=hs, loc='outside lower center', ncols=-(-len(hs)//n_rows), fontsize=8, frameon=False, handlelength=1, columnspacing=1)
     return fig
 
 # %% ../nbs/22_show.ipynb #c20ad4d7
 def grid(
     rows:list, # A list of pictures for each row; None leaves a hole
     titles:list=(), # One for each column
-    width:float=3. # Width of a column, inches
+    width:float=2.6 # Width of a column, inches
 )->Fig:
     "Pictures in rows and columns"
     rows = [[None if o is None else rgb(o) for o in row] for row in rows]
     if not rows or not any(o is not None for row in rows for o in row): raise ValueError("There is no picture to show: the list of rows is empty.")
     n = max(map(len, rows))
     hs = [np.clip(max([o.shape[0]/o.shape[1] for o in row if o is not None], default=.1), .1, 3) for row in rows]
-    fig = Fig(figsize=(width*n, width*sum(hs)+.3))
+    fig = Fig(figsize=(width*n, width*sum(hs)+.25))
+    fig.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=.01, hspace=.01)
     for i,axs in enumerate(fig.subplots(len(rows), n, squeeze=False, height_ratios=hs)):
         for j,ax in enumerate(axs):
             ax.set_axis_off()
@@ -100,7 +104,7 @@ def show_seg(
 )->Fig:
     "One image, its labels, and their names"
     if y is not None and space is None: raise ValueError("Labels are numbers: give the `space` that says what they mean.")
-    return add_legend(grid([[paint(x, y, space, alpha)]], [title], width=5), [y], space)
+    return add_legend(grid([[paint(x, y, space, alpha)]], [title], width=4.5), [y], space)
 
 # %% ../nbs/22_show.ipynb #70efdf2e
 def show_pair(

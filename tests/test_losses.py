@@ -128,6 +128,11 @@ def test_feat_dist_loop(H, W, h, w):
     if l: same(got, sum(l)/len(l), f)
     assert torch.autograd.grad(got, f0, allow_unused=True)[0] is None
 
+def test_feat_dist_padding_is_void():
+    "Two rows of cells on 33 rows of pixels: the second one is nearly empty, and doesn't count"
+    f = torch.tensor([[1.,2],[10,20]]).view(1,1,2,2)
+    assert feat_dist(f, 0*f, torch.zeros(1,33,64).long(), [0]) == 1.5
+
 def test_feat_dist_nothing():
     f = torch.randn(2,6,2,2, requires_grad=True)
     for y,c in ((torch.full((2,64,64), 255), [1]), (torch.zeros(2,64,64).long(), []), (torch.zeros(2,64,64).long(), (5,6))):
@@ -266,6 +271,12 @@ def test_pixel_void_and_pred_sizes():
     assert torch.equal(a, b)
     (g,) = grads(a, emb)
     assert not g[:,:,:5].any() and g[:,:,5:].any() and g.isfinite().all()
+
+def test_pixel_takes_the_nearest_label():
+    "Published: the upper left label of each cell, never a mixture"
+    y = torch.full((1,80,80), 255)
+    y[:,::4,::4] = torch.arange(2).repeat_interleave(200).view(20,20)
+    assert pixel_contrast(unit(1,8,20,20), y, return_n=True)[1] == 200
 
 def test_pixel_nothing():
     emb = unit(2,8,9,11).requires_grad_()

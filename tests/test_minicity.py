@@ -11,11 +11,11 @@ from pipa.minicity import Camera, Canvas, Dice, GAME, REAL, STYLES, cache, scene
 def digest(*xs): return hashlib.sha256(b''.join(x.tobytes() for x in xs)).hexdigest()[:16]
 
 PINNED = {
-    (0, 'game', (128, 256)): 'aec13b54b40cecf5',
-    (0, 'real', (128, 256)): '5378a56b0ab2a15f',
-    (1, 'real', (128, 256)): '89f07b17ea3712a9',
-    (1000007, 'real', (64, 128)): '8d8fd4b54047674f',
-    (7, 'game', (65, 97)): 'ae1cd243c898c5e3',
+    (0, 'game', (128, 256)): 'a21b82ac6487e6fd',
+    (0, 'real', (128, 256)): '91567460ff0f23ab',
+    (1, 'real', (128, 256)): 'd60ede27bf6eec20',
+    (1000007, 'real', (64, 128)): 'dbb75d83c4a3c883',
+    (7, 'game', (65, 97)): '9bfad1e5b7a50d2b',
 }
 DICE = [80, 80, 51, 28, 5, 38]
 

@@ -20,7 +20,7 @@ def test_pseudo_weight_golden():
 
 def test_pseudo_per_image():
     logits = 6*inp('ps_logits', (2,19,32,32))
-    _,w = pseudo_label(logits, per_image=True)
+    _,w = pseudo_label(logits, trust="image")
     for o,v in zip(logits, w):
         sure = sum(float(p) >= .968 for p in o.softmax(0).amax(0).flatten())
         assert v.unique().tolist() == pytest.approx([sure/1024])

@@ -1,0 +1,159 @@
+"Figures: what they hold, and that nothing global remembers them"
+import matplotlib, numpy as np, pandas as pd, pytest, torch
+matplotlib.use('agg')
+import matplotlib._pylab_helpers as state
+from matplotlib.colors import to_rgb
+from PIL import Image
+from pipa import show as S
+from pipa.data import Domain, uda_dls
+from pipa.labels import label_space, space
+from fastai.vision.core import TensorImage, TensorMask
+
+mean,std = [torch.tensor(o)[:,None,None] for o in ((.485,.456,.406), (.229,.224,.225))]
+def norm(a): return (torch.from_numpy(a).movedim(-1,-3)/255-mean)/std
+def picture(h=32, w=64, seed=0): return np.random.default_rng(seed).integers(0, 256, (h,w,3), dtype=np.uint8)
+def shown(fig): return [ax.images[0].get_array() for ax in fig.axes if ax.images]
+def legend(fig): return [t.get_text() for l in fig.legends for t in l.get_texts()]
+
+@pytest.fixture(autouse=True)
+def no_global_state():
+    n = len(state.Gcf.get_all_fig_managers())
+    yield
+    assert len(state.Gcf.get_all_fig_managers())==n
+
+def test_denorm():
+    a = np.stack([picture(seed=i) for i in range(2)])
+    for t in (norm(a), TensorImage(norm(a)), norm(a).double(), norm(a).requires_grad_()): assert np.array_equal(S.denorm(t), a)
+    assert np.array_equal(S.denorm(norm(a)[0]), a[0])
+    odd = torch.tensor([float('nan'), float('inf'), -float('inf'), 1e9])[None,None].expand(3,1,4)
+    assert S.denorm(odd).dtype==np.uint8
+
+def test_rgb(tmp_path):
+    a = picture(); Image.fromarray(a).save(tmp_path/'a.png')
+    for o in (a, norm(a), Image.fromarray(a), tmp_path/'a.png', torch.from_numpy(a)): assert np.array_equal(S.rgb(o), a)
+
+def test_show_seg_legend_and_void():
+    sp,a = label_space(['sky','road','car']),picture()
+    y = np.full((32,64), 255, np.uint8); y[:4] = 2
+    fig = S.show_seg(norm(a), torch.from_numpy(y).long(), sp, alpha=1.)
+    img = shown(fig)[0]
+    assert legend(fig)==['car'] and np.array_equal(img[4:], a[4:]) and (img[:4]==sp.palette[2]).all()
+    assert np.allclose(to_rgb(fig.legends[0].get_patches()[0].get_facecolor()), sp.palette[2]/255)
+    assert legend(S.show_seg(a, np.full((32,64), 255), sp))==[] and np.array_equal(shown(S.show_seg(a))[0], a)
+    with pytest.raises(ValueError, match='space'): S.show_seg(a, y)
+
+def test_show_seg_of_other_size():
+    sp = label_space(['a','b']); y = np.array([[0,1]])
+    img = shown(S.show_seg(picture(), y, sp, alpha=1.))[0]
+    assert (img[:,:32]==sp.palette[0]).all() and (img[:,32:]==sp.palette[1]).all()
+
+def test_grid_holes_and_shapes():
+    fig = S.grid([[picture(), None], [picture(50,10), picture(3,3), picture(1,1)]], ['a','b'])
+    assert len(fig.axes)==6 and len(shown(fig))==4 and [ax.get_title() for ax in fig.axes[:3]]==['a','b','']
+    for rows in ([], [[]], [[None]]):
+        with pytest.raises(ValueError, match='no picture'): S.grid(rows)
+
+def test_figures_are_pictures(tmp_path):
+    fig = S.show_seg(picture(), np.zeros((32,64), int), label_space(['a']))
+    assert fig._repr_png_()[1:4]==b'PNG'
+    fig.savefig(tmp_path/'a.png', dpi=100); assert Image.open(tmp_path/'a.png').size[0]>100
+
+def test_result_picture():
+    sp = space('minicity'); xs = torch.stack([norm(picture(seed=i)) for i in range(3)])
+    ys = torch.randint(0, 11, (3,32,64)); ys[0] = 255
+    fig = S.result_picture(xs, ys, {'first': ys[:,::4,::4], 'last': [y.numpy() for y in ys]}, sp)
+    im = shown(fig)
+    assert len(im)==12 and [a.get_title() for a in fig.axes[:4]]==['image','truth','first','last'] and legend(fig)==sp.codes
+    assert np.array_equal(im[0], picture(seed=0)) and np.array_equal(im[1], picture(seed=0)) and np.array_equal(im[5], sp.color(ys[1]))
+    assert len(shown(S.result_picture(xs, None, {}, sp)))==3
+
+@pytest.fixture(scope='module')
+def dls(tmp_path_factory):
+    tmp,sp,rng = tmp_path_factory.mktemp('d'),space('minicity'),np.random.default_rng(0)
+    def dom(k):
+        xs,ys = [tmp/f'{k}{i}.png' for i in range(3)],[tmp/f'{k}{i}_m.png' for i in range(3)]
+        for x,y in zip(xs, ys):
+            Image.fromarray(picture(64,128)).save(x); Image.fromarray(rng.integers(0, 11, (64,128)).astype(np.uint8)).save(y)
+        return Domain(xs, ys, sp, k)
+    return uda_dls(dom('s'), dom('t').unlabelled(), dom('v'), bs=2, size=(64,128), device='cpu', n=4)
+
+def test_show_batch(dls):
+    fig = dls.show_batch(max_n=9)
+    assert len(shown(fig))==6 and [a.get_title() for a in fig.axes[:3]]==['source','its labels','target']
+    b = dls.one_batch()
+    assert np.array_equal(shown(dls.show_batch(b, max_n=1))[2], S.denorm(b[2][0])) and len(shown(S.show_batch(dls.train, b)))==6
+    assert len(shown(dls.valid.show_batch()))==4
+    assert len(shown(dls.valid.new(shuffle=True).show_batch(max_n=1)))==2
+
+def test_show_results(dls):
+    b = dls.valid.one_batch()
+    for preds in (b[1], TensorMask(b[1][:,::2,::2]), b[1].numpy()):
+        fig = S.show_results(dls.valid, b, preds, max_n=9)
+        assert len(shown(fig))==6 and [a.get_title() for a in fig.axes[:3]]==['image','truth','prediction']
+    assert len(shown(dls.valid.show_results(b, b[1], max_n=1, ctxs=None)))==3
+    assert len(shown(S.show_results(dls.valid, b[:1], b[1])))==4
+
+# curves and bars
+
+def metrics(n=4): return pd.DataFrame(dict(epoch=range(n), train_loss=1., valid_loss=2., pair=1., mix=np.nan, pixel_contrast=['']+['0.5']*(n-1), miou=.25, time='00:01'))
+
+def test_curves(tmp_path):
+    metrics().to_csv(tmp_path/'m.csv', index=False)
+    for o in (tmp_path/'m.csv', str(tmp_path/'m.csv'), metrics()):
+        l,r = S.curves(o).axes
+        assert [a.get_label() for a in l.lines]==['train_loss','valid_loss','pair','pixel_contrast'] and [a.get_label() for a in r.lines]==['miou']
+        assert np.isnan(l.lines[3].get_ydata()[0]) and r.lines[0].get_ydata()[0]==25
+    assert len(S.curves(metrics(1).drop(columns=['miou','epoch'])).axes)==2
+    with pytest.raises(ValueError, match='no epoch'): S.curves(metrics()[:0])
+
+def test_iou_bars():
+    cm = np.array([[5,5,0],[0,10,0],[0,0,0]])
+    fig = S.iou_bars({'a': cm, 'b': torch.from_numpy(cm).T}, ['x','y','z'])
+    hs = [p.get_height() for p in fig.axes[0].patches if p.get_width()>0][:6]
+    assert np.allclose(sorted(h for h in hs if h>0), [50,50,100*10/15,100*10/15])
+    with pytest.raises(ValueError): S.iou_bars({}, ['x'])
+    with pytest.raises(ValueError): S.iou_bars({'a': cm}, ['x','y'])
+
+# the study
+
+def table(tmp_path, rows, name='s.csv'):
+    cols = ['benchmark','method','seed','epochs','miou_student','miou_teacher','sky','car','command','version']
+    pd.DataFrame(rows, columns=cols).to_csv(tmp_path/name, index=False); return tmp_path/name
+
+def row(m, s, v, t=None, e=10, b='minicity'): return [b, m, s, e, v, t, v, None, 'pipa_train', '0.1']
+
+def test_results_table(tmp_path):
+    v = [.401,.455,.43]
+    csv = table(tmp_path, [row('oracle', 0, .8)] + [row('pipa', i, o, o+.1) for i,o in enumerate(v)] + [row('mine', 0, .1), row('source', 0, .2)])
+    t = S.results_table(csv)
+    assert t.index.tolist()==['source','pipa','oracle','mine'] and t.columns.tolist()==['seeds','mIoU','mIoU, teacher','sky','car']
+    assert t.loc['pipa','mIoU']==f'{100*np.mean(v):.1f} ± {100*np.std(v, ddof=1):.1f}' and t.loc['source','mIoU']=='20.0'
+    assert t.loc['source','mIoU, teacher']=='–' and t.loc['pipa','car']=='–' and t.loc['pipa','seeds']==3
+    assert S.results_table(csv, spread=False).loc['pipa','mIoU']=='42.9'
+
+def test_last_run_counts_and_lengths_are_kept_apart(tmp_path):
+    csv = table(tmp_path, [row('pipa', 0, .9), row('pipa', 0, .5), row('pipa', 0, .1, e=1), row('pipa', 0, .3, b='own')])
+    t = S.results_table(csv)
+    assert t.index.names==['benchmark','epochs','method'] and t['mIoU'].tolist()==['10.0','50.0','30.0']
+    md = S.results_markdown(csv).splitlines()
+    assert md[0].startswith('| benchmark | epochs | method | seeds |') and len({l.count('|') for l in md})==1 and len(md)==5
+    assert len(S.results_picture(csv).axes[0].get_yticklabels())==3
+
+def test_markdown(tmp_path):
+    md = S.results_markdown(table(tmp_path, [row('source', 0, .2), row('source', 1, .3), row('pipa', 0, .5, .6), row('oracle', 0, .8)])).splitlines()
+    assert md==['| method | seeds | mIoU | mIoU, teacher | sky | car |', '| --- | --- | ---: | ---: | ---: | ---: |', '| source | 2 | 25.0 ± 7.1 | – | 25.0 | – |',
+                '| pipa | 1 | **50.0** | **60.0** | **50.0** | – |', '| oracle | 1 | 80.0 | – | 80.0 | – |']
+
+def test_no_results(tmp_path):
+    (tmp_path/'empty.csv').write_text(''); (tmp_path/'alien.csv').write_text('a,b\n1,2\n')
+    for f,k in ((tmp_path/'none.csv', 'no results yet'), (tmp_path/'empty.csv', 'no results yet'), (table(tmp_path, []), 'no results yet'), (tmp_path/'alien.csv', 'no column `benchmark`')):
+        with pytest.raises((FileNotFoundError, ValueError), match=k): S.results_table(f)
+        assert k in S.results_markdown(f) and '\n' not in S.results_markdown(f)
+        assert k in S.results_picture(f).texts[0].get_text()
+
+def test_results_picture_shows_each_run(tmp_path):
+    csv = table(tmp_path, [row('source', i, .2+.01*i) for i in range(3)] + [row('pipa', i, .5, .6) for i in range(2)])
+    ax = S.results_picture(csv).axes[0]
+    dots = np.concatenate([c.get_offsets().data for c in ax.collections if len(c.get_offsets())])
+    assert len(dots)==7 and sorted(dots[:,0].round(4))==[20,21,22,50,50,60,60]
+    assert [t.get_text() for t in ax.get_yticklabels()]==['source','pipa']
