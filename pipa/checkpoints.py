@@ -39,7 +39,7 @@ def _json(k, v):
 
 def _space_meta(space):
     if space is None: return {}
-    rest = dict(name=space.name, ids=space.ids, ignore=space.ignore, things=space.things, subsets=space.subsets)
+    rest = dict(name=space.name, ids=space.ids | {k:space.ignore for k in space.void}, ignore=space.ignore, things=space.things, subsets=space.subsets)
     return dict(codes=list(space.codes), palette=np.asarray(space.palette).tolist(), space=rest)
 
 def space_of(

@@ -4,6 +4,7 @@
 
 # %% ../nbs/31_cli.ipynb #c81e728d
 from __future__ import annotations
+import warnings; warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
 import json, os, platform, shlex, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -17,14 +18,14 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from .labels import label_space
 from .data import minicity, folder, codes_space, uda_dls, write_file
-from .learner import uda_learner
+from .learner import uda_learner, method_cbs
 from .checkpoints import save, load
 from .metrics import iou, miou, iou_table
 from . import show, infer
 
 # %% auto #0
-__all__ = ['parse_size', 'domains', 'versions', 'new_folder', 'Before', 'write_run', 'sentences', 'adapt', 'pipa_train',
-           'pipa_predict', 'add_row', 'pipa_study']
+__all__ = ['parse_size', 'domains', 'versions', 'new_folder', 'Before', 'write_run', 'sentences', 'plain_log', 'adapt',
+           'pipa_train', 'pipa_predict', 'add_row', 'pipa_study']
 
 # %% ../nbs/31_cli.ipynb #e4da3b7f
 def parse_size(
@@ -116,9 +117,22 @@ def sentences():
         sys.exit(f'pipa: {e.args[0] if len(e.args)==1 else e}')
 
 # %% ../nbs/31_cli.ipynb #70efdf2e
+@contextmanager
+def plain_log(learn):
+    "One line an epoch and no bar, for output that goes to a file"
+    def line(o): print(' '.join((f'{x:.4f}' if isinstance(x, float) else str(x)).rjust(max(7, len(n))) for x,n in zip(o, learn.recorder.metric_names)), flush=True)
+    class Header(Callback):
+        order = 51
+        def before_fit(self): line(self.recorder.metric_names)
+    old = learn.logger
+    with learn.no_bar(), learn.added_cbs(Header()):
+        learn.logger = line
+        try: yield
+        finally: learn.logger = old
+
+# %% ../nbs/31_cli.ipynb #6f4922f4
 def adapt(
     out:Path, # Folder of the run
-    bar:bool=True, # Show a progress bar?
     **o # The arguments of `pipa_train`
 )->dict: # A row of the results table
     "One run, from data to pictures"
@@ -128,15 +142,16 @@ def adapt(
     src,tgt,val = domains(o.data, o.method, size)
     dls = uda_dls(src, tgt, val, bs=o.bs, size=size, n=o.steps*o.bs, zoom=(1.,o.zoom), rcs_temp=o.rcs or None, num_workers=o.workers)
     before = Before(dls.valid)
-    learn = uda_learner(dls, o.net, o.method, o.arch, lr=o.lr, hidden=128, alpha=o.alpha, thresh=o.thresh, start=o.start,
-                        w_pixel=o.w_pixel, w_patch=o.w_patch, crop=parse_size(o.crop), things=src.space.things, path=out,
+    learn = uda_learner(dls, o.net, o.method, o.arch, lr=o.lr, hidden=128, alpha=o.alpha, thresh=o.thresh, trust=o.trust, start=o.start,
+                        w_pixel=o.w_pixel, w_patch=o.w_patch, crop=parse_size(o.crop), pixel=dict(min_pixels=8, max_views=50), patch=dict(thresh=.6),
+                        things=src.space.things, path=out,
                         cbs=[before, CSVLogger('metrics.csv')])
     text = json.dumps(dict(o, versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]])), indent=1)
     write_file(out/'config.json', lambda f: f.write(text.encode()))
-    with nullcontext() if bar else learn.no_bar(): learn.fit_poly(o.epochs, head_mult=3.)
+    with nullcontext() if sys.stdout.isatty() else plain_log(learn): learn.fit_poly(o.epochs, head_mult=2.)
     return dict(benchmark=o.data, method=o.method, seed=o.seed, epochs=o.epochs, **write_run(out, learn, before, o))
 
-# %% ../nbs/31_cli.ipynb #6f4922f4
+# %% ../nbs/31_cli.ipynb #1f0e3dad
 @call_parse
 def pipa_train(
     method:str='pipa', # source, self_training, pixel, patch, pipa, daformer or oracle (trains on the target's labels)
@@ -148,9 +163,10 @@ def pipa_train(
     size:str='128x256', # Height x width that the net sees, multiples of 32
     net:str='light', # Net: light, segformer or daformer
     arch:str='mit_b0', # Encoder: mit_b0 to mit_b5
-    lr:float=6e-4, # Learning rate of the encoder; heads have three times as much
+    lr:float=2e-3, # Learning rate of the encoder; heads have twice as much
     alpha:float=.99, # Decay of the teacher
-    thresh:float=.9, # Probability from which a pseudo-label counts for trust
+    trust:str='pixel', # Trust in pseudo-labels: one for the batch (as published), each image or each pixel
+    thresh:float=.8, # Probability from which a pseudo-label counts for trust
     start:int=200, # Steps on the source alone, before pseudo-labels are used
     w_pixel:float=.1, # Weight of pixel contrast
     w_patch:float=.1, # Weight of patch contrast
@@ -165,17 +181,18 @@ def pipa_train(
     o = dict(locals()); o.pop('out'); n = o.pop('threads')
     if n: torch.set_num_threads(n)
     with sentences():
+        method_cbs(method)
         out = new_folder(out or f'runs/{Path(data).name}_{method}_seed{seed}')
         row = adapt(out, **o)
         write_file(out/'row.json', lambda f: f.write(json.dumps(dict(row, command=shlex.join(['pipa_train', *sys.argv[1:]]), version=versions()['pipa'])).encode()))
     print(pd.read_csv(out/'classes.csv').to_string(index=False))
     print(f'In {out.resolve()}:\n' + '\n'.join(f'  {p.name}' for p in sorted(out.iterdir())))
 
-# %% ../nbs/31_cli.ipynb #98f13708
+# %% ../nbs/31_cli.ipynb #3c59dc04
 @call_parse
 def pipa_predict(
     images:str, # An image, or a folder of images
-    weights:str, # File of weights that `pipa_train` wrote
+    weights:str='weights.safetensors', # File of weights that `pipa_train` wrote
     out:str='predictions', # Folder for label ids, colours and overlays
     size:str=None, # Height x width that images are resized to cover; default what the net was trained with
     slide:bool_arg=False, # Slide a window of that size over the image instead of resizing it
@@ -188,7 +205,7 @@ def pipa_predict(
         n,bad = infer.predict_folder(net, images, out, label_space(meta['codes'], meta['palette']), size=hw, alpha=alpha)
         if bad: raise ValueError(f'{len(bad)} of {n} images could not be read, see above.')
 
-# %% ../nbs/31_cli.ipynb #b6d767d2
+# %% ../nbs/31_cli.ipynb #37693cfc
 def add_row(file, row):
     "Add a row to a table on disk, whole or not at all"
     file,df = Path(file),pd.DataFrame([row])
@@ -210,9 +227,9 @@ def pipa_study(
     env = dict(os.environ, OMP_WAIT_POLICY='PASSIVE')
     def run(ms):
         out = new_folder(Path(runs)/f'{ms[0]}_seed{ms[1]}')
-        cmd = [f'--method={ms[0]}', f'--seed={ms[1]}', f'--threads={max(1, defaults.cpus//jobs)}', *shlex.split(args), f'--out={out}']
+        cmd = [str(Path(sys.executable).with_name('pipa_train')), f'--method={ms[0]}', f'--seed={ms[1]}', f'--threads={max(1, defaults.cpus//jobs)}', *shlex.split(args), f'--out={out}']
         with open(out.with_suffix('.log'), 'w') as f:
-            code = subprocess.run([sys.executable, '-c', 'from pipa.cli import pipa_train; pipa_train()', *cmd], stdout=f, stderr=f, env=env).returncode
+            code = subprocess.run(cmd, stdout=f, stderr=f, env=env).returncode
         return ms,out,code
     with ThreadPoolExecutor(jobs) as pool:
         for (m,s),out,code in progress_bar(pool.map(run, todo), total=len(todo)):

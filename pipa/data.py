@@ -54,7 +54,9 @@ def codes_space(
     if isinstance(codes, LabelSpace): return codes
     if isinstance(codes, (str, Path)) and Path(codes).is_file():
         codes = [l.strip() for l in Path(codes).read_text(encoding='utf8').splitlines() if l.strip()]
-    return space(codes) if isinstance(codes, str) else label_space(codes)
+    if isinstance(codes, str): return space(codes)
+    known = next((o for o in map(space, ('camvid', 'cityscapes')) if o.codes==[*codes]), None)
+    return label_space(codes, known and known.palette, things=known.things if known else ())
 
 # %% ../nbs/08_data.ipynb #45c48cce
 def folder(
@@ -80,14 +82,14 @@ def data_root()->Path:
 def minicity(
     domain:str='game', # 'game' (source) or 'real' (target)
     split:str='train', # 'train' or 'val': disjoint ranges of seeds
-    n:int|None=None, # How many scenes; defaults to 500 for training, 100 for validation
+    n:int|None=None, # How many scenes; defaults to 400 for training, 100 for validation
     size:tuple=(128,256), # Height and width of the rendered images
     root:str|Path|None=None, # Data root, see `data_root`
     labels:bool|None=None # With masks? By default all but the target's training split
 )->Domain:
     "One split of the built-in benchmark, rendered on first use"
     if labels is None: labels = not (domain=='real' and split=='train')
-    n = n or dict(train=500, val=100)[split]
+    n = n or dict(train=400, val=100)[split]
     images,masks = city.cache(root or data_root(), domain, split, n=n, size=size, oracle=labels)
     return Domain(images, masks if labels else None, space('minicity'), f'MiniCity {domain}')
 

@@ -159,7 +159,7 @@ REAL = Style(
     focal=(.62,.80), horizon=(.43,.54), eye=(1.2,1.7), yaw=(.40,.60), road=(3.6,5.2), pavement=(1.8,3.2),
     plots=dict(building=6, garden=4, gap=1), height=(6,16), roofs=.45, fence=(1.,1.8), pole=(.2,.3), plate=(.7,1.1),
     counts=dict(pole=(2,6), sign=(2,5), tree=(2,7), pedestrian=(3,9), bicyclist=(1,4), car=(3,8)),
-    left=True, stream=1, grain=.24,
+    left=True, stream=1, grain=.3,
     weather=dict(shadow=(.2,1.), haze=(0.,.7), mute=(.3,.9), cast=(0.,1.), exposure=(0.,1.), blur=(0.,1.), vignette=(0.,1.), noise=(.1,.8), blocks=(0.,1.)))
 STYLES = dict(game=GAME, real=REAL)
 
@@ -588,7 +588,7 @@ def cache(
     root, # Data root: files go to `root/minicity/<height>x<width>/<domain>/<split>`
     domain:str='game', # A name in `STYLES`
     split:str='train', # 'train' or 'val': disjoint seeds
-    n:int=None, # Number of scenes, 500 in 'train' and 100 in 'val' by default
+    n:int=None, # Number of scenes, 400 in 'train' and 100 in 'val' by default
     size:tuple=(128,256), # Height and width, pixels
     oracle:bool=False, # Also give the training labels of the target, for the oracle run only
     workers:int=None, # Processes, one a core by default; 0 draws in this one
@@ -597,7 +597,7 @@ def cache(
     "Draw a split once, and find it again afterwards; raises ValueError if there is no such domain or split"
     if domain not in STYLES: raise ValueError(f'There is no domain {domain!r}: take one of {list(STYLES)}.')
     if split not in FIRST: raise ValueError(f'There is no split {split!r}: take one of {list(FIRST)}.')
-    n,st = dict(train=500, val=100)[split] if n is None else n, STYLES[domain]
+    n,st = dict(train=400, val=100)[split] if n is None else n, STYLES[domain]
     home = Path(root)/'minicity'/f'{size[0]}x{size[1]}'/domain/split
     target = domain!='game' and split=='train'
     dirs = home/'images', home/('oracle_masks' if target else 'masks') if oracle or not target else None

@@ -280,7 +280,7 @@ def results_picture(
     df = df.assign(iou=100*df.iou, net=df.net.str[5:])
     kw = dict(data=df, x='iou', y='run', hue='net', hue_order=['student', 'teacher'], dodge=.4, palette='colorblind', order=list(dict.fromkeys(df.run)))
     fig = Fig(figsize=(7,.6+.5*df.run.nunique()))
-    ax = sns.stripplot(**kw|dict(dodge=True), ax=fig.subplots(), size=5, alpha=.6)
+    ax = sns.stripplot(**kw|dict(dodge=True), ax=fig.subplots(), jitter=False, size=5, alpha=.6)
     sns.pointplot(**kw, ax=ax, errorbar=None, linestyle='none', marker='|', markersize=18, legend=False)
     ax.set(xlabel='mean IoU, points', ylabel=''); ax.legend(title=''); ax.grid(axis='x', alpha=.3); sns.despine(ax=ax)
     return fig
