@@ -133,6 +133,11 @@ class LossTerm(Callback):
     def predict(self): pass
     def score(self): raise NotImplementedError
 
+    def before_fit(self): self.undo = dict(vars(self)) if hasattr(self.learn, 'lr_finder') else None
+    def after_fit(self):
+        if self.undo: vars(self).update(self.undo)
+        self.undo = None
+
     @property
     def active(self): return self.steps>=self.start
     def before_train(self): self.total,self.n,self.count = 0.,0,0
@@ -247,6 +252,7 @@ class FeatureDistance(LossTerm):
     def __init__(self, classes, w=.005, start=0, min_ratio=.75):
         super().__init__(w, start); self.classes,self.min_ratio,self.frozen = list(classes),min_ratio,None
     def before_fit(self):
+        super().before_fit()
         if self.frozen is None: self.frozen = deepcopy(self.model.backbone).eval().requires_grad_(False)
     def predict(self):
         with torch.no_grad(): self.f0 = self.frozen(self.x)[-1]

@@ -11,15 +11,14 @@ from contextlib import contextmanager, nullcontext
 from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
 import pandas as pd, torch
-from fastcore.script import call_parse, bool_arg
+from fastcore.script import call_parse, store_true
 from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
-from .labels import label_space
 from .data import minicity, folder, codes_space, uda_dls, write_file
 from .learner import uda_learner, method_cbs
-from .checkpoints import save, load
+from .checkpoints import save, load, space_of
 from .metrics import iou, miou, iou_table
 from . import show, infer
 
@@ -132,9 +131,9 @@ def plain_log(learn):
 
 # %% ../nbs/31_cli.ipynb #6f4922f4
 def adapt(
-    out:Path, # Folder of the run
+    out:Path, # Folder of the run, made when all arguments have proved good; see `new_folder`
     **o # The arguments of `pipa_train`
-)->dict: # A row of the results table
+)->tuple: # The folder, and a row of the results table
     "One run, from data to pictures"
     o = AttrDict(o)
     size = parse_size(o.size)
@@ -144,12 +143,13 @@ def adapt(
     before = Before(dls.valid)
     learn = uda_learner(dls, o.net, o.method, o.arch, lr=o.lr, hidden=128, alpha=o.alpha, thresh=o.thresh, trust=o.trust, start=o.start,
                         w_pixel=o.w_pixel, w_patch=o.w_patch, crop=parse_size(o.crop), pixel=dict(min_pixels=8, max_views=50), patch=dict(thresh=.6),
-                        things=src.space.things, path=out,
+                        things=src.space.things,
                         cbs=[before, CSVLogger('metrics.csv')])
+    learn.path = out = new_folder(out)
     text = json.dumps(dict(o, versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]])), indent=1)
     write_file(out/'config.json', lambda f: f.write(text.encode()))
     with nullcontext() if sys.stdout.isatty() else plain_log(learn): learn.fit_poly(o.epochs, head_mult=2.)
-    return dict(benchmark=o.data, method=o.method, seed=o.seed, epochs=o.epochs, **write_run(out, learn, before, o))
+    return out,dict(benchmark=o.data, method=o.method, seed=o.seed, epochs=o.epochs, **write_run(out, learn, before, o))
 
 # %% ../nbs/31_cli.ipynb #1f0e3dad
 @call_parse
@@ -157,7 +157,7 @@ def pipa_train(
     method:str='pipa', # source, self_training, pixel, patch, pipa, daformer or oracle (trains on the target's labels)
     data:str='minicity', # minicity, or a folder with codes.txt, source/images, source/masks, target/images, valid/images, valid/masks
     seed:int=0, # Seed of everything random
-    epochs:int=10, # Validations; training is cut into so many epochs
+    epochs:int=8, # Validations; training is cut into so many epochs
     steps:int=100, # Steps in an epoch
     bs:int=4, # Source images, and target images, in a batch
     size:str='128x256', # Height x width that the net sees, multiples of 32
@@ -182,8 +182,7 @@ def pipa_train(
     if n: torch.set_num_threads(n)
     with sentences():
         method_cbs(method)
-        out = new_folder(out or f'runs/{Path(data).name}_{method}_seed{seed}')
-        row = adapt(out, **o)
+        out,row = adapt(out or f'runs/{Path(data).name}_{method}_seed{seed}', **o)
         write_file(out/'row.json', lambda f: f.write(json.dumps(dict(row, command=shlex.join(['pipa_train', *sys.argv[1:]]), version=versions()['pipa'])).encode()))
     print(pd.read_csv(out/'classes.csv').to_string(index=False))
     print(f'In {out.resolve()}:\n' + '\n'.join(f'  {p.name}' for p in sorted(out.iterdir())))
@@ -195,14 +194,15 @@ def pipa_predict(
     weights:str='weights.safetensors', # File of weights that `pipa_train` wrote
     out:str='predictions', # Folder for label ids, colours and overlays
     size:str=None, # Height x width that images are resized to cover; default what the net was trained with
-    slide:bool_arg=False, # Slide a window of that size over the image instead of resizing it
+    slide:store_true=False, # Slide a window of that size over the image instead of resizing it
     alpha:float=.5, # How strong the colours of an overlay are, 0 to 1
 ):
     "Segment an image or a folder of images: label ids, a coloured picture and an overlay of each"
     with sentences():
         net,meta = load(weights)
         hw = parse_size(size or meta['size'])
-        n,bad = infer.predict_folder(net, images, out, label_space(meta['codes'], meta['palette']), size=hw, alpha=alpha)
+        where = dict(mode='slide', crop=hw) if slide else dict(size=hw)
+        n,bad = infer.predict_folder(net, images, out, space_of(meta), alpha=alpha, **where)
         if bad: raise ValueError(f'{len(bad)} of {n} images could not be read, see above.')
 
 # %% ../nbs/31_cli.ipynb #37693cfc

@@ -48,12 +48,13 @@ def _pictures(path):
 
 # %% ../nbs/08_data.ipynb #c9f0f895
 def codes_space(
-    codes, # A `LabelSpace`, the name of a known one, a list of class names, or a text file with one name a line
+    codes, # A `LabelSpace`, the name of a known one, a list of class names, or a text file with one name a line (or the name of a known space)
 )->LabelSpace:
     "The label space that `codes` means"
     if isinstance(codes, LabelSpace): return codes
     if isinstance(codes, (str, Path)) and Path(codes).is_file():
         codes = [l.strip() for l in Path(codes).read_text(encoding='utf8').splitlines() if l.strip()]
+        if len(codes)==1: codes = codes[0]
     if isinstance(codes, str): return space(codes)
     known = next((o for o in map(space, ('camvid', 'cityscapes')) if o.codes==[*codes]), None)
     return label_space(codes, known and known.palette, things=known.things if known else ())
@@ -135,6 +136,12 @@ def _stamp(domain):
     s = [(str(Path(p).resolve()), *[getattr(os.stat(p), o) for o in ('st_size', 'st_mtime_ns')]) for p in domain.masks]
     return hashlib.sha256(json.dumps([s, sorted(domain.space.ids.items()), domain.space.n]).encode()).hexdigest()[:20]
 
+def _check_binary(domain, counts):
+    if domain.space.n<2 or counts[:,1:].any(): return
+    white = next((m for m in domain.masks if (np.array(Image.open(m))==255).any()), None)
+    if white: raise ValueError(f"The masks of `{domain.name}` hold nothing but 0 and 255, `{white}` for one, and 255 means pixels to ignore. "
+                               "Write class 1 as 1: divide the masks by 255.")
+
 # %% ../nbs/08_data.ipynb #37693cfc
 def class_counts(
     domain:Domain, # A labelled domain
@@ -148,6 +155,7 @@ def class_counts(
     todo = [(p, domain.space) for p in domain.masks]
     if n_workers is None: n_workers = 0 if len(todo)<200 else defaults.cpus
     counts = np.stack(parallel(_count, todo, n_workers=n_workers, progress=True, chunksize=16) if n_workers else [_count(o) for o in todo])
+    _check_binary(domain, counts)
     write_file(file, lambda f: np.save(f, counts))
     return counts
 
@@ -243,7 +251,10 @@ class PairSet:
     def __getitem__(self, ticket):
         i,c,j,seed = ticket if isinstance(ticket, tuple) else (ticket, None, ticket%len(self.target), ticket)
         rng,s = np.random.default_rng(seed),self.source
-        x,y = source_view(read_image(s.images[i]), read_mask(s.masks[i], s.space), self.size, rng, self.zoom, c, self.min_crop)
+        img,y = read_image(s.images[i]),read_mask(s.masks[i], s.space)
+        if img.size[::-1]!=y.shape: raise ValueError(
+            f"`{s.images[i]}` is {img.height}x{img.width}, but its mask `{s.masks[i]}` is {y.shape[0]}x{y.shape[1]}: bring both to one size.")
+        x,y = source_view(img, y, self.size, rng, self.zoom, c, self.min_crop)
         t = read_image(self.target.images[j])
         x_t = cut(t, view_box(t.size[::-1], self.size, rng, self.zoom_t), self.size, rng.random()<.5)
         return TensorImage(torch.from_numpy(x).permute(2,0,1)), TensorMask(torch.from_numpy(y)), TensorImage(torch.from_numpy(x_t).permute(2,0,1))
@@ -322,6 +333,7 @@ def uda_dls(
     valid,device = valid or source,device or default_device()
     if valid.space.codes!=source.space.codes: raise ValueError(
         f"Source and validation name different classes ({source.space.codes} and {valid.space.codes}): a score needs one label space.")
+    if (n or len(source))<bs: raise ValueError(f"An epoch of {n or len(source)} pairs has no batch of {bs}: make `n` larger; images may come more than once.")
     counts = class_counts(source)
     kw = {} if rcs_temp is None else dict(probs=rare_class_probs(counts.sum(0), rcs_temp), having=images_with(counts, min_share))
     train = PairDL(PairSet(source, target.unlabelled(), size, zoom, zoom_t, min_share), bs=bs, n_pairs=n or len(source), device=device,

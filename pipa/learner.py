@@ -55,14 +55,16 @@ def param_groups(
     return [o for o in res if o]
 
 # %% ../nbs/20_learner.ipynb #45c48cce
+def _has_matrix(params): return any(p.ndim>1 for p in params)
+
 def adamw(
     params, # Groups, from `param_groups`
     lr:float=6e-5, # Rate of the encoder (DAFormer)
-    wd:float=.01, # Weight decay (DAFormer), none for the second group
+    wd:float=.01, # Weight decay (DAFormer), none for the norms
     **kwargs
 )->OptimWrapper:
-    "AdamW whose second group, the norms, is not decayed"
-    groups = [dict(params=p, weight_decay=0. if i==1 and len(params)==3 else wd) for i,p in enumerate(params)]
+    "AdamW that doesn't decay the norms: the group in which nothing is a matrix"
+    groups = [dict(params=p, weight_decay=wd if _has_matrix(p) else 0.) for p in params]
     return OptimWrapper(opt=torch.optim.AdamW(groups, lr=lr, fused=True, **kwargs))
 
 # %% ../nbs/20_learner.ipynb #c20ad4d7
@@ -90,9 +92,9 @@ def fit_poly(self:Learner,
 ):
     "Fit with a linear warm-up and a polynomial decay"
     if self.opt is None: self.create_opt()
-    lr,n_steps = lr or self.lr,n_epoch*len(self.dls.train)
-    k = len(self.opt.param_lists)
-    lrs = np.array([lr]*(k-1)+[lr*head_mult]) if k>1 else np.array([lr])
+    lr,n_steps,groups = lr or self.lr,n_epoch*len(self.dls.train),self.opt.param_lists
+    lrs = np.full(len(groups), lr, float)
+    if len(groups)>1 and _has_matrix(groups[-1]): lrs[-1] *= head_mult
     def sched(pos): return lrs*poly_lr(pos*n_steps, n_steps, max(1, warmup*n_steps), power)
     self.fit(n_epoch, lr=lrs.tolist(), cbs=ParamScheduler({'lr': sched})+L(cbs), **kwargs)
 

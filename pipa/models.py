@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from difflib import get_close_matches
-from dataclasses import dataclass
+from operator import itemgetter
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torchvision.models import resnet101
@@ -20,11 +20,13 @@ __all__ = ['Feats', 'resize', 'mix_maps', 'ConvBN', 'SepConvBN', 'SepASPP', 'Emb
            'get_logits', 'get_layer', 'run_with', 'Adapter', 'adapt']
 
 # %% ../nbs/05_models.ipynb #e4da3b7f
-@dataclass
-class Feats:
+class Feats(tuple):
     "What a net saw on the way to its logits"
-    maps:list    # Encoder maps, fine to coarse, each B×C×h×w
-    fused:Tensor # The decoder's feature before its classifier, B×D×h×w
+    def __new__(cls,
+                maps:list,        # Encoder maps, fine to coarse, each B×C×h×w; or a pair of them and `fused`
+                fused:Tensor=None # The decoder's feature before its classifier, B×D×h×w
+    ): return super().__new__(cls, maps if fused is None else (maps,fused))
+    maps,fused = (property(itemgetter(i)) for i in (0,1))
 
 # %% ../nbs/05_models.ipynb #45c48cce
 def resize(x:Tensor,   # Map, B×C×h×w
