@@ -253,7 +253,7 @@ class FeatureDistance(LossTerm):
         super().__init__(w, start); self.classes,self.min_ratio,self.frozen = list(classes),min_ratio,None
     def before_fit(self):
         super().before_fit()
-        if self.frozen is None: self.frozen = deepcopy(self.model.backbone).eval().requires_grad_(False)
+        if self.frozen is None: self.frozen = deepcopy(getattr(self.model, 'backbone', self.model)).eval().requires_grad_(False)
     def predict(self):
-        with torch.no_grad(): self.f0 = self.frozen(self.x)[-1]
+        with torch.no_grad(): self.f0 = getattr(self.frozen, 'maps', self.frozen)(self.x)[-1]
     def score(self): return feat_dist(self.feats.maps[-1].float(), self.f0.float(), self.y, self.classes, self.min_ratio),self.y.numel()

@@ -164,10 +164,10 @@ def pipa_train(
     net:str='light', # Net: light, segformer or daformer
     arch:str='mit_b0', # Encoder: mit_b0 to mit_b5
     lr:float=2e-3, # Learning rate of the encoder; heads have twice as much
-    alpha:float=.99, # Decay of the teacher
+    alpha:float=.97, # Decay of the teacher
     trust:str='pixel', # Trust in pseudo-labels: one for the batch (as published), each image or each pixel
     thresh:float=.8, # Probability from which a pseudo-label counts for trust
-    start:int=200, # Steps on the source alone, before pseudo-labels are used
+    start:int=300, # Steps on the source alone, before pseudo-labels are used
     w_pixel:float=.1, # Weight of pixel contrast
     w_patch:float=.1, # Weight of patch contrast
     crop:str='64x128', # Height x width of the two crops of patch contrast
@@ -219,15 +219,17 @@ def pipa_study(
     table:str='data/results/minicity.csv', # Table to extend; what it has isn't run again
     runs:str='runs/study', # Folder for the run folders
     jobs:int=1, # Runs at the same time; the cores are shared between them
+    size:str='128x256', # Height x width that the net sees
     args:str='' # More arguments for every pipa_train, as one string
 ):
     "Run methods times seeds with equal settings and add a row for each to a table"
     have = set() if not Path(table).exists() else {*map(tuple, pd.read_csv(table)[['method','seed']].values.tolist())}
     todo = [(m,int(s)) for s in seeds.split(',') for m in methods.split(',') if (m,int(s)) not in have]
     env = dict(os.environ, OMP_WAIT_POLICY='PASSIVE')
+    if todo and '--data' not in args: [domains('minicity', o, parse_size(size)) for o in ('oracle', 'pipa')]
     def run(ms):
         out = new_folder(Path(runs)/f'{ms[0]}_seed{ms[1]}')
-        cmd = [str(Path(sys.executable).with_name('pipa_train')), f'--method={ms[0]}', f'--seed={ms[1]}', f'--threads={max(1, defaults.cpus//jobs)}', *shlex.split(args), f'--out={out}']
+        cmd = [str(Path(sys.executable).with_name('pipa_train')), f'--method={ms[0]}', f'--seed={ms[1]}', f'--size={size}', f'--threads={max(1, defaults.cpus//jobs)}', *shlex.split(args), f'--out={out}']
         with open(out.with_suffix('.log'), 'w') as f:
             code = subprocess.run(cmd, stdout=f, stderr=f, env=env).returncode
         return ms,out,code

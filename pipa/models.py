@@ -316,6 +316,8 @@ class Adapter(nn.Module):
         logits,emb = run_with(self.net, self.layer, x)
         return logits,Feats([emb], emb)
 
+    def maps(self, x): return [run_with(self.net, self.layer, x)[1]]
+
     def __deepcopy__(self, memo):
         hooks = [h for m in self.modules() for h in m._forward_hooks.values()]
         memo.update({id(h.__self__.stored):None for h in hooks if hasattr(getattr(h, '__self__', None), 'stored')})

@@ -83,9 +83,10 @@ def test_readme_links_lead_somewhere():
     links = re.findall(r'\]\(([^)\s#]+)\)', (root/'README.md').read_text(encoding='utf8'))
     assert len(links)>5 and not [o for o in links if not o.startswith('http') and not (root/o).exists()]
 
-def test_readme_table_is_measured():
+def test_readme_table_is_measured(monkeypatch):
     from pipa.show import results_markdown
-    assert results_markdown(root/'data/results/minicity.csv').strip() in (root/'README.md').read_text(encoding='utf8'), 'run nbs/index.ipynb again'
+    monkeypatch.chdir(root/'nbs')
+    assert results_markdown('../data/results/minicity.csv').strip() in (root/'README.md').read_text(encoding='utf8'), 'run python .ci/readme.py'
 
 def test_version():
     from pipa import __version__
@@ -153,8 +154,9 @@ def test_exported_cells_are_short(nb):
 not_ours = 'continuation-indent semicolon lhs-assignment-annotation inefficient-multiline-expression single-statement-body'.split()
 
 @every_nb
-def test_style(nb):
-    ret,out,err = sh(sys.executable, '-c', 'import sys; from chkstyle.core import cli; sys.exit(cli())', '--ignore', ','.join(not_ours), nb)
+def test_style(nb, tmp_path):
+    (tmp_path/nb.name).write_text(nb.read_text(encoding='utf8').replace('#| exporti', '#| export'), encoding='utf8') # unknown to chkstyle
+    ret,out,err = sh(sys.executable, '-c', 'import sys; from chkstyle.core import cli; sys.exit(cli())', '--ignore', ','.join(not_ours), tmp_path/nb.name)
     assert not ret and 'found 0 potential' in out, out+err
 
 def public(mod): m = importlib.import_module(f'pipa.{mod}'); return [(n, getattr(m, n)) for n in m.__all__]
@@ -172,7 +174,8 @@ def test_public_names_are_documented(mod):
     assert not bad, 'parameters without a comment:\n' + '\n'.join(bad)
 
 # --- nothing of one machine -------------------------------------------------------------------------------------------------------------
-hosts = {'arxiv.org', 'www.apache.org', 'github.com', 'pipa-uda.github.io', 'doi.org', 'docs.fast.ai', 'nbdev.fast.ai', 'pytorch.org', 'huggingface.co', 'quarto.org'}
+hosts = set('''arxiv.org www.apache.org github.com pipa-uda.github.io doi.org docs.fast.ai nbdev.fast.ai pytorch.org huggingface.co
+    quarto.org bottosson.github.io'''.split())
 
 def tracked():
     ret,out,_ = sh('git', 'ls-files', '-co', '--exclude-standard')

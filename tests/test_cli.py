@@ -1,0 +1,230 @@
+"Commands: a run folder that tells everything, pictures of any size, a study that goes on, and errors of one line"
+import json, os, stat, subprocess, sys, textwrap
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from PIL import Image
+from pipa import cli
+from pipa.checkpoints import load, space_of
+from pipa.labels import space
+from tiny import city, seed
+
+codes = space('minicity').codes
+env = dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg')
+small = ['--epochs=1', '--steps=1', '--bs=2', '--size=64x64', '--crop=64x64', '--start=0', '--thresh=.1']
+opts = dict(epochs=1, steps=1, bs=2, size='64x64', crop='64x64', start=0, thresh=.1)
+
+def script(name):
+    f = Path(sys.executable).with_name(name)
+    if not f.exists(): pytest.skip(f'the command {name} is not installed beside {sys.executable}: pip install -e .')
+    return str(f)
+
+def run(name, *args, cwd):
+    return subprocess.run([script(name), *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    "A folder as the manual describes it"
+    home = city(tmp_path_factory.mktemp('cli')/'city', n=3, size=(64,64))
+    for a,b in (('game','source'), ('real','target')): (home/a).rename(home/b)
+    (home/'valid').mkdir()
+    for sub in ('images', 'masks'):
+        (home/'valid'/sub).mkdir()
+        for i in (1,2): (home/'valid'/sub/f'{i}.png').write_bytes((home/'target'/sub/f'{i}.png').read_bytes())
+    (home/'codes.txt').write_text('\n'.join(codes))
+    return home
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg')); monkeypatch.setitem(env, 'XDG_CACHE_HOME', str(tmp_path/'xdg'))
+    monkeypatch.delenv('PIPA_DEBUG', raising=False)
+    (tmp_path/'here').mkdir(); monkeypatch.chdir(tmp_path/'here')
+
+@pytest.fixture(scope='module')
+def done(data, tmp_path_factory):
+    "The main command, once, as a user calls it"
+    cwd = tmp_path_factory.mktemp('run')
+    return run('pipa_train', f'--data={data}', '--seed=3', *small, '--w_patch=.25', cwd=cwd),cwd/f'runs/{data.name}_pipa_seed3'
+
+# pipa_train
+
+def test_run_folder(done):
+    p,out = done
+    assert p.returncode==0, p.stderr
+    names = {o.name for o in out.iterdir()}
+    assert names=={'weights.safetensors', 'teacher.safetensors', 'metrics.csv', 'config.json', 'classes.csv', 'result.png', 'curves.png', 'row.json'}
+    tail = p.stdout.splitlines()
+    assert f'In {out.resolve()}:' in tail and all(f'  {n}' in tail for n in names)
+    assert all(c in p.stdout for c in ('teacher_miou', 'patch_contrast', *codes))
+
+def test_files_of_a_run(done, data):
+    out = done[1]
+    df = pd.read_csv(out/'metrics.csv')
+    assert [*df]==['epoch','train_loss','valid_loss','pair','mix','pixel_contrast','patch_contrast','miou','teacher_miou','time'] and len(df)==1
+    c = json.loads((out/'config.json').read_text())
+    assert (c['seed'], c['method'], c['data'], c['epochs'], c['steps'], c['bs'], c['size'], c['w_patch'], c['arch'])==(3, 'pipa', str(data), 1, 1, 2, '64x64', .25, 'mit_b0')
+    assert c['versions']['torch']==torch.__version__.split('+')[0] or c['versions']['torch']==torch.__version__
+    assert c['versions']['python'].startswith('3.') and c['versions']['fastai'] and c['versions']['pipa'] and c['command'].startswith('pipa_train --data')
+    t = pd.read_csv(out/'classes.csv')
+    assert t['class'].tolist()==codes and {'iou', 'share'}<=set(t) and abs(t.share.sum()-1)<1e-6
+    r = json.loads((out/'row.json').read_text())
+    assert (r['method'], r['seed'], r['epochs'], r['version'])==('pipa', 3, 1, c['versions']['pipa']) and abs(r['miou_student']-df.miou[0])<1e-5 and abs(r['miou_teacher']-df.teacher_miou[0])<1e-5
+    np.testing.assert_allclose([r[k] for k in codes], t.iou)
+    assert abs(np.nanmean(t.iou)-r['miou_student'])<1e-6
+    for f in ('result.png', 'curves.png'):
+        a = np.array(Image.open(out/f).convert('RGB'))
+        assert a.shape[0]>100 and a.shape[1]>200 and a.std()>5
+
+def test_weights_give_the_numbers_again(done, data):
+    net,meta = load(done[1]/'weights.safetensors')
+    assert space_of(meta).codes==codes and meta['size']=='64x64' and meta['method']=='pipa'
+    assert not any('proj' in k and 'head' in k or k.startswith('project') for k in net.state_dict())
+    from pipa.data import folder
+    from pipa.infer import evaluate
+    from pipa.metrics import miou
+    valid = folder(data/'valid/images', data/'valid/masks', data/'codes.txt')
+    r = json.loads((done[1]/'row.json').read_text())
+    for f,k in (('weights', 'miou_student'), ('teacher', 'miou_teacher')):
+        assert abs(miou(evaluate(load(done[1]/f'{f}.safetensors')[0], valid, (64,64), progress=False))-r[k])<1e-5
+
+@pytest.mark.parametrize('method', ['source', 'oracle'])
+def test_methods_without_teacher(data, method, capsys):
+    cli.pipa_train(method, str(data), out='o', **opts)
+    out = Path('o')
+    assert not (out/'teacher.safetensors').exists() and (out/'weights.safetensors').exists()
+    assert [*pd.read_csv(out/'metrics.csv')]==['epoch','train_loss','valid_loss','pair','miou','time']
+    assert np.isnan(json.loads((out/'row.json').read_text())['miou_teacher'])
+    assert str(out.resolve()) in capsys.readouterr().out
+
+def test_oracle_reads_the_targets_labels_and_nobody_else_does(data, tmp_path):
+    assert cli.domains(str(data), 'oracle')[0].masks==[*sorted((data/'target/masks').iterdir())]
+    src,tgt,val = cli.domains(str(data), 'pipa')
+    assert tgt.masks is None and 'source' in str(src.masks[0]) and 'valid' in str(val.masks[0])
+
+def test_a_run_never_overwrites_another(tmp_path):
+    (tmp_path/'r').mkdir(); (tmp_path/'r/old').write_text('x')
+    assert cli.new_folder(tmp_path/'r').name=='r_2'
+    assert cli.new_folder(tmp_path/'r').name=='r_2', 'an empty folder is taken'
+    (tmp_path/'r_2/old').write_text('x')
+    assert cli.new_folder(tmp_path/'r').name=='r_3' and (tmp_path/'r/old').read_text()=='x'
+
+# errors
+
+def test_wrong_argument_from_the_shell(data, tmp_path):
+    p = run('pipa_train', f'--data={data}', '--size=100x100', cwd=tmp_path/'here')
+    assert p.returncode!=0 and p.stderr.strip().splitlines()==['pipa: `--size 100x100`: both sides must be multiples of 32, at least 64.']
+    assert not p.stdout.strip() and not [*(tmp_path/'here').iterdir()]
+
+def broken(data, what, tmp_path):
+    import shutil
+    home = tmp_path/'broken'; shutil.copytree(data, home)
+    if what=='no codes': (home/'codes.txt').unlink()
+    if what=='no source': shutil.rmtree(home/'source')
+    if what=='no mask': (home/'source/masks/1.png').unlink()
+    if what=='cut mask': (home/'source/masks/1.png').write_bytes((home/'source/masks/1.png').read_bytes()[:90])
+    if what=='few codes': (home/'codes.txt').write_text('a\nb')
+    return home
+
+@pytest.mark.parametrize('kw,says', [(dict(method='pippa'), 'no method `pippa`'), (dict(size='64'), 'write it as 128x256'), (dict(size='32x64'), 'at least 64'),
+    (dict(crop='60x64'), 'multiples of 32'), (dict(net='unet'), 'no net `unet`'), (dict(arch='mit_b9'), 'mit_b9'), (dict(data='nowhere'), 'neither `minicity` nor a folder')],
+    ids=str)
+def test_wrong_arguments(data, kw, says, tmp_path):
+    with pytest.raises(SystemExit) as e: cli.pipa_train(**{'data':str(data), **opts, **kw})
+    assert says in e.value.code and e.value.code.startswith('pipa: ') and '\n' not in e.value.code
+    assert not [*(tmp_path/'here').iterdir()]
+
+@pytest.mark.parametrize('what,says', [('no codes', 'has no `codes.txt`'), ('no source', 'is not a folder'), ('no mask', 'have no mask'), ('cut mask', "can't be read as a mask"),
+    ('few codes', 'holds the value')])
+def test_wrong_folders(data, what, says, tmp_path):
+    with pytest.raises(SystemExit) as e: cli.pipa_train(data=str(broken(data, what, tmp_path)), **opts)
+    assert says in e.value.code and '\n' not in e.value.code and not [*(tmp_path/'here').iterdir()]
+
+def test_debug_shows_all(data, monkeypatch):
+    monkeypatch.setenv('PIPA_DEBUG', '1')
+    with pytest.raises(ValueError, match='no method'): cli.pipa_train(method='pippa', data=str(data))
+
+# pipa_predict
+
+def test_predict_from_the_shell(done, tmp_path):
+    rng = np.random.default_rng(0)
+    for name,hw in {'a.png':(37,91), 'b/c.jpg':(130,64), 'd.png':(64,64)}.items():
+        (tmp_path/'pics'/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*hw,3), dtype=np.uint8)).save(tmp_path/'pics'/name)
+    p = run('pipa_predict', tmp_path/'pics', '--weights', done[1]/'weights.safetensors', '--out=seg', cwd=tmp_path/'here')
+    assert p.returncode==0, p.stderr
+    out,sp = tmp_path/'here/seg',space('minicity')
+    assert len([*out.rglob('*.png')])==9
+    for name,hw in {'a':(37,91), 'b/c':(130,64), 'd':(64,64)}.items():
+        y,c = (np.array(Image.open(out/f'{name}_{k}.png')) for k in ('labels', 'color'))
+        assert y.shape==hw and y.dtype==np.uint8 and y.max()<11 and (c==sp.color(y)).all()
+        assert np.array(Image.open(out/f'{name}_overlay.png')).shape==(*hw,3)
+
+def test_predict_one_image_whole_and_by_windows(done, tmp_path):
+    w = str(done[1]/'weights.safetensors')
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (70,150,3), dtype=np.uint8)).save(tmp_path/'a.png')
+    cli.pipa_predict(str(tmp_path/'a.png'), w, 'whole'); cli.pipa_predict(str(tmp_path/'a.png'), w, 'slid', slide=True)
+    a,b = (np.array(Image.open(f'{k}/a_labels.png')) for k in ('whole', 'slid'))
+    assert a.shape==b.shape==(70,150)
+    from pipa.infer import predict
+    net = load(w)[0]
+    assert (a==predict(net, tmp_path/'a.png', (64,64))).all() and (b==predict(net, tmp_path/'a.png', mode='slide', crop=(64,64))).all()
+
+def test_predict_says_what_is_wrong(done, tmp_path):
+    w = str(done[1]/'weights.safetensors')
+    for args,says in (((str(tmp_path/'no.png'), w), 'no file or folder'), ((str(tmp_path), 'no.safetensors'), 'no.safetensors')):
+        with pytest.raises(SystemExit) as e: cli.pipa_predict(*args)
+        assert says in e.value.code and '\n' not in e.value.code
+    (tmp_path/'pics').mkdir(); (tmp_path/'pics/bad.png').write_bytes(b'no picture')
+    Image.fromarray(np.zeros((64,64,3), np.uint8)).save(tmp_path/'pics/good.png')
+    with pytest.raises(SystemExit, match='1 of 2 images could not be read'): cli.pipa_predict(str(tmp_path/'pics'), w, 'o')
+    assert Path('o/good_labels.png').exists() and not Path('o/bad_labels.png').exists()
+
+# pipa_study
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    "A `pipa_train` that takes notes instead of hours; patch with seed 1 always fails"
+    (tmp_path/'bin').mkdir()
+    f = tmp_path/'bin/pipa_train'
+    f.write_text(f'#!{sys.executable}\n' + textwrap.dedent("""
+        import json, sys
+        from pathlib import Path
+        o = dict(a[2:].split('=', 1) for a in sys.argv[1:])
+        open(Path(__file__).with_name('calls'), 'a').write(' '.join(sys.argv[1:])+'\\n')
+        if (o['method'], o['seed'])==('patch', '1'): sys.exit('pipa: out of luck')
+        Path(o['out'], 'row.json').write_text(json.dumps(dict(benchmark='minicity', method=o['method'], seed=int(o['seed']), epochs=2, miou_student=.123456, miou_teacher=float('nan'))))
+        """))
+    f.chmod(f.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, 'executable', str(tmp_path/'bin/python'))
+    return lambda: (tmp_path/'bin/calls').read_text().splitlines() if (tmp_path/'bin/calls').exists() else []
+
+@pytest.mark.parametrize('jobs', [1,2])
+def test_study(fake, jobs, capsys):
+    study = lambda **kw: cli.pipa_study('source,patch', '0,1', table='t/r.csv', runs='runs/s', jobs=jobs, args='--epochs=2 --lr=.1', **kw)
+    study()
+    df = pd.read_csv('t/r.csv')
+    assert sorted(map(tuple, df[['method', 'seed']].values.tolist()))==[('patch',0), ('source',0), ('source',1)]
+    assert (df.miou_student==.1235).all() and df.miou_teacher.isna().all() and len(fake())==4
+    assert all('--epochs=2 --lr=.1' in c and '--threads=' in c for c in fake())
+    assert 'patch with seed 1 failed' in capsys.readouterr().out and 'out of luck' in Path('runs/s/patch_seed1.log').read_text()
+    study()
+    assert len(fake())==5 and 'patch' in fake()[-1] and len(pd.read_csv('t/r.csv'))==3, 'only what is missing is run again'
+
+def test_study_with_nothing_to_do(fake):
+    Path('t.csv').write_text('method,seed\nsource,0\n')
+    cli.pipa_study('source', '0', table='t.csv', runs='r')
+    assert not fake() and Path('t.csv').read_text()=='method,seed\nsource,0\n'
+
+def test_add_row_whole_or_not_at_all(tmp_path, monkeypatch):
+    f = tmp_path/'a/t.csv'
+    cli.add_row(f, dict(method='a', seed=0, x=.5))
+    cli.add_row(f, dict(method='b', seed=1, x=float('nan'), extra='yes'))
+    df = pd.read_csv(f)
+    assert df.method.tolist()==['a','b'] and df.seed.tolist()==[0,1] and df.seed.dtype.kind=='i' and df.extra.isna().tolist()==[True,False]
+    old = f.read_bytes()
+    def cut(self, o, **kw): o.write(b'half'); raise OSError('disk full')
+    monkeypatch.setattr(pd.DataFrame, 'to_csv', cut)
+    with pytest.raises(OSError): cli.add_row(f, dict(method='c', seed=2))
+    assert f.read_bytes()==old and [p.name for p in f.parent.iterdir()]==['t.csv']
+
+@pytest.mark.parametrize('text,size', [('128x256', (128,256)), ('64X96', (64,96))])
+def test_sizes(text, size): assert cli.parse_size(text)==size
