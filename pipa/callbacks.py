@@ -10,7 +10,7 @@ from torch import nn, Tensor
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
-from matplotlib.figure import Figure
+from matplotlib import pyplot as plt
 from .losses import weighted_ce, feat_dist, pixel_contrast, patch_contrast
 from .mix import pseudo_label, margins, class_mask, class_mix, strong_augment, two_crops, crop_augment, aligned, imagenet_mean, imagenet_std
 from .models import ProjHead, PatchHead
@@ -38,12 +38,13 @@ def _show(rows, titles, **kw):
     "A figure with a row of panels for each item; images are denormalised, maps get colours"
     mean,std = (torch.tensor(o)[:,None,None] for o in (imagenet_mean, imagenet_std))
     h,w = rows[0][0].shape[-2:]
-    fig = Figure(figsize=(2.6*len(titles), 2.6*len(rows)*h/w+.3), dpi=75, layout='constrained')
-    for axs,row in zip(fig.subplots(len(rows), len(titles), squeeze=False), rows):
-        for ax,o,t in zip(axs, row, titles):
-            o = torch.as_tensor(o).as_subclass(Tensor).detach().cpu().float()
-            if o.ndim==3: ax.imshow((o*std+mean).clamp(0,1).movedim(0,-1))
-            else: ax.imshow(o, **(dict(cmap='viridis', vmin=0, vmax=1) if o.max()<=1 else dict(cmap='tab20', vmin=0, vmax=19, interpolation='nearest')))
+    fig,axs = plt.subplots(len(rows), len(titles), squeeze=False, figsize=(2.2*len(titles), 2.2*len(rows)*h/w+.3), dpi=75, layout='constrained')
+    plt.close(fig)
+    for line,row in zip(axs, rows):
+        for ax,o,t in zip(line, row, titles):
+            o = torch.as_tensor(o).as_subclass(Tensor).detach().cpu()
+            if o.ndim==3: ax.imshow((o.float()*std+mean).clamp(0,1).movedim(0,-1))
+            else: ax.imshow(o, **(dict(vmin=0, vmax=1) if o.is_floating_point() else dict(cmap='tab20', vmin=0, vmax=19, interpolation='nearest')))
             ax.set_title(t, fontsize=8); ax.axis('off')
     return fig
 

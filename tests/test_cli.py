@@ -77,7 +77,7 @@ def test_files_of_a_run(done, data):
 def test_weights_give_the_numbers_again(done, data):
     net,meta = load(done[1]/'weights.safetensors')
     assert space_of(meta).codes==codes and meta['size']=='64x64' and meta['method']=='pipa'
-    assert not any('proj' in k and 'head' in k or k.startswith('project') for k in net.state_dict())
+    assert not any(k.startswith(('proj_head.', 'project.')) for k in net.state_dict())
     from pipa.data import folder
     from pipa.infer import evaluate
     from pipa.metrics import miou
@@ -199,12 +199,12 @@ def fake(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('jobs', [1,2])
 def test_study(fake, jobs, capsys):
-    study = lambda **kw: cli.pipa_study('source,patch', '0,1', table='t/r.csv', runs='runs/s', jobs=jobs, args='--epochs=2 --lr=.1', **kw)
+    study = lambda **kw: cli.pipa_study('source,patch', '0,1', table='t/r.csv', runs='runs/s', jobs=jobs, args='--epochs=2 --data=x', **kw)
     study()
     df = pd.read_csv('t/r.csv')
     assert sorted(map(tuple, df[['method', 'seed']].values.tolist()))==[('patch',0), ('source',0), ('source',1)]
     assert (df.miou_student==.1235).all() and df.miou_teacher.isna().all() and len(fake())==4
-    assert all('--epochs=2 --lr=.1' in c and '--threads=' in c for c in fake())
+    assert all('--epochs=2 --data=x' in c and '--threads=' in c for c in fake())
     assert 'patch with seed 1 failed' in capsys.readouterr().out and 'out of luck' in Path('runs/s/patch_seed1.log').read_text()
     study()
     assert len(fake())==5 and 'patch' in fake()[-1] and len(pd.read_csv('t/r.csv'))==3, 'only what is missing is run again'
