@@ -66,7 +66,9 @@ def versions()->dict:
     return dict(python=platform.python_version(), machine=platform.machine(), threads=torch.get_num_threads(),
                 **{o: v(o) for o in ('pipa', 'torch', 'torchvision', 'fastai', 'numpy', 'pillow')})
 
-def new_folder(path)->Path:
+def new_folder(
+    path # Wanted
+)->Path:
     "`path`, or the first of `path_2`, `path_3` … that doesn't exist yet; made"
     path,i = Path(path),2
     p = path
@@ -117,7 +119,9 @@ def sentences():
 
 # %% ../nbs/31_cli.ipynb #70efdf2e
 @contextmanager
-def plain_log(learn):
+def plain_log(
+    learn # Learner whose fit is logged
+):
     "One line an epoch and no bar, for output that goes to a file"
     def line(o): print(' '.join((f'{x:.4f}' if isinstance(x, float) else str(x)).rjust(max(7, len(n))) for x,n in zip(o, learn.recorder.metric_names)), flush=True)
     class Header(Callback):
@@ -206,7 +210,10 @@ def pipa_predict(
         if bad: raise ValueError(f'{len(bad)} of {n} images could not be read, see above.')
 
 # %% ../nbs/31_cli.ipynb #37693cfc
-def add_row(file, row):
+def add_row(
+    file, # Table, CSV; made when it isn't there
+    row:dict # Value of each column
+):
     "Add a row to a table on disk, whole or not at all"
     file,df = Path(file),pd.DataFrame([row])
     if file.exists(): df = pd.concat([pd.read_csv(file), df])

@@ -4,7 +4,7 @@
 
 # %% ../nbs/08_data.ipynb #c81e728d
 from __future__ import annotations
-import hashlib, json, os, random
+import hashlib, json, os
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch
@@ -95,7 +95,9 @@ def minicity(
     return Domain(images, masks if labels else None, space('minicity'), f'MiniCity {domain}')
 
 # %% ../nbs/08_data.ipynb #70efdf2e
-def read_image(path)->Image.Image: # RGB image; raises `ValueError` with the name of a file that can't be read
+def read_image(
+    path # Of a picture; raises `ValueError` with its name when it can't be read
+)->Image.Image: # RGB
     "Read a picture as RGB"
     try: return Image.open(path).convert('RGB')
     except (OSError, UnidentifiedImageError, SyntaxError) as e:

@@ -10,10 +10,9 @@ from fastai.torch_basics import *
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.callback.schedule import ParamScheduler
-from fastai.callback.fp16 import MixedPrecision
 from .losses import weighted_ce
 from .metrics import MIoU, TeacherMIoU, TermColumn
-from .models import light, segformer, daformer, adapt
+from .models import light, segformer, daformer
 from .callbacks import *
 
 # %% auto #0

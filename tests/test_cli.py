@@ -6,7 +6,7 @@ from PIL import Image
 from pipa import cli
 from pipa.checkpoints import load, space_of
 from pipa.labels import space
-from tiny import city, seed
+from tiny import city
 
 codes = space('minicity').codes
 env = dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg')
@@ -19,7 +19,7 @@ def script(name):
     return str(f)
 
 def run(name, *args, cwd):
-    return subprocess.run([script(name), *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([script(name), *map(str, args)], cwd=cwd, env=dict(env, XDG_CACHE_HOME=str(Path(cwd).parent/'xdg')), capture_output=True, text=True, timeout=300)
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
@@ -35,7 +35,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg')); monkeypatch.setitem(env, 'XDG_CACHE_HOME', str(tmp_path/'xdg'))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg'))
     monkeypatch.delenv('PIPA_DEBUG', raising=False)
     (tmp_path/'here').mkdir(); monkeypatch.chdir(tmp_path/'here')
 
