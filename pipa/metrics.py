@@ -20,7 +20,8 @@ def confusion(pred:Tensor, # Predicted classes, any shape
 )->Tensor: # `n×n` (long): rows truth, columns prediction
     "Count how often each class was taken for each other"
     pred,y = (o.as_subclass(Tensor).flatten().long() for o in (pred,y))
-    if pred.shape != y.shape: raise ValueError(f"{len(pred)} predicted pixels for {len(y)} labels: resize the logits to the labels first")
+    if pred.shape != y.shape:
+        raise ValueError(f"{len(pred)} predicted pixels for {len(y)} labels: resize the logits to the labels first")
     on = y != ignore
     ok = on & (y>=0) & (y<n) & (pred>=0) & (pred<n)
     c = torch.bincount(torch.where(ok, y*n + pred, n*n + on.long()), minlength=n*n+2)
@@ -30,7 +31,8 @@ def confusion(pred:Tensor, # Predicted classes, any shape
 def _strangers(pred, y, n, ignore):
     odd = lambda o: o[(o<0)|(o>=n)].unique().tolist()[:10]
     what,v = ('label',odd(y)) if odd(y) else ('prediction',odd(pred))
-    return f"{what} {', '.join(map(str, v))} is not one of the classes 0..{n-1} (ignored: {ignore}): map the masks to train ids, or raise `n`"
+    return (f"{what} {', '.join(map(str, v))} is not one of the classes 0..{n-1} (ignored: {ignore}):"
+            " map the masks to train ids, or raise `n`")
 
 # %% ../nbs/03_metrics.ipynb #c20ad4d7
 def iou(cm:Tensor # Confusion matrix `n×n`
@@ -59,7 +61,8 @@ def iou_table(cm:Tensor, # Confusion matrix `n×n`
     if len(codes) != len(cm): raise ValueError(f"{len(codes)} names for {len(cm)} classes")
     cm = cm.cpu()
     true,pred = cm.sum(1),cm.sum(0)
-    note = ['' if t else 'predicted, but absent from the truth: counts 0' if p else 'absent: left out of the mean' for t,p in zip(true,pred)]
+    note = ['' if t else 'predicted, but absent from the truth: counts 0' if p else 'absent: left out of the mean'
+            for t,p in zip(true,pred)]
     return pd.DataFrame({'class': list(codes), 'iou': iou(cm), 'share': true/true.sum(), 'note': note})
 
 # %% ../nbs/03_metrics.ipynb #3c59dc04
@@ -97,7 +100,8 @@ class TeacherMIoU(MIoU):
     def __init__(self, n, classes=None, name='teacher_miou', ignore=255): super().__init__(n, classes, name, ignore)
     def logits(self, learn):
         net = next((t for c in learn.cbs if (t := getattr(c, 'teacher', None)) is not None), None)
-        if net is None: raise ValueError("no callback has a `teacher`: add `MeanTeacher()` to the learner, or take `TeacherMIoU` out of its metrics")
+        if net is None: raise ValueError("no callback has a `teacher`: add `MeanTeacher()` to the learner,"
+                                         " or take `TeacherMIoU` out of its metrics")
         return _ask(net, learn.x)
 
 # %% ../nbs/03_metrics.ipynb #34173cb3

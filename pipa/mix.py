@@ -77,7 +77,8 @@ def class_mix(x_s:Tensor, # Source images, `B×C×H×W`
 )->tuple[Tensor,Tensor,Tensor]: # Mixed images, labels and trust
     "Paste the masked source pixels over the target: image, label and trust alike"
     if x_s.shape != x_t.shape:
-        raise ValueError(f"source is {tuple(x_s.shape)} but target is {tuple(x_t.shape)}: crop both to one size, in equal batches")
+        raise ValueError(f"source is {tuple(x_s.shape)} but target is {tuple(x_t.shape)}:"
+                         " crop both to one size, in equal batches")
     m = class_mask(y_s) if mask is None else mask
     return torch.where(m[:,None], x_s, x_t), torch.where(m, y_s, y_t), torch.where(m, 1., w_t)
 
@@ -228,7 +229,8 @@ def _window(x, at, size):
 def _pair(size, stride):
     size = (size,size) if isinstance(size, int) else tuple(size)
     if any(n%stride for n in size):
-        raise ValueError(f"crop size {size} isn't a multiple of the stride {stride}: take {tuple(max(n//stride,1)*stride for n in size)}")
+        cure = tuple(max(n//stride, 1)*stride for n in size)
+        raise ValueError(f"crop size {size} isn't a multiple of the stride {stride}: take {cure}")
     return size
 
 # %% ../nbs/02_mix.ipynb #3295c76a
