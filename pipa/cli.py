@@ -6,7 +6,7 @@
 from __future__ import annotations
 import warnings; warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
 import json, os, platform, shlex, subprocess, sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
@@ -241,6 +241,7 @@ def pipa_study(
             code = subprocess.run(cmd, stdout=f, stderr=f, env=env).returncode
         return ms,out,code
     with ThreadPoolExecutor(jobs) as pool:
-        for (m,s),out,code in progress_bar(pool.map(run, todo), total=len(todo)):
+        for f in progress_bar(as_completed([pool.submit(run, o) for o in todo]), total=len(todo)):
+            (m,s),out,code = f.result()
             if code: print(f'{m} with seed {s} failed, see {out}.log')
             else: add_row(table, json.loads((out/'row.json').read_text()))
