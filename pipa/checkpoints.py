@@ -13,6 +13,7 @@ from safetensors.torch import save as to_bytes
 from . import __version__
 from .labels import LabelSpace
 from .models import light, segformer, daformer, deeplabv2
+from .hrda import hrda
 
 # %% auto #0
 __all__ = ['inference_state', 'space_of', 'save', 'load_into', 'read', 'load']
@@ -109,7 +110,7 @@ def read(
     return state,meta
 
 # %% ../nbs/09_checkpoints.ipynb #3c59dc04
-_makers = {f.__name__:f for f in (light, segformer, daformer, deeplabv2)}
+_makers = {f.__name__:f for f in (light, segformer, daformer, deeplabv2, hrda)}
 
 def _build(file, meta):
     spec = meta.get('spec')

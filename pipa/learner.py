@@ -13,6 +13,7 @@ from fastai.callback.schedule import ParamScheduler
 from .losses import weighted_ce
 from .metrics import MIoU, TeacherMIoU, TermColumn
 from .models import light, segformer, daformer
+from .hrda import hrda
 from .callbacks import *
 
 # %% auto #0
@@ -109,10 +110,10 @@ class SegLoss:
     def decodes(self, x): return TensorMask(x.argmax(1))
 
 # %% ../nbs/20_learner.ipynb #b6d767d2
-nets = dict(light=light, segformer=segformer, daformer=daformer)
+nets = dict(light=light, segformer=segformer, daformer=daformer, hrda=hrda)
 
 def make_net(
-    model, # A name such as 'light', 'segformer' or 'daformer', or any net
+    model, # A name such as 'light', 'segformer', 'daformer' or 'hrda', or any net
     n_out:int, # Number of classes
     arch:str='mit_b0', # Encoder, when `model` is a name
     **kwargs # To the net's factory
@@ -131,6 +132,7 @@ def uda_learner(
     arch:str='mit_b0', # Encoder, when `model` is a name
     lr:float=6e-5, # Rate of the encoder (DAFormer)
     wd:float=.01, # Weight decay (DAFormer)
+    net:dict=None, # More arguments for the net's factory when `model` is a name, such as `dict(crop=(64,128))` for 'hrda'
     hidden:int|None=None, # Width of the pixel head, see `add_heads`
     metrics=None, # More metrics
     cbs=None, # More callbacks
@@ -138,7 +140,7 @@ def uda_learner(
     **kwargs # To `method_cbs`
 )->Learner:
     "A learner that adapts `model` from the source to the target of `dls`"
-    net = make_net(model, dls.c, arch).to(dls.device)
+    net = make_net(model, dls.c, arch, **(net or {})).to(dls.device)
     parts = method_cbs(method, **kwargs) if isinstance(method, str) else [Pair()] + [cb for cb in L(method) if not isinstance(cb, Pair)]
     if any(isinstance(cb, (PixelContrast, PatchContrast)) for cb in parts): add_heads(net, hidden=hidden)
     has_teacher = any(isinstance(cb, MeanTeacher) for cb in parts)
