@@ -12,10 +12,11 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save as to_bytes
 from . import __version__
 from .labels import LabelSpace
+from .lite import Lite, lite_state
 from .models import light, segformer, daformer, deeplabv2
 
 # %% auto #0
-__all__ = ['inference_state', 'space_of', 'save', 'load_into', 'read', 'load']
+__all__ = ['inference_state', 'space_of', 'save', 'load_into', 'read', 'load', 'load_pretrained']
 
 # %% ../nbs/09_checkpoints.ipynb #e4da3b7f
 _heads = ('proj_head.', 'project.')
@@ -137,3 +138,14 @@ def load(
     try: load_into(net, state)
     except ValueError as e: raise ValueError(f"`{file}` doesn't fit the net. {e}") from None
     return net.to(device).eval(),meta
+
+# %% ../nbs/09_checkpoints.ipynb #ck000002
+def load_pretrained(
+    net:nn.Module, # Net with a `backbone`, or an encoder; changed in place
+    source:bool|str|Path=True # `True`: where the weights of this encoder usually are
+)->nn.Module: # The same net
+    "Give the encoder of `net` its ImageNet weights"
+    enc = getattr(net, 'backbone', net)
+    if source is True and isinstance(enc, Lite): enc.load_state_dict(lite_state())
+    else: raise ValueError(f"No weights are known for this encoder.")
+    return net

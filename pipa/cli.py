@@ -14,6 +14,7 @@ import pandas as pd, torch
 from fastcore.script import call_parse, store_true
 from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
+from fastcore.script import Param
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from .data import minicity, folder, codes_space, uda_dls, write_file
@@ -113,7 +114,7 @@ def write_run(
 def sentences():
     "Turn an error about an argument or a file into one line"
     try: yield
-    except (ValueError, FileNotFoundError, KeyError, NotImplementedError) as e:
+    except (ValueError, FileNotFoundError, KeyError, NotImplementedError, ImportError) as e:
         if os.environ.get('PIPA_DEBUG'): raise
         sys.exit(f'pipa: {e.args[0] if len(e.args)==1 else e}')
 
@@ -145,7 +146,7 @@ def adapt(
     src,tgt,val = domains(o.data, o.method, size)
     dls = uda_dls(src, tgt, val, bs=o.bs, size=size, n=o.steps*o.bs, zoom=(1.,o.zoom), rcs_temp=o.rcs or None, num_workers=o.workers)
     before = Before(dls.valid)
-    learn = uda_learner(dls, o.net, o.method, o.arch, lr=o.lr, hidden=128, alpha=o.alpha, thresh=o.thresh, trust=o.trust, start=o.start,
+    learn = uda_learner(dls, o.net, o.method, o.arch, pretrained=o.pretrained, lr=o.lr, hidden=128, alpha=o.alpha, thresh=o.thresh, trust=o.trust, start=o.start,
                         w_pixel=o.w_pixel, w_patch=o.w_patch, crop=parse_size(o.crop), pixel=dict(min_pixels=8, max_views=50), patch=dict(thresh=.6),
                         things=src.space.things,
                         cbs=[before, CSVLogger('metrics.csv')])
@@ -156,6 +157,8 @@ def adapt(
     return out,dict(benchmark=o.data, method=o.method, seed=o.seed, epochs=o.epochs, **write_run(out, learn, before, o))
 
 # %% ../nbs/31_cli.ipynb #1f0e3dad
+_start = Param('Start from ImageNet weights, or from those of a file if one is named', str, nargs='?', const=True)
+
 @call_parse
 def pipa_train(
     method:str='pipa', # source, self_training, pixel, patch, pipa, daformer or oracle (trains on the target's labels)
@@ -166,7 +169,8 @@ def pipa_train(
     bs:int=4, # Source images, and target images, in a batch
     size:str='128x256', # Height x width that the net sees, multiples of 32
     net:str='light', # Net: light, segformer or daformer
-    arch:str='mit_b0', # Encoder: mit_b0 to mit_b5
+    arch:str='mit_b0', # Encoder: mit_b0 to mit_b5, or lite0
+    pretrained:_start=False, # Start from ImageNet weights? Alone, or with a file
     lr:float=2e-3, # Learning rate of the encoder; heads have twice as much
     alpha:float=.97, # Decay of the teacher
     trust:str='pixel', # Trust in pseudo-labels: one for the batch (as published), each image or each pixel

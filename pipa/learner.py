@@ -12,6 +12,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.callback.schedule import ParamScheduler
 from .losses import weighted_ce
 from .metrics import MIoU, TeacherMIoU, TermColumn
+from .checkpoints import load_pretrained
 from .models import light, segformer, daformer
 from .callbacks import *
 
@@ -115,12 +116,14 @@ def make_net(
     model, # A name such as 'light', 'segformer' or 'daformer', or any net
     n_out:int, # Number of classes
     arch:str='mit_b0', # Encoder, when `model` is a name
+    pretrained:bool|str=False, # Start from ImageNet weights? `True`, or a file, see `load_pretrained`
     **kwargs # To the net's factory
 )->nn.Module:
     "A net by name, or the net itself"
-    if isinstance(model, nn.Module): return model
+    if isinstance(model, nn.Module): return load_pretrained(model, pretrained) if pretrained else model
     if model not in nets: raise ValueError(f"There is no net `{model}`: choose one of {', '.join(nets)}, or give a net of your own (see `pipa.models.adapt`).")
-    return nets[model](arch, n_out=n_out, **kwargs)
+    net = nets[model](arch, n_out=n_out, **kwargs)
+    return load_pretrained(net, pretrained) if pretrained else net
 
 # %% ../nbs/20_learner.ipynb #37693cfc
 @delegates(method_cbs)
@@ -129,6 +132,7 @@ def uda_learner(
     model='light', # A name from `nets`, or any net (see `pipa.models.adapt`)
     method='pipa', # A name, see `method_cbs`, or a list of callbacks
     arch:str='mit_b0', # Encoder, when `model` is a name
+    pretrained:bool|str=False, # Start from ImageNet weights? `True`, or a file, see `load_pretrained`
     lr:float=6e-5, # Rate of the encoder (DAFormer)
     wd:float=.01, # Weight decay (DAFormer)
     hidden:int|None=None, # Width of the pixel head, see `add_heads`
@@ -138,7 +142,7 @@ def uda_learner(
     **kwargs # To `method_cbs`
 )->Learner:
     "A learner that adapts `model` from the source to the target of `dls`"
-    net = make_net(model, dls.c, arch).to(dls.device)
+    net = make_net(model, dls.c, arch, pretrained).to(dls.device)
     parts = method_cbs(method, **kwargs) if isinstance(method, str) else [Pair()] + [cb for cb in L(method) if not isinstance(cb, Pair)]
     if any(isinstance(cb, (PixelContrast, PatchContrast)) for cb in parts): add_heads(net, hidden=hidden)
     has_teacher = any(isinstance(cb, MeanTeacher) for cb in parts)
