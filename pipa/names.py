@@ -10,8 +10,8 @@ from .mit import mit_sizes
 from .lite import from_lite
 
 # %% auto #0
-__all__ = ['names_hf', 'extra_heads', 'rename', 'hf_names', 'flip_maps', 'gather', 'from_hf', 'to_hf', 'our_names', 'one_net',
-           'looks_like', 'as_call']
+__all__ = ['names_hf', 'extra_heads', 'rename', 'hf_names', 'flip_maps', 'gather', 'from_hf', 'to_hf', 'our_names', 'to_official',
+           'one_net', 'looks_like', 'as_call']
 
 # %% ../nbs/06a_names.ipynb #nam00005
 names_hf = """
@@ -120,6 +120,14 @@ def our_names(
     if any('patch_embeddings.' in k for k in keys): return hf_names(keys),True
     if '_conv_stem.weight' in keys: return {k:[v] for k,v in from_lite(dict(zip(keys, keys))).items()},False
     return _plain(keys),any(k.startswith('decode_head.linear_c1.') for k in keys)
+
+# %% ../nbs/06a_names.ipynb #nam1022c
+def to_official(
+    state:dict # Tensors by our names
+)->dict: # The same, but for a SegFormer head
+    "The tensors under the names of the papers' releases"
+    def theirs(k): return re.sub(r'^decode_head\.linear_c\.(\d)\.', lambda m: f'decode_head.linear_c{int(m[1])+1}.', k)
+    return {theirs(k):flip_maps(v) if k==_fuse else v for k,v in state.items()}
 
 # %% ../nbs/06a_names.ipynb #nam00024
 _nets = dict(student='model.', teacher='ema_model.', imnet='imnet_model.')

@@ -4,7 +4,7 @@
 
 # %% ../nbs/06b_weights.ipynb #wei00002
 from __future__ import annotations
-import json, re, zipfile, zlib
+import json, re, warnings, zipfile, zlib
 from collections import OrderedDict, Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +16,8 @@ from .lite import lite_state
 from .names import our_names, one_net, gather, looks_like, as_call
 
 # %% auto #0
-__all__ = ['train_heads', 'Unread', 'checksum', 'find_file', 'read', 'Report', 'match', 'load_into', 'convert', 'load_official',
-           'find_pretrained', 'load_pretrained']
+__all__ = ['train_heads', 'Unread', 'checksum', 'find_file', 'read', 'Report', 'match', 'load_into', 'convert', 'load_state',
+           'load_official', 'find_pretrained', 'load_pretrained']
 
 # %% ../nbs/06b_weights.ipynb #wei00005
 _writers = 'mmcv mmengine mmseg addict numpy argparse pathlib yacs omegaconf lightning pytorch_lightning fastai fastcore'.split()
@@ -32,7 +32,9 @@ def _load(file):
     "What `torch.load` may read; stand-ins for the rest, as far as its origin is known"
     strange = torch.serialization.get_unsafe_globals_in_checkpoint(file) if zipfile.is_zipfile(file) else []
     known = [(OrderedDict if o.endswith('Dict') else Unread, o) for o in strange if o.split('.')[0] in _writers]
-    with torch.serialization.safe_globals(known): return torch.load(file, map_location='cpu', weights_only=True)
+    with torch.serialization.safe_globals(known), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Detected pickle protocol')
+        return torch.load(file, map_location='cpu', weights_only=True)
 
 # %% ../nbs/06b_weights.ipynb #wei00009
 _strip = "python -c \"import torch; d = torch.load('{}', map_location='cpu'); torch.save(dict(state_dict=d.get('state_dict', d)), 'weights.pth')\""
@@ -40,7 +42,7 @@ _strip = "python -c \"import torch; d = torch.load('{}', map_location='cpu'); to
 def _refusal(file, e):
     "The sentence for a file that PyTorch didn't read"
     asked = sorted(set(re.findall(r'(?:GLOBAL |load unsupported GLOBAL )([\w.]+)', str(e))))
-    if 'TorchScript' in str(e): return f"`{file}` is a TorchScript program, not weights: save the net's `state_dict()` instead."
+    if 'torchscript' in str(e).lower(): return f"`{file}` is a TorchScript program, not weights: save the net's `state_dict()` instead."
     if asked: return (f"`{file}` is a pickle that asks for `{asked[0]}`. To give it that could run any program, so it was not opened. "
         f"If you trust it, keep its weights alone, in the environment that wrote it: {_strip.format(file)}")
     return f"`{file}` is not a file of weights (safetensors or PyTorch), or is damaged or cut off ({type(e).__name__}): copy it again."
@@ -104,7 +106,7 @@ def _list(names, n=3):
     "A few names, or, of many, how many begin alike"
     names = list(names)
     if len(names)<=n: return ', '.join(names)
-    groups = Counter(o.split('.')[0] if '.' in o else o for o in names)
+    groups = Counter(o.removeprefix('module.').split('.')[0] for o in names)
     return ', '.join(f'{k}.* ({v})' if v>1 else k for k,v in groups.most_common(2*n)) + (' …' if len(groups)>2*n else '')
 
 class Report(NamedTuple):
@@ -186,36 +188,49 @@ def convert(
     return new,{k:' + '.join(chosen[o] for o in v) for k,v in names.items()}
 
 # %% ../nbs/06b_weights.ipynb #wei00027
+def load_state(
+    model:nn.Module, # Whole net or encoder, changed in place
+    state:dict, # Tensors by the names of a file
+    which:str='student', # See `load_official`
+    heads:bool=False, # See `load_official`
+    strict:bool=True, # See `load_official`
+    file='weights' # Name of the file, for messages
+)->Report: # What went where
+    "Load tensors under whatever names into a net"
+    own,(new,names) = model.state_dict(),convert(state, which, heads)
+    place,keep = _place(new, own)
+    full,names = ({place[k]:o[k] for k in place} for o in (new, names))
+    used = {o for v in names.values() for o in v.split(' + ')}
+    report = match(own, full, names, keep, Path(file).name, [k for k in state if k not in used])
+    if strict and not report.ok:
+        mine = as_call(looks_like(own))
+        hint = f"It looks like {report.looks}, your net like {mine}: build the first and load again." if mine!=report.looks else "They look alike, but not all names or shapes agree."
+        raise ValueError(f"`{file}` doesn't fit this net. {hint} With `strict=False` what fits is loaded.\n{report}")
+    model.load_state_dict({k:full[k] for k in report.mapped}, strict=False)
+    return report
+
 def load_official(
-    path:str|Path, # SegFormer, DAFormer, HRDA, MIC, PiPa, torchvision's ResNet-101 or Hugging Face; PyTorch or safetensors
+    path:str|Path, # File or folder: SegFormer, DAFormer, HRDA, MIC, PiPa, torchvision's ResNet-101, Hugging Face, or ours
     model:nn.Module, # Whole net or encoder, changed in place
     which:str='student', # Of a file with several nets: 'student', 'teacher' or 'imnet'
     heads:bool=False, # Load PiPa's `proj_head` and `project` as well, if the net has them?
     strict:bool=True # Raise a `ValueError` with the report if anything doesn't fit, and change nothing? Else load the rest
 )->Report: # What went where
     "Load the weights that other people published"
-    (state,_),own = read(path),model.state_dict()
-    new,names = convert(state, which, heads)
-    place,keep = _place(new, own)
-    full,names = ({place[k]:o[k] for k in place} for o in (new, names))
-    used = {o for v in names.values() for o in v.split(' + ')}
-    report = match(own, full, names, keep, Path(path).name, [k for k in state if k not in used])
-    if strict and not report.ok:
-        mine = as_call(looks_like(own))
-        hint = f"It looks like {report.looks}, your net like {mine}: build the first and load again." if mine!=report.looks else "They look alike, but not all names or shapes agree."
-        raise ValueError(f"`{path}` doesn't fit this net. {hint} With `strict=False` what fits is loaded.\n{report}")
-    model.load_state_dict({k:full[k] for k in report.mapped}, strict=False)
-    return report
+    state,meta = read(path, which)
+    return load_state(model, state, 'student' if 'pipa_format' in meta else which, heads, strict, path)
 
 # %% ../nbs/06b_weights.ipynb #wei00034
 def _from_hub(repo):
     "A file of the hub from its cache, else downloaded; None if there is neither"
-    try: import huggingface_hub as hub
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub.constants import HF_HUB_OFFLINE
     except ImportError: return None
     files = 'model.safetensors','pytorch_model.bin'
     for f in files:
         if isinstance(p := hub.try_to_load_from_cache(repo, f), str): return Path(p)
-    for f in () if hub.constants.HF_HUB_OFFLINE else files:
+    for f in () if HF_HUB_OFFLINE else files:
         try: return Path(hub.hf_hub_download(repo, f))
         except (OSError, ValueError): continue
 
