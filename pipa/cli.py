@@ -14,17 +14,18 @@ import pandas as pd, torch
 from fastcore.script import call_parse, store_true
 from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
+from fastcore.script import Param
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from .data import minicity, folder, codes_space, uda_dls, write_file
 from .learner import uda_learner, method_cbs
-from .checkpoints import save, load, space_of
+from .checkpoints import save, load, space_of, save_hf, save_official, load_official
 from .metrics import iou, miou, iou_table
 from . import show, infer
 
 # %% auto #0
 __all__ = ['parse_size', 'domains', 'versions', 'new_folder', 'Before', 'write_run', 'sentences', 'plain_log', 'adapt',
-           'pipa_train', 'pipa_predict', 'add_row', 'pipa_study']
+           'pipa_train', 'pipa_predict', 'pipa_convert', 'add_row', 'pipa_study']
 
 # %% ../nbs/31_cli.ipynb #e4da3b7f
 def parse_size(
@@ -97,8 +98,8 @@ def write_run(
     "Write weights, tables and pictures of a fitted learner"
     sp,ms = learn.dls.space,{m.name:m for m in learn.metrics}
     meta = dict(space=sp, size=config['size'], method=config['method'])
-    save(out/'weights.safetensors', learn.model, **meta)
-    if 'teacher_miou' in ms: save(out/'teacher.safetensors', learn.mean_teacher.teacher, **meta)
+    save(out/'weights.safetensors', learn.model, which='student', **meta)
+    if 'teacher_miou' in ms: save(out/'teacher.safetensors', learn.mean_teacher.teacher, which='teacher', **meta)
     cm = ms['miou'].cm.cpu()
     iou_table(cm, sp.codes).to_csv(out/'classes.csv', index=False)
     b = before.batch
@@ -113,7 +114,7 @@ def write_run(
 def sentences():
     "Turn an error about an argument or a file into one line"
     try: yield
-    except (ValueError, FileNotFoundError, KeyError, NotImplementedError) as e:
+    except (ValueError, FileNotFoundError, KeyError, NotImplementedError, ImportError) as e:
         if os.environ.get('PIPA_DEBUG'): raise
         sys.exit(f'pipa: {e.args[0] if len(e.args)==1 else e}')
 
@@ -145,7 +146,7 @@ def adapt(
     src,tgt,val = domains(o.data, o.method, size)
     dls = uda_dls(src, tgt, val, bs=o.bs, size=size, n=o.steps*o.bs, zoom=(1.,o.zoom), rcs_temp=o.rcs or None, num_workers=o.workers)
     before = Before(dls.valid)
-    learn = uda_learner(dls, o.net, o.method, o.arch, lr=o.lr, hidden=128, alpha=o.alpha, thresh=o.thresh, trust=o.trust, start=o.start,
+    learn = uda_learner(dls, o.net, o.method, o.arch, pretrained=o.pretrained, lr=o.lr, hidden=128, alpha=o.alpha, thresh=o.thresh, trust=o.trust, start=o.start,
                         w_pixel=o.w_pixel, w_patch=o.w_patch, crop=parse_size(o.crop), pixel=dict(min_pixels=8, max_views=50), patch=dict(thresh=.6),
                         things=src.space.things,
                         cbs=[before, CSVLogger('metrics.csv')])
@@ -156,6 +157,8 @@ def adapt(
     return out,dict(benchmark=o.data, method=o.method, seed=o.seed, epochs=o.epochs, **write_run(out, learn, before, o))
 
 # %% ../nbs/31_cli.ipynb #1f0e3dad
+_start = Param('Start from ImageNet weights, or from those of a file if one is named', str, nargs='?', const=True)
+
 @call_parse
 def pipa_train(
     method:str='pipa', # source, self_training, pixel, patch, pipa, daformer or oracle (trains on the target's labels)
@@ -166,7 +169,8 @@ def pipa_train(
     bs:int=4, # Source images, and target images, in a batch
     size:str='128x256', # Height x width that the net sees, multiples of 32
     net:str='light', # Net: light, segformer or daformer
-    arch:str='mit_b0', # Encoder: mit_b0 to mit_b5
+    arch:str='mit_b0', # Encoder: mit_b0 to mit_b5, or lite0
+    pretrained:_start=False, # Start from ImageNet weights? Alone, or with a file
     lr:float=2e-3, # Learning rate of the encoder; heads have twice as much
     alpha:float=.97, # Decay of the teacher
     trust:str='pixel', # Trust in pseudo-labels: one for the batch (as published), each image or each pixel
@@ -208,6 +212,32 @@ def pipa_predict(
         where = dict(mode='slide', crop=hw) if slide else dict(size=hw)
         n,bad = infer.predict_folder(net, images, out, space_of(meta), alpha=alpha, **where)
         if bad: raise ValueError(f'{len(bad)} of {n} images could not be read, see above.')
+
+# %% ../nbs/31_cli.ipynb #cv000002
+_endings = dict(safetensors='.safetensors', hf='_hf', official='_official.pth')
+
+@call_parse
+def pipa_convert(
+    file:str, # File of weights, or a folder with one: of pipa, SegFormer, DAFormer, HRDA, MIC, PiPa or Hugging Face
+    to:str='safetensors', # safetensors (for pipa), hf (a folder for transformers) or official (a file for the papers' code)
+    out:str=None, # Where to; default beside FILE, with the ending .safetensors, _hf or _official.pth
+    which:str=None, # student or teacher, of a file or folder that has both; default student
+    classes:str=None, # What the classes are: cityscapes, camvid, or a text file with one name a line; default what FILE says
+    size:str=None, # Height x width at which the net is to be used, such as 512x1024; default what FILE says
+):
+    "Turn weights of other people into a file for pipa, or ours into theirs, and say what went where"
+    with sentences():
+        if to not in _endings: raise ValueError(f"`--to {to}`: choose one of {', '.join(_endings)}.")
+        net,meta = load(file, which=which)
+        dest = Path(out) if out else Path(file).with_name(Path(file).stem+_endings[to])
+        if dest.exists() and dest.samefile(file): raise ValueError(f"`{dest}` is the file that is read: name another one with --out.")
+        sp = codes_space(classes) if classes else space_of(meta)
+        if sp and sp.n!=net.n_out: raise ValueError(f"The net has {net.n_out} classes and `--classes {classes}` names {sp.n}.")
+        print(load_official(file, net, which or 'student'))
+        rest = {k:v for k,v in meta.items() if k not in ('pipa_format', 'codes', 'palette', 'space', 'versions', 'crc')} | (dict(size=size) if size and parse_size(size) else {})
+        if to=='safetensors': save(dest, net, sp, **rest)
+        else: (save_hf if to=='hf' else save_official)(dest, net, sp)
+        print(f'Written: {dest}')
 
 # %% ../nbs/31_cli.ipynb #37693cfc
 def add_row(

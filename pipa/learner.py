@@ -12,6 +12,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.callback.schedule import ParamScheduler
 from .losses import weighted_ce
 from .metrics import MIoU, TeacherMIoU, TermColumn
+from .checkpoints import load_pretrained
 from .models import light, segformer, daformer
 from .hrda import hrda
 from .callbacks import *
@@ -116,12 +117,14 @@ def make_net(
     model, # A name such as 'light', 'segformer', 'daformer' or 'hrda', or any net
     n_out:int, # Number of classes
     arch:str='mit_b0', # Encoder, when `model` is a name
+    pretrained:bool|str=False, # Start from ImageNet weights? `True`, or a file, see `load_pretrained`
     **kwargs # To the net's factory
 )->nn.Module:
     "A net by name, or the net itself"
-    if isinstance(model, nn.Module): return model
+    if isinstance(model, nn.Module): return load_pretrained(model, pretrained) if pretrained else model
     if model not in nets: raise ValueError(f"There is no net `{model}`: choose one of {', '.join(nets)}, or give a net of your own (see `pipa.models.adapt`).")
-    return nets[model](arch, n_out=n_out, **kwargs)
+    net = nets[model](arch, n_out=n_out, **kwargs)
+    return load_pretrained(net, pretrained) if pretrained else net
 
 # %% ../nbs/20_learner.ipynb #37693cfc
 @delegates(method_cbs)
@@ -130,6 +133,7 @@ def uda_learner(
     model='light', # A name from `nets`, or any net (see `pipa.models.adapt`)
     method='pipa', # A name, see `method_cbs`, or a list of callbacks
     arch:str='mit_b0', # Encoder, when `model` is a name
+    pretrained:bool|str=False, # Start from ImageNet weights? `True`, or a file, see `load_pretrained`
     lr:float=6e-5, # Rate of the encoder (DAFormer)
     wd:float=.01, # Weight decay (DAFormer)
     net:dict=None, # More arguments for the net's factory when `model` is a name, such as `dict(crop=(64,128))` for 'hrda'
@@ -140,7 +144,7 @@ def uda_learner(
     **kwargs # To `method_cbs`
 )->Learner:
     "A learner that adapts `model` from the source to the target of `dls`"
-    net = make_net(model, dls.c, arch, **(net or {})).to(dls.device)
+    net = make_net(model, dls.c, arch, pretrained, **(net or {})).to(dls.device)
     parts = method_cbs(method, **kwargs) if isinstance(method, str) else [Pair()] + [cb for cb in L(method) if not isinstance(cb, Pair)]
     if any(isinstance(cb, (PixelContrast, PatchContrast)) for cb in parts): add_heads(net, hidden=hidden)
     has_teacher = any(isinstance(cb, MeanTeacher) for cb in parts)

@@ -12,12 +12,13 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torchvision.models import resnet101
 from fastcore.meta import delegates
-from .mit import mit
+from .mit import mit, mit_sizes
+from .lite import lite
 
 # %% auto #0
 __all__ = ['Feats', 'Detail', 'resize', 'mix_maps', 'ConvBN', 'SepConvBN', 'SepASPP', 'Embed', 'DAFormerHead', 'SegFormerHead',
-           'SegNet', 'daformer', 'segformer', 'light', 'ResNetV1c', 'DeepLabHead', 'deeplabv2', 'ProjHead', 'PatchHead',
-           'get_logits', 'get_layer', 'run_with', 'Adapter', 'adapt']
+           'SegNet', 'encoder', 'daformer', 'segformer', 'light', 'ResNetV1c', 'DeepLabHead', 'deeplabv2', 'ProjHead',
+           'PatchHead', 'get_logits', 'get_layer', 'run_with', 'Adapter', 'adapt']
 
 # %% ../nbs/05_models.ipynb #e4da3b7f
 class Feats(tuple):
@@ -185,33 +186,44 @@ class SegNet(nn.Module):
         logits = self.decode_head.classify(fused)
         return (logits, Feats(maps, fused)) if self.training else resize(logits, x.shape[-2:])
 
+# %% ../nbs/05_models.ipynb #lite1001
+@delegates(mit, but='arch')
+def encoder(
+    arch:str='mit_b0', # `'mit_b0'` … `'mit_b5'` or `'lite0'`; another name raises a `ValueError`
+    **kwargs
+)->nn.Module: # Encoder with random weights and its `widths`
+    "Encoder named `arch`"
+    names = {**dict.fromkeys(mit_sizes, mit), 'lite0':lite}
+    if arch not in names: raise ValueError(f"No encoder is named {arch!r}: choose one of {', '.join(names)}.")
+    return names[arch](arch, **kwargs)
+
 # %% ../nbs/05_models.ipynb #c16a5320
 def _net(make, head, arch, n_out, dim, **kwargs):
     named = isinstance(arch, str)
-    encoder = mit(arch, **kwargs) if named else arch
+    body = encoder(arch, **kwargs) if named else arch
     spec = dict(make=make, arch=arch, n_out=n_out, dim=dim, **kwargs) if named else None
-    return SegNet(encoder, head(encoder.widths, n_out, dim), spec)
+    return SegNet(body, head(body.widths, n_out, dim), spec)
 
 @delegates(mit, but='arch')
-def daformer(arch:str='mit_b5', # Name of a `mit`, or an encoder with `widths`
+def daformer(arch:str='mit_b5', # Name of an `encoder`, or one of your own with `widths`
              n_out:int=19,      # Number of classes
              dim:int=256,       # Channels of the decoder (DAFormer: 256)
              **kwargs
 )->SegNet: # Net with random weights
-    "MiT encoder and DAFormer head"
+    "Encoder and DAFormer head"
     return _net('daformer', DAFormerHead, arch, n_out, dim, **kwargs)
 
 @delegates(mit, but='arch')
-def segformer(arch:str='mit_b0', # Name of a `mit`, or an encoder with `widths`
+def segformer(arch:str='mit_b0', # Name of an `encoder`, or one of your own with `widths`
               n_out:int=19,      # Number of classes
               dim:int=256,       # Channels of the decoder (SegFormer-B0, B1: 256; B2-B5: 768)
               **kwargs
 )->SegNet: # Net with random weights
-    "MiT encoder and SegFormer head"
+    "Encoder and SegFormer head"
     return _net('segformer', SegFormerHead, arch, n_out, dim, **kwargs)
 
 @delegates(mit, but='arch')
-def light(arch:str='mit_b0', # Name of a `mit`, or an encoder with `widths`
+def light(arch:str='mit_b0', # Name of an `encoder`, or one of your own with `widths`
           n_out:int=11,      # Number of classes (CamVid and the built-in city: 11)
           **kwargs
 )->SegNet: # Net with random weights
