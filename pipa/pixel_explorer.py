@@ -11,6 +11,7 @@ from .explore import *
 from .labels import label_space
 from .show import Fig
 from .surface import Page, Surface, rgba, heat_bytes, lut, f32, palette, css, colored
+from .surface import img_tag, on_dark, control_row, pick, slide, tick, width
 
 # %% auto #0
 __all__ = ['PixelEmbeddingExplorer', 'counts_figure']
@@ -62,13 +63,6 @@ class _State(T.HasTraits):
     blind = T.Bool(False)       # Colours for colour-blind eyes?
 
 # %% ../nbs/26_pixel_explorer.ipynb #6512bd43
-def _box(ws): return W.HBox([w for w in ws if w is not None], layout=W.Layout(flex_flow='row wrap', align_items='center'))
-def _width(px): return W.Layout(width=f'{px}px')
-def _pick(label, options, px=190): return W.Dropdown(description=label, options=options, layout=_width(px), style=dict(description_width='initial'))
-def _slide(label, lo, hi, px=220): return W.FloatSlider(description=label, min=lo, max=hi, step=.01, readout_format='.2f', layout=_width(px),
-                                                        style=dict(description_width='initial'))
-def _tick(label, tip): return W.ToggleButton(description=label, tooltip=tip, layout=W.Layout(width='auto'))
-
 class PixelEmbeddingExplorer(Page, _State):
     "Similarities, projections and measures of pixel embeddings, linked by the mouse"
     title = 'Pixel embeddings'
@@ -101,22 +95,22 @@ class PixelEmbeddingExplorer(Page, _State):
 @patch
 def _controls(self:PixelEmbeddingExplorer):
     L,slow = self.looks,dict(continuous_update=False)
-    step = W.SelectionSlider(options=[(k, i) for i,k in enumerate(L.names)], layout=_width(260), description='checkpoint')
-    play = W.Play(min=0, max=len(L.names)-1, interval=1200, layout=_width(130))
+    step = W.SelectionSlider(options=[(k, i) for i,k in enumerate(L.names)], layout=width(260), description='checkpoint')
+    play = W.Play(min=0, max=len(L.names)-1, interval=1200, layout=width(130))
     many = len(L.names)>1
     rows = dict(
-        checkpoint=step, who=_pick('', L.who, 95), layer=_pick('', L.layers, 130),
-        method=_pick('', [('PCA', 'pca'), ('t-SNE', 'tsne'), ('UMAP', 'umap')], 85), color_by=_pick('colour', _colors, 155),
-        n=W.IntSlider(description='n', min=5, max=200, layout=_width(170), style=dict(description_width='initial'), **slow),
-        seed=W.BoundedIntText(min=0, max=9999, description='seed', layout=_width(100), style=dict(description_width='initial')),
-        pure=_tick('pure', 'Only cells whose pixels have one label'), over=_pick('show', _overs, 145), over_alpha=_slide('', 0, 1, 130),
-        heat_alpha=_slide('heat', 0, 1, 180), threshold=_slide('from', -1, 1, 190), hover=_tick('hover', 'Ask while the mouse moves'),
-        trails=_tick('trails', 'Ways of the class means over the checkpoints'), blind=_tick('colour-blind', 'Colours for all eyes'))
+        checkpoint=step, who=pick('', L.who, 95), layer=pick('', L.layers, 130),
+        method=pick('', [('PCA', 'pca'), ('t-SNE', 'tsne'), ('UMAP', 'umap')], 85), color_by=pick('colour', _colors, 155),
+        n=W.IntSlider(description='n', min=5, max=200, layout=width(170), style=dict(description_width='initial'), **slow),
+        seed=W.BoundedIntText(min=0, max=9999, description='seed', layout=width(100), style=dict(description_width='initial')),
+        pure=tick('pure', 'Only cells whose pixels have one label'), over=pick('show', _overs, 145), over_alpha=slide('', 0, 1, 130),
+        heat_alpha=slide('heat', 0, 1, 180), threshold=slide('from', -1, 1, 190), hover=tick('hover', 'Ask while the mouse moves'),
+        trails=tick('trails', 'Ways of the class means over the checkpoints'), blind=tick('colour-blind', 'Colours for all eyes'))
     self.bind(**rows)
     if many: T.link((self, 'checkpoint'), (play, 'value')); play.add_class('pipa-play')
     r = lambda *ks: [rows[k] for k in ks]
     top = r('layer')*(len(L.layers)>1) + r('who')*(len(L.who)>1) + ([step, play] + r('trails') if many else [])
-    return [_box(o) for o in (top, r('over', 'over_alpha', 'heat_alpha', 'threshold', 'hover', 'blind'),
+    return [control_row(o) for o in (top, r('over', 'over_alpha', 'heat_alpha', 'threshold', 'hover', 'blind'),
                               r('method', 'color_by', 'n', 'pure', 'seed')) if o]
 
 # %% ../nbs/26_pixel_explorer.ipynb #aab32389
@@ -236,6 +230,7 @@ def similarities(self:PixelEmbeddingExplorer, queries=None):
 def _show_heat(self:PixelEmbeddingExplorer, queries=None):
     qs,s = (self.queries if queries is None else queries),self.surface
     sim,(n,h,w) = self.similarities(qs),self.views.emb.shape[:3]
+    if queries is None: self.sim = sim
     H,W_ = self.views.images.shape[1:3]
     with s.hold_sync():
         s.heat = b'' if sim is None else heat_bytes(sim)
@@ -288,7 +283,7 @@ def read_out(self:PixelEmbeddingExplorer, image, x, y, sim=None):
     "What is known about a pixel, as a line"
     v,(i,r,c) = self.views,self._cell(dict(panel=image, x=x, y=y))
     at = i,int(y),int(x)
-    sim = self.similarities() if sim is None else sim
+    sim = self.sim if sim is None else sim
     parts = [f'is {self._name(v.y[at])}'] if v.y[at]!=255 else []
     parts += [f'predicted {self._name(v.pred[at])} ({v.conf[at]:.2f})'] if v.pred[at]!=255 else []
     return ' · '.join([f'({int(x)}, {int(y)})', *parts, *([v.domain[i]] if v.domain[i] else []), *([] if sim is None else [f'similarity {sim[i,r,c]:.2f}'])])
@@ -330,21 +325,9 @@ def _watch(self:PixelEmbeddingExplorer):
 # %% ../nbs/26_pixel_explorer.ipynb #8e296a06
 _tab_names = ['measures', 'cosines', 'selection', 'neighbours']
 
-def _on_dark(fig):
-    "The same figure for a dark page"
-    for ax in fig.axes:
-        ax.set_facecolor('none'); ax.tick_params(colors='#cfd6de', which='both')
-        for o in (ax.title, ax.xaxis.label, ax.yaxis.label): o.set_color('#e4e8ee')
-        for o in ax.spines.values(): o.set_color('#7b8794')
-        for l in ax.lines: l.set_color('#f5f7fa') if l.get_color()=='k' else None
-    for l in [*fig.legends, *[ax.get_legend() for ax in fig.axes if ax.get_legend()]]:
-        for o in l.get_texts(): o.set_color('#e4e8ee')
-    fig.patch.set_alpha(0)
-    return fig
-
 @patch
 def _tabs(self:PixelEmbeddingExplorer):
-    self.panes = [W.VBox() for _ in _tab_names]
+    self.panes = [W.HBox(layout=W.Layout(flex_flow='row wrap', align_items='flex-start')) for _ in _tab_names]
     self.tabs = W.Tab(self.panes, titles=_tab_names)
     self.tabs.observe(lambda _: self._show_tab(), 'selected_index')
     return self.tabs
@@ -355,14 +338,10 @@ def _show_tab(self:PixelEmbeddingExplorer):
     if i is None or not len(self.table): return
     def widget(o):
         if not isinstance(o, Fig): return W.HTML(o)
-        return W.HTML(f'<img alt="{_tab_names[i]}" style="max-width:100%" src="{_data(_on_dark(o) if self.dark else o)}">')
+        return W.HTML(img_tag(on_dark(o) if self.dark else o, _tab_names[i]))
     self.panes[i].children = [widget(o) for o in self._tab(_tab_names[i])]
 
 # %% ../nbs/26_pixel_explorer.ipynb #4e732ced
-def _data(fig):
-    from base64 import b64encode
-    return 'data:image/png;base64,' + b64encode(fig._repr_png_()).decode()
-
 @patch
 def measures(self:PixelEmbeddingExplorer):
     "`class_table` of each checkpoint, by name"
@@ -375,14 +354,13 @@ def measures(self:PixelEmbeddingExplorer):
 def _tab(self:PixelEmbeddingExplorer, name):
     t,names,m = self.table,self.looks.names,self.measures()
     if name=='measures':
-        html = m[names[self.checkpoint]].style.format(precision=2, na_rep='–').hide(axis='index').background_gradient('Blues', subset=['compactness'], vmin=0, vmax=1)
-        return [m[names[self.checkpoint]].to_html(index=False, float_format='%.2f', na_rep='–', border=0)] + ([class_lines(m, self.space)] if len(names)>1 else [])
+        return [m[names[self.checkpoint]].to_html(index=False, float_format='%.2f', na_rep='–', border=0, classes='pipa-table')] + ([class_lines(m, self.space)] if len(names)>1 else [])
     if name=='cosines': return [cosine_matrix(class_cosines(self._vectors()[self.checkpoint], t.cls.values, self.space.n), self.space.codes)]
     if name=='selection': return [counts_figure(self.selection, self.space), _short(self.selection)]
     if not self.queries: return ['Click a pixel to see which sampled pixels are nearest to it.']
     return [_short(neighbours(self._vectors()[self.checkpoint], t, query(self.views.emb, self.queries), 12))]
 
-def _short(t): return t.head(12).to_html(float_format='%.2f', border=0)
+def _short(t): return t.head(12).to_html(float_format='%.2f', border=0, classes='pipa-table')
 
 # %% ../nbs/26_pixel_explorer.ipynb #02e74f10
 def counts_figure(
@@ -399,12 +377,13 @@ def counts_figure(
     return fig
 
 @patch
-def figures(self:PixelEmbeddingExplorer): return {k: ''.join(o if isinstance(o, str) else f'<img alt="" src="{_data(o)}">' for o in self._tab(k)) for k in _tab_names[:2]}
+def figures(self:PixelEmbeddingExplorer):
+    return {k: ''.join(o if isinstance(o, str) else img_tag(o, k) for o in self._tab(k)) for k in _tab_names[:2]}
 
 @patch
 def picture(self:PixelEmbeddingExplorer):
     "Images with their similarities beside the plot, as a figure"
-    v,t,sim,n = self.views,self.table,self.similarities(),len(self.views.images)
+    v,t,sim,n = self.views,self.table,self.sim,len(self.views.images)
     cols = 1 if n<2 else 2; rows = -(-n//cols)
     ratio = v.images.shape[1]/v.images.shape[2]
     fig = Fig(figsize=(9.5, max(2.8, 2.7*ratio*rows+.4)))

@@ -84,7 +84,8 @@ function render({ model, el }) {
     S.W = cols * cw + GAP * (cols - 1); S.H = Math.max(y - GAP, 1);
     images.dataset.rects = JSON.stringify(S.rects.map(r => [r.x, r.y, r.w, r.h].map(v => Math.round(v * 10) / 10)));
     plot.style.display = S.xy.length ? '' : 'none';
-    S.PW = Math.floor(side ? total - S.W - 2 * GAP : Math.min(total, 720));
+    S.PW = Math.floor(side ? total - S.W - 2 * GAP - 4 : Math.min(total, 720));
+    plot.style.width = S.PW + 2 + 'px';
     S.PH = Math.floor(side ? clamp(S.H, 260, 620) : Math.min(S.PW * .75, 460));
   }
 
@@ -186,6 +187,8 @@ function render({ model, el }) {
       ctx.lineWidth = 1.2; ctx.strokeStyle = '#fff'; ctx.stroke();
     }
     for (const m of g('marks')) if (S.rects[m.panel]) mark(ctx, ...px(m.panel, m.x, m.y), 6, m.sign ?? 1);
+    const meet = overlapOf();
+    if (meet) { const [x, y] = px(meet.panel, meet.x, meet.y), [X, Y] = px(meet.panel, meet.x + meet.w, meet.y + meet.h); ctx.fillStyle = '#ffffff38'; ctx.fillRect(x, y, X - x, Y - y); }
     S.boxes.forEach((b, i) => {
       if (!S.rects[b.panel]) return;
       const [x, y] = px(b.panel, b.x, b.y), [X, Y] = px(b.panel, b.x + b.w, b.y + b.h);
@@ -226,8 +229,12 @@ function render({ model, el }) {
       ctx.lineWidth = 2; ctx.strokeStyle = t.color; ctx.lineJoin = 'round'; ctx.stroke();
     }
     ctx.font = '600 11px ' + color('--pipa-font'); ctx.textAlign = 'center'; ctx.textBaseline = 'middle';
-    for (const t of g('texts')) {
-      const [x, y] = toScreen(t.x, t.y);
+    const placed = [];
+    for (const t of g('texts')) {  // names that would lie on each other move down
+      let [x, y] = toScreen(t.x, t.y);
+      const w = ctx.measureText(t.text).width / 2 + 3, hit = () => placed.some(o => Math.abs(o.x - x) < o.w + w && Math.abs(o.y - y) < 13);
+      for (let k = 0; k < 12 && hit(); k++) y += 7;
+      placed.push({ x, y, w });
       ctx.lineWidth = 3; ctx.lineJoin = 'round'; ctx.strokeStyle = color('--pipa-field'); ctx.strokeText(t.text, x, y);
       ctx.fillStyle = color('--pipa-fg'); ctx.fillText(t.text, x, y);
     }
@@ -286,7 +293,13 @@ function render({ model, el }) {
     }
     return null;
   }
-  const tell = h => { here.textContent = h ? `${g('panels')[h.panel].title || ''}  x ${Math.floor(h.x)}, y ${Math.floor(h.y)}` : ''; };
+  function overlapOf() {  // of two boxes on one image
+    const [a, b] = S.boxes;
+    if (S.boxes.length !== 2 || a.panel !== b.panel) return null;
+    const x = Math.max(a.x, b.x), y = Math.max(a.y, b.y), w = Math.min(a.x + a.w, b.x + b.w) - x, h = Math.min(a.y + a.h, b.y + b.h) - y;
+    return w > 0 && h > 0 ? { panel: a.panel, x, y, w, h, iou: w * h / (a.w * a.h + b.w * b.h - w * h) } : null;
+  }
+  const tell = h => { const m = overlapOf(); here.textContent = S.boxes.length === 2 ? `IoU ${m ? m.iou.toFixed(2) : '0'}` : h ? `${g('panels')[h.panel].title || ''}  x ${Math.floor(h.x)}, y ${Math.floor(h.y)}` : ''; };
   const flags = e => ({ add: e.ctrlKey || e.metaKey || e.altKey, neg: e.shiftKey });
   const boxes = final => send({ type: 'box', boxes: S.boxes, active: S.active, final }, !final);
 

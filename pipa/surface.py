@@ -15,7 +15,8 @@ from .labels import distinct_colors
 from .show import Fig
 
 # %% auto #0
-__all__ = ['Surface', 'rgba', 'heat_bytes', 'lut', 'f32', 'palette', 'css', 'colored', 'Page']
+__all__ = ['Surface', 'rgba', 'heat_bytes', 'lut', 'f32', 'palette', 'css', 'colored', 'width', 'control_row', 'pick', 'slide',
+           'tick', 'on_dark', 'Page', 'img_tag']
 
 # %% ../nbs/25_surface.ipynb #e4da3b7f
 def _trait(t): return t.tag(sync=True)
@@ -119,6 +120,57 @@ def colored(
     return table[np.where((y>=0)&(y<len(colors)), y, len(colors))]
 
 # %% ../nbs/25_surface.ipynb #6f4922f4
+def width(px): # Screen pixels
+    "A layout of that width"
+    return W.Layout(width=f'{px}px')
+
+def control_row(ws, # Widgets
+                align='center' # How they stand to each other
+)->W.HBox:
+    "Widgets in a row that wraps"
+    return W.HBox(list(ws), layout=W.Layout(flex_flow='row wrap', align_items=align))
+
+def pick(label, # Before the list
+         options, # As in `Dropdown`
+         px=190 # Width
+)->W.Dropdown:
+    "One of a few"
+    return W.Dropdown(description=label, options=options, layout=width(px), style=dict(description_width='initial'))
+
+# %% ../nbs/25_surface.ipynb #1f0e3dad
+def slide(label, # Before the slider
+          lo, # Left end
+          hi, # Right end
+          px=220, # Width
+          step=.01 # Between values
+)->W.FloatSlider:
+    "A number between two others"
+    return W.FloatSlider(description=label, min=lo, max=hi, step=step, readout_format='.2f', layout=width(px), style=dict(description_width='initial'))
+
+def tick(label, # On the button
+         tip # For those who wait over it
+)->W.ToggleButton:
+    "On or off"
+    return W.ToggleButton(description=label, tooltip=tip, layout=W.Layout(width='auto'))
+
+# %% ../nbs/25_surface.ipynb #b6d767d2
+def on_dark(
+    fig:Fig # Changed in place
+)->Fig:
+    "The same figure for a dark page"
+    for ax in fig.axes:
+        ax.set_facecolor('none'); ax.tick_params(colors='#cfd6de', which='both')
+        for o in (ax.title, ax.xaxis.label, ax.yaxis.label): o.set_color('#e4e8ee')
+        for o in ax.spines.values(): o.set_edgecolor('#7b8794')
+        for l in ax.lines:
+            if l.get_label()=='mean': l.set_color('#f5f7fa')
+    for l in [*fig.legends, *[ax.get_legend() for ax in fig.axes if ax.get_legend()]]:
+        l.get_frame().set_alpha(0)
+        for o in l.get_texts(): o.set_color('#e4e8ee')
+    fig.patch.set_alpha(0)
+    return fig
+
+# %% ../nbs/25_surface.ipynb #8e296a06
 class Page(W.VBox):
     "Controls around a surface, with a picture of itself for where it can't live"
     title = ''
@@ -141,7 +193,7 @@ class Page(W.VBox):
         bundle = super()._repr_mimebundle_(**kwargs)
         return bundle and {**bundle, 'image/png': base64.b64encode(self.to_png(dpi=75)).decode()}
 
-# %% ../nbs/25_surface.ipynb #1f0e3dad
+# %% ../nbs/25_surface.ipynb #4e732ced
 _model = """const model = s => { const on = {}; return { get: k => s[k], on: (k, f) => (on[k] ??= []).push(f), off() {}, save_changes() {},
   set(k, v) { s[k] = v; (on['change:' + k] || []).forEach(f => f()); }, send(m) { this.set('done', m.n); } }; };
 const bytes = v => v && v.b64 !== undefined ? Uint8Array.from(atob(v.b64), c => c.charCodeAt(0)) : v;
@@ -153,13 +205,18 @@ def _state(s):
     d = {k: dict(b64=base64.b64encode(v).decode()) if isinstance(v, (bytes,memoryview)) else v for k,v in d.items()}
     return json.dumps(d | dict(hover=False, busy=False)).replace('<', '\\u003c')
 
-def _img(fig): return f'<img alt="" src="data:image/png;base64,{base64.b64encode(fig._repr_png_()).decode()}">'
+def img_tag(
+    fig:Fig, # A figure
+    alt:str='' # What it shows, in words
+)->str: # HTML
+    "A figure as an image that needs no file"
+    return f'<img alt="{html.escape(alt)}" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(fig._repr_png_()).decode()}">'
 
 @patch
 def to_html(self:Page, file=None):
     "A page of its own that needs neither Python nor the network, also written to `file`"
     parts = [f'<div><script type="application/json" class="state">{_state(s)}</script></div>' for s in self.surfaces()]
-    parts += [f'<h2>{html.escape(k)}</h2>{_img(f) if isinstance(f, Fig) else f}' for k,f in self.figures().items()]
+    parts += [f'<h2>{html.escape(k)}</h2>{img_tag(f, k) if isinstance(f, Fig) else f}' for k,f in self.figures().items()]
     page = f"""<!doctype html><meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{Surface._css}
 body {{ max-width: 1100px; margin: 24px auto; font: 14px/1.5 system-ui, sans-serif; color-scheme: light dark; }} img {{ max-width: 100%; }}
 .pipa-chip {{ pointer-events: none; }} h1, h2 {{ font-size: 1.1em; }} img, table {{ background: #fff; color: #000; }}</style>
