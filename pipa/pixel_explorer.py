@@ -313,12 +313,12 @@ def _watch(self:PixelEmbeddingExplorer):
     on(['method'], wait, proj, ready)
     on(['n', 'pure', 'seed'], fresh, wait, proj, points, tab, ready)
     on(['color_by'], points)
-    on(['shown'], points, proj, tab)
-    on(['lit'], points, self._say_lit, tab)
+    on(['shown'], points, proj)
+    on(['lit'], points, self._say_lit, lambda: tab('selection'))
     on(['over'], images)
     on(['blind'], images, points, proj, tab)
     on(['trails'], proj)
-    on(['queries'], heat)
+    on(['queries'], heat, lambda: tab('neighbours'))
     self.observe(lambda c: setattr(s, 'heat_range', [c['new'], max(s.heat_range[1], c['new']+.02)]), 'threshold')
     for f in (images, proj, points, heat, tab): f()
 
@@ -333,9 +333,9 @@ def _tabs(self:PixelEmbeddingExplorer):
     return self.tabs
 
 @patch
-def _show_tab(self:PixelEmbeddingExplorer):
+def _show_tab(self:PixelEmbeddingExplorer, only=None):
     i = self.tabs.selected_index
-    if i is None or not len(self.table): return
+    if i is None or not len(self.table) or only not in (None, _tab_names[i]): return
     def widget(o):
         if not isinstance(o, Fig): return W.HTML(o)
         return W.HTML(img_tag(on_dark(o) if self.dark else o, _tab_names[i]))
