@@ -247,7 +247,7 @@ def _reactions(self:PatchConsistency):
 @patch
 def _watch(self:PatchConsistency):
     def on(names, *fs): self.observe(lambda _: [f() for f in fs], names)
-    on(['seed', 'min_iou'], self.draw)
+    self.observe(lambda c: self.draw() if abs(c['new']-c['old'])>1e-6 else None, ['seed', 'min_iou'])
     self.observe(self._moved, ['image', 'at_1', 'at_2', 'size'])
     on(['checkpoint', 'who', 'conf', 'augment', 'blind'], self._show_maps, self._show_tab)
     self.gallery.observe(lambda c: c['new'] is not None and self.go(c['new']), 'value')
