@@ -276,6 +276,16 @@ class FeatureDistance(LossTerm):
         super().before_fit()
         if self.frozen is None: self.frozen = deepcopy(getattr(self.model, 'backbone', self.model)).eval().requires_grad_(False)
     def predict(self):
+        self.seen,self.f = (self.x,self.y),self.feats.maps[-1].detach()
         x = getattr(self.model, 'context', noop)(self.x)
         with torch.no_grad(): self.f0 = getattr(self.frozen, 'maps', self.frozen)(x)[-1]
     def score(self): return feat_dist(self.feats.maps[-1].float(), self.f0.float(), self.y, self.classes, self.min_ratio),self.y.numel()
+
+# %% ../nbs/10_callbacks.ipynb #a684ecee
+@patch
+def show(self:FeatureDistance, n:int=2):
+    "The last source images, their labels, and how far each cell of a thing has moved: bright is far"
+    x,y = (o[:n] for o in self.seen)
+    d = (self.f[:n].float()-self.f0[:n].float()).norm(dim=1)
+    d = F.interpolate(d[:,None], y.shape[-2:], mode='nearest')[:,0]*torch.isin(y, torch.as_tensor(self.classes, device=y.device))
+    return _show([*zip(x, y, d/d.max().clamp(min=1e-8))], ('source', 'label', 'moved'))
