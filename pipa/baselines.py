@@ -72,29 +72,29 @@ class AdvSeg(LossTerm):
         start:int=0, # Steps before both nets begin
         lr:float=1e-4, # Rate of the discriminator (AdaptSegNet, AdvEnt)
         width:int=64 # Channels of its first layer, see `discriminator`
-    ): super().__init__(w, start); self.lr,self.width,self.net,self.opt,self.loss_d = lr,width,None,None,float('nan')
+    ): super().__init__(w, start); self.lr,self.width,self.net_d,self.opt_d,self.loss_d = lr,width,None,None,float('nan')
 
     def view(self, z): return z.softmax(1)
     def make(self, n_in, device=None):
-        self.net = discriminator(n_in, self.width).to(device)
-        self.opt = torch.optim.Adam(self.net.parameters(), self.lr, (.9,.99))
+        self.net_d = discriminator(n_in, self.width).to(device)
+        self.opt_d = torch.optim.Adam(self.net_d.parameters(), self.lr, (.9,.99))
 
     def predict(self): self.seen,self.z_t = (self.x,self.x_t),self.model(self.x_t)[0]
     def score(self):
         i_s,i_t = [self.view(resize(z.float(), self.x.shape[-2:])) for z in (self.pred, self.z_t)]
-        if self.net is None: self.make(i_t.shape[1], i_t.device)
+        if self.net_d is None: self.make(i_t.shape[1], i_t.device)
         self.maps = i_s.detach(),i_t.detach()
-        frozen = {k:p.detach() for k,p in self.net.named_parameters()}
-        return _bce(functional_call(self.net, frozen, i_t), 1.),i_t[:,0].numel()
+        frozen = {k:p.detach() for k,p in self.net_d.named_parameters()}
+        return _bce(functional_call(self.net_d, frozen, i_t), 1.),i_t[:,0].numel()
 
 # %% ../nbs/11_baselines.ipynb #c35d5f0e
 @patch
 def train_net(self:AdvSeg):
     "One step of the discriminator, on the maps of the last batch"
-    for g in self.opt.param_groups: g['lr'] = self.lr*(1-self.pct_train)**.9
-    self.opt.zero_grad()
-    with torch.enable_grad(): l = (_bce(self.net(self.maps[0]), 1.) + _bce(self.net(self.maps[1]), 0.))/2
-    l.backward(); self.opt.step()
+    for g in self.opt_d.param_groups: g['lr'] = self.lr*(1-self.pct_train)**.9
+    self.opt_d.zero_grad()
+    with torch.enable_grad(): l = (_bce(self.net_d(self.maps[0]), 1.) + _bce(self.net_d(self.maps[1]), 0.))/2
+    l.backward(); self.opt_d.step()
     self.loss_d = l.detach()
 
 @patch
@@ -105,7 +105,7 @@ def after_step(self:AdvSeg):
 @patch
 def before_fit(self:AdvSeg):
     LossTerm.before_fit(self)
-    if self.undo: self.net,self.opt = deepcopy((self.net, self.opt))
+    if self.undo: self.net_d,self.opt_d = deepcopy((self.net_d, self.opt_d))
 
 # %% ../nbs/11_baselines.ipynb #153f7a54
 class AdvEnt(AdvSeg):
@@ -116,7 +116,7 @@ class AdvEnt(AdvSeg):
 @patch
 def state_dict(self:AdvSeg):
     "Discriminator, its optimizer, and the number of steps, as plain data"
-    return dict(steps=self.steps, net=None if self.net is None else self.net.state_dict(), opt=None if self.net is None else self.opt.state_dict())
+    return dict(steps=self.steps, net=None if self.net_d is None else self.net_d.state_dict(), opt=None if self.net_d is None else self.opt_d.state_dict())
 
 @patch
 def load_state_dict(self:AdvSeg, state, device=None):
@@ -125,13 +125,13 @@ def load_state_dict(self:AdvSeg, state, device=None):
     if state['net'] is None: return
     self.width = len(state['net']['0.weight'])
     self.make(state['net']['0.weight'].shape[1], device)
-    self.net.load_state_dict(state['net']); self.opt.load_state_dict(state['opt'])
+    self.net_d.load_state_dict(state['net']); self.opt_d.load_state_dict(state['opt'])
 
 # %% ../nbs/11_baselines.ipynb #31b76200
 @patch
 def show(self:AdvSeg, n:int=2):
     "What the discriminator saw last, summed over the classes, and its verdict (bright: source)"
-    with torch.no_grad(): v = [resize(self.net(m).sigmoid(), m.shape[-2:])[:,0] for m in self.maps]
+    with torch.no_grad(): v = [resize(self.net_d(m).sigmoid(), m.shape[-2:])[:,0] for m in self.maps]
     m = [o.amax(1) if type(self) is AdvSeg else o.sum(1) for o in self.maps]
     cols = [o[:n] for pair in zip(self.seen, m, v) for o in pair]
     return _show([*zip(*cols)], ('source', 'its map', 'verdict', 'target', 'its map', 'verdict'))
