@@ -228,8 +228,8 @@ def pipa_train(
     terms:str='none', # PiPa's terms on top of it: none, pixel, patch or both
     data:str='minicity', # minicity, or a folder with codes.txt, source/images, source/masks, target/images, valid/images, valid/masks
     seed:int=0, # Seed of everything random
-    epochs:int=8, # Validations; training is cut into so many epochs
-    steps:int=100, # Steps in an epoch
+    epochs:int=5, # Validations; training is cut into so many epochs
+    steps:int=260, # Steps in an epoch
     bs:int=4, # Source images, and target images, in a batch
     size:str='128x256', # Height x width that the net sees, multiples of 32
     net:str='light', # Net: light, segformer or daformer
@@ -238,7 +238,7 @@ def pipa_train(
     alpha:float=.97, # Decay of the teacher
     trust:str='pixel', # Trust in pseudo-labels: one for the batch (as published), each image or each pixel
     thresh:float=.8, # Probability from which a pseudo-label counts for trust
-    start:int=300, # Steps on the source alone, before pseudo-labels are used
+    start:int=500, # Steps on the source alone, before pseudo-labels are used
     w_pixel:float=.1, # Weight of pixel contrast
     w_patch:float=.1, # Weight of patch contrast
     w_host:float=None, # Weight of the host's own term (minent, advseg, advent, fda, mic); default its paper's
