@@ -94,7 +94,8 @@ def test_version():
 
 # --- arrows go down ---------------------------------------------------------------------------------------------------------------------
 # What a module may import from pipa; modules that aren't named may import whatever has a lower number.
-layers = dict(labels='', losses='', mix='', metrics='', mit='', models='mit', hrda='models', minicity='labels', data='labels minicity',
+layers = dict(labels='', losses='', mix='', metrics='', mit='', models='mit', hrda='models', minicity='labels', domains='labels',
+              rare='labels domains', layouts='labels domains minicity', data='labels domains rare layouts',
               checkpoints='models hrda labels', callbacks='mix losses models', baselines='callbacks mix losses models')
 leaves = 'labels losses mix mit models hrda minicity'.split()
 number = {re.sub(r'^\d+_', '', p.stem):p.stem[:2] for p in nbs}
