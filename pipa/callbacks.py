@@ -34,7 +34,9 @@ class Pair(Callback):
     order,name = MixedPrecision.order+1,'pair'
     def before_train(self): self.total,self.n = 0.,0
     def before_batch(self):
-        if self.training and len(self.yb)==2: self.learn.yb,self.learn.x_t = self.yb[:1],self.yb[1]
+        if self.training and len(self.yb)>1:
+            self.learn.yb,self.learn.x_t,*v = self.yb[:1],*self.yb[1:]
+            self.learn.v_t = v[0] if v else None
     def after_pred(self):
         if isinstance(self.pred, (tuple,list)): self.learn.pred,self.learn.feats = self.pred
     def after_loss(self):
@@ -121,6 +123,7 @@ class MeanTeacher(Callback):
         if not self.training: return
         z = self.z = self.logits(self.x_t).float()
         self.learn.y_t,w = pseudo_label(z, self.thresh, self.trust)
+        if getattr(self, 'v_t', None) is not None: w = w*self.v_t
         self.learn.w_t = margins(w, *self.margin) if any(self.margin) else w
 
     def sure(self, thresh): return self.y_t.masked_fill(self.z.softmax(1).amax(1)<thresh, 255)

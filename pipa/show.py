@@ -115,7 +115,7 @@ def show_pair(
     alpha:float=.6 # Strength of the colours
 )->Fig:
     "Source image, its labels, and the target image beside it"
-    x_s,y_s,x_t = [o[:max_n] for o in batch]
+    x_s,y_s,x_t = [o[:max_n] for o in batch[:3]]
     rows = [[a, paint(a, y, space, alpha), t] for a,y,t in zip(x_s, y_s, x_t)]
     return add_legend(grid(rows, ['source', 'its labels', 'target']), list(y_s), space)
 
