@@ -106,11 +106,11 @@ class HRDANet(SegNet):
     def __init__(self,
                  backbone:nn.Module,   # Encoder: B×3×H×W to a list of maps, with their `widths`
                  decode_head:nn.Module,# An `HRDAHead`
-                 crop:tuple|int=(512,512), # Height and width of the detail box in pixels of the image, multiples of 8 (HRDA: 512)
+                 crop:tuple|int=(512,512), # Height and width of the detail box, multiples of 8 pixels (HRDA: 512)
                  overlap:bool=True,    # Do windows overlap by half at evaluation? (HRDA: yes)
                  last:bool=False,      # See `detail_box`
                  w_detail:float=.1,    # Share of the detail's own loss (HRDA: 0.1)
-                 bs:int=9,             # Windows that go through the net together at evaluation (HRDA: all, 9 for 1024×1024)
+                 bs:int=9,             # Windows that are run together at evaluation (HRDA: all, 9 for 1024×1024)
                  stride:int=4,         # Of the head's logits, which is that of the finest map (MiT: 4)
                  spec:dict=None        # How to build this net again, see `SegNet`
     ):
@@ -118,7 +118,8 @@ class HRDANet(SegNet):
         self.crop,self.step = (crop,crop) if isinstance(crop, int) else tuple(crop),2*stride
         self.overlap,self.last,self.w_detail,self.bs,self.stride = overlap,last,w_detail,bs,stride
         if min(self.crop)<4*self.step or any(n%self.step for n in self.crop): raise ValueError(
-            f"The detail box of HRDA has sides that are multiples of {self.step} and at least {4*self.step}, not {self.crop}: change `crop`.")
+            f"The detail box of HRDA has sides that are multiples of {self.step} and at least {4*self.step}, not {self.crop}: "
+            "change `crop`.")
 
     def context(self, x): return resize(x, [n//2 for n in x.shape[-2:]])
 
@@ -133,7 +134,8 @@ def at_box(self:HRDANet,
     "Context everywhere, detail in one box"
     size,s,s2 = x.shape[-2:],self.stride,self.step
     if any(n%s2 or n<8*s2 for n in size): raise ValueError(
-        f"HRDA trains on images with sides that are multiples of {s2} and at least {8*s2}, not {size[0]}×{size[1]}: change their `size` or `crop`.")
+        f"HRDA trains on images with sides that are multiples of {s2} and at least {8*s2}, not {size[0]}×{size[1]}: "
+        "change their `size` or `crop`.")
     box = detail_box(size, self.crop, s2, self.last) if box is None else box
     maps,maps_d = self.backbone(self.context(x)),self.backbone(cut(x, box))
     (f,z),(f_d,z_d) = map(self.decode_head, (maps, maps_d))
