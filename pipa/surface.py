@@ -191,7 +191,11 @@ class Page(W.VBox):
 
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
-        return bundle and {**bundle, 'image/png': base64.b64encode(self.to_png(dpi=75)).decode()}
+        return bundle and {**bundle, 'image/png': base64.b64encode(_few_colours(self.to_png(dpi=75))).decode()}
+
+def _few_colours(png): # A quarter of the bytes, and hardly a difference: a notebook may hold many
+    f = io.BytesIO(); Image.open(io.BytesIO(png)).convert('RGB').quantize(128).save(f, 'png', optimize=True)
+    return f.getvalue()
 
 # %% ../nbs/25_surface.ipynb #4e732ced
 _model = """const model = s => { const on = {}; return { get: k => s[k], on: (k, f) => (on[k] ??= []).push(f), off() {}, save_changes() {},
