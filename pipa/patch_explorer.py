@@ -5,7 +5,7 @@
 # %% ../nbs/27_patch_explorer.ipynb #c81e728d
 from __future__ import annotations
 import ipywidgets as W, numpy as np, pandas as pd, torch, traitlets as T
-from torch import nn, Tensor
+from torch import Tensor
 from fastcore.basics import patch
 from matplotlib import colormaps
 from PIL import Image
@@ -222,7 +222,7 @@ def _moved(self:PatchConsistency, change=None):
     was = self.image,self.size,self.at_1,self.at_2
     at = self.at_2 if first else self.at_1
     size = tuple(min(n, N//self.stride*self.stride) for n,N in zip(self.size, self.hw))
-    self.place(2 if first else 1, at, size) if size!=self.size else None
+    if size!=self.size: self.place(2 if first else 1, at, size)
     fit = tuple(min(max(o, 0), N-n) for o,n,N in zip(at, self.size, self.hw))
     other = snap(self.at_1 if first else self.at_2, fit, self.size, self.hw, self.stride)
     a,b = (other,fit) if first else (fit,other)
@@ -233,6 +233,7 @@ def _moved(self:PatchConsistency, change=None):
     self.shown = now
     self._show_boxes(); self._show_maps(); self._show_tab()
 
+# %% ../nbs/27_patch_explorer.ipynb #70efdf2e
 @patch
 def _reactions(self:PatchConsistency):
     def box(ev):
@@ -253,14 +254,15 @@ def _watch(self:PatchConsistency):
     self.gallery.observe(lambda c: c['new'] is not None and self.go(c['new']), 'value')
     self._moved()
 
-# %% ../nbs/27_patch_explorer.ipynb #6f4922f4
+# %% ../nbs/27_patch_explorer.ipynb #1f0e3dad
 @patch
 def sweeps(self:PatchConsistency, k=32, seed=0):
     "`sweep` of every role at this checkpoint, by name"
     name = self.nets.names[self.checkpoint]
     key = 'sweep',name,self.size,self.conf,k,seed
     if key not in self.cache:
-        self.cache[key] = {w: sweep(self.nets(name, w), self.nets.x, k, self.size, (.1,1.), self.nets.teacher(name), self.conf, self.stride, seed) for w in self.nets.who}
+        kw = dict(k=k, size=self.size, teacher=self.nets.teacher(name), conf=self.conf, stride=self.stride, seed=seed)
+        self.cache[key] = {w: sweep(self.nets(name, w), self.nets.x, **kw) for w in self.nets.who}
     return self.cache[key]
 
 @patch
@@ -279,7 +281,7 @@ def history(self:PatchConsistency):
     "Scores of this pair at all checkpoints and of all roles, as a table"
     return pd.DataFrame([dict(checkpoint=k, net=w, **self.scores(i, w)) for i,k in enumerate(self.nets.names) for w in self.nets.who])
 
-# %% ../nbs/27_patch_explorer.ipynb #1f0e3dad
+# %% ../nbs/27_patch_explorer.ipynb #98f13708
 _pair_tabs = ['pair', 'over overlap', 'hardest pairs', 'over checkpoints']
 
 @patch
@@ -318,7 +320,7 @@ def history_figure(
     fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=8, frameon=False)
     return fig
 
-# %% ../nbs/27_patch_explorer.ipynb #98f13708
+# %% ../nbs/27_patch_explorer.ipynb #3c59dc04
 @patch
 def figures(self:PatchConsistency):
     "What is compared, and the scores, for `to_html`"

@@ -354,7 +354,8 @@ def measures(self:PixelEmbeddingExplorer):
 def _tab(self:PixelEmbeddingExplorer, name):
     t,names,m = self.table,self.looks.names,self.measures()
     if name=='measures':
-        return [m[names[self.checkpoint]].to_html(index=False, float_format='%.2f', na_rep='–', border=0, classes='pipa-table')] + ([class_lines(m, self.space)] if len(names)>1 else [])
+        table = m[names[self.checkpoint]].to_html(index=False, float_format='%.2f', na_rep='–', border=0, classes='pipa-table')
+        return [table] + ([class_lines(m, self.space)] if len(names)>1 else [])
     if name=='cosines': return [cosine_matrix(class_cosines(self._vectors()[self.checkpoint], t.cls.values, self.space.n), self.space.codes)]
     if name=='selection': return [counts_figure(self.selection, self.space), _short(self.selection)]
     if not self.queries: return ['Click a pixel to see which sampled pixels are nearest to it.']

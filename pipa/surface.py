@@ -145,7 +145,9 @@ def slide(label, # Before the slider
           step=.01 # Between values
 )->W.FloatSlider:
     "A number between two others"
-    return W.FloatSlider(description=label, min=lo, max=hi, step=step, readout_format='.2f', layout=width(px), style=dict(description_width='initial'))
+    digits = max(2, -int(np.floor(np.log10(step))))
+    return W.FloatSlider(description=label, min=lo, max=hi, step=step, readout_format=f'.{digits}f', layout=width(px),
+                         style=dict(description_width='initial'))
 
 def tick(label, # On the button
          tip # For those who wait over it
@@ -162,8 +164,7 @@ def on_dark(
         ax.set_facecolor('none'); ax.tick_params(colors='#cfd6de', which='both')
         for o in (ax.title, ax.xaxis.label, ax.yaxis.label): o.set_color('#e4e8ee')
         for o in ax.spines.values(): o.set_edgecolor('#7b8794')
-        for l in ax.lines:
-            if l.get_label()=='mean': l.set_color('#f5f7fa')
+        for o in [l for l in ax.lines if l.get_label()=='mean'] + [t for t in ax.texts if t.get_color()=='black']: o.set_color('#f5f7fa')
     for l in [*fig.legends, *[ax.get_legend() for ax in fig.axes if ax.get_legend()]]:
         l.get_frame().set_alpha(0)
         for o in l.get_texts(): o.set_color('#e4e8ee')
@@ -191,7 +192,11 @@ class Page(W.VBox):
 
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
-        return bundle and {**bundle, 'image/png': base64.b64encode(self.to_png(dpi=75)).decode()}
+        return bundle and {**bundle, 'image/png': base64.b64encode(_few_colours(self.to_png(dpi=75))).decode()}
+
+def _few_colours(png): # A quarter of the bytes, and hardly a difference: a notebook may hold many
+    f = io.BytesIO(); Image.open(io.BytesIO(png)).convert('RGB').quantize(128).save(f, 'png', optimize=True)
+    return f.getvalue()
 
 # %% ../nbs/25_surface.ipynb #4e732ced
 _model = """const model = s => { const on = {}; return { get: k => s[k], on: (k, f) => (on[k] ??= []).push(f), off() {}, save_changes() {},

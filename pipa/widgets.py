@@ -8,14 +8,15 @@ import ipywidgets as W, numpy as np, torch, traitlets as T
 from torch import Tensor
 from .callbacks import ema_decay
 from .data import rare_class_probs
-from .explore import Snapshots, features
+from .explore import Snapshots
 from .infer import evaluating, whole
-from .mix import pseudo_label, margins, class_mask, class_mix, strong_augment, block_mask
+from .mix import pseudo_label, class_mask, class_mix, strong_augment, block_mask
 from .patch_explorer import PatchConsistency
 from .pixel_explorer import PixelEmbeddingExplorer
 from .show import Fig, grid, denorm, paint
-from .surface import Page, Surface, rgba, colored, palette, img_tag, on_dark, control_row, pick, slide, tick
+from .surface import Page, Surface, rgba, colored, img_tag, on_dark, control_row, pick, slide
 
+_own_pages = PixelEmbeddingExplorer,PatchConsistency
 _all_ = ['PixelEmbeddingExplorer', 'PatchConsistency']
 
 # %% auto #0
@@ -131,7 +132,7 @@ def mix_explorer(
         else:
             with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); m = class_mask(y_s[i], classes='image', ignore=255)
         x,y,w = class_mix(x_s[i], y_s[i], x_t[i], y_t[i], w_t[i], m)
-        return {'source': denorm(x_s[image]), 'target': denorm(x_t[image]), 'mixed': denorm(x[0]), 'label': paint(x[0], y[0], space, 1.)}
+        return dict(source=denorm(x_s[image]), target=denorm(x_t[image]), mixed=denorm(x[0]), label=paint(x[0], y[0], space, 1.))
     there = [space.codes[c] for c in sorted(y_s.unique().tolist()) if c<space.n]
     return Step(f, 'ClassMix', image=pick('image', range(len(x_s)), 110), seed=W.IntSlider(description='seed', min=0, max=99, layout=W.Layout(width='220px')),
                 classes=W.SelectMultiple(options=there, rows=min(6, len(there)), description='classes', layout=W.Layout(width='220px')))

@@ -26,17 +26,17 @@ def _port():
 @contextmanager
 def server(root, home, timeout=180):
     "Run JupyterLab over folder `root`, with all that it keeps in `home`; gives its address and token"
-    port,token = _port(),'let-me-in'
+    host,port,token = '127.0.0.1',_port(),'let-me-in'
     quiet = home/'settings/@jupyterlab/apputils-extension'; quiet.mkdir(parents=True)
     (quiet/'notification.jupyterlab-settings').write_text(json.dumps(dict(fetchNews='false', checkForUpdates=False)))
     dirs = dict(JUPYTER_CONFIG_DIR='config', JUPYTER_DATA_DIR='data', JUPYTER_RUNTIME_DIR='runtime', IPYTHONDIR='ipython',
                 JUPYTERLAB_SETTINGS_DIR='settings', JUPYTERLAB_WORKSPACES_DIR='workspaces')
     env = os.environ | {k:str(home/v) for k,v in dirs.items()} | dict(PYDEVD_DISABLE_FILE_VALIDATION='1',
         PYTHONPATH=os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get('PYTHONPATH', '')]))
-    args = ['--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--port-retries=0', f'--IdentityProvider.token={token}',
+    args = ['--no-browser', '--allow-root', f'--ip={host}', f'--port={port}', '--port-retries=0', f'--IdentityProvider.token={token}',
             f'--ServerApp.root_dir={root}', '--expose-app-in-browser', '--LabApp.news_url=None', '--LabApp.extension_manager=readonly',
             '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
-    url = f'http://127.0.0.1:{port}'
+    url = f'http://{host}:{port}'
     with open(home/'log', 'wb') as log:
         p = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *args], env=env, stdout=log, stderr=log, start_new_session=True)
         try:
