@@ -85,7 +85,7 @@ class AdvSeg(LossTerm):
     def score(self):
         i_s,i_t = [self.view(resize(z.float(), self.x.shape[-2:])) for z in (self.pred, self.z_t)]
         if self.net_d is None: self.make(i_t.shape[1], i_t.device)
-        self.maps = i_s.detach(),i_t.detach()
+        self.views = i_s.detach(),i_t.detach()
         frozen = {k:p.detach() for k,p in self.net_d.named_parameters()}
         return _bce(functional_call(self.net_d, frozen, i_t), 1.),i_t[:,0].numel()
 
@@ -95,7 +95,7 @@ def train_net(self:AdvSeg):
     "One step of the discriminator, on the maps of the last batch"
     for g in self.opt_d.param_groups: g['lr'] = self.lr*(1-self.pct_train)**.9
     self.opt_d.zero_grad()
-    with torch.enable_grad(): l = (_bce(self.net_d(self.maps[0]), 1.) + _bce(self.net_d(self.maps[1]), 0.))/2
+    with torch.enable_grad(): l = (_bce(self.net_d(self.views[0]), 1.) + _bce(self.net_d(self.views[1]), 0.))/2
     l.backward(); self.opt_d.step()
     self.loss_d = l.detach()
 
@@ -134,8 +134,8 @@ def load_state_dict(self:AdvSeg, state, device=None):
 @patch
 def show(self:AdvSeg, n:int=2):
     "What the discriminator saw last, summed over the classes, and its verdict (bright: source)"
-    with torch.no_grad(): v = [resize(self.net_d(m).sigmoid(), m.shape[-2:])[:,0] for m in self.maps]
-    m = [o.amax(1) if type(self) is AdvSeg else o.sum(1) for o in self.maps]
+    with torch.no_grad(): v = [resize(self.net_d(m).sigmoid(), m.shape[-2:])[:,0] for m in self.views]
+    m = [o.amax(1) if type(self) is AdvSeg else o.sum(1) for o in self.views]
     cols = [o[:n] for pair in zip(self.seen, m, v) for o in pair]
     return _show([*zip(*cols)], ('source', 'its map', 'verdict', 'target', 'its map', 'verdict'))
 

@@ -230,7 +230,7 @@ def read_results(
     if lost: raise ValueError(f"`{csv}` is not the table of a study: it has no column `{lost[0]}`.")
     if not len(df): raise ValueError(f"There are no results yet: `{csv}` has no rows; it is filled when the study is run.")
     df['host'],df['terms'] = zip(*df.method.map(host_terms))
-    df['settings'] = df['settings'].fillna('') if 'settings' in df else ''
+    df['settings'] = df['settings'].where(df['settings'].notna(), '').astype(str) if 'settings' in df else ''
     order = methods + sorted(set(df.method)-set(methods))
     df['method'] = pd.Categorical(df.method, [m for m in order if m in set(df.method)], ordered=True)
     df = df.drop_duplicates([*_known[:4], 'settings'], keep='last')
