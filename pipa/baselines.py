@@ -55,7 +55,7 @@ class Halve(nn.Conv2d):
 
 def discriminator(
     n_in:int, # Channels of the maps: the number of classes
-    width:int=64 # Channels of the first layer; the others have 2, 4 and 8 times as many (DCGAN, AdaptSegNet, AdvEnt: 64)
+    width:int=64 # Channels of the first layer; the others have 2, 4 and 8 times as many (DCGAN, AdvEnt: 64)
 )->nn.Sequential: # `B×n_in×H×W` to a logit for each place, `B×1×⌈H/32⌉×⌈W/32⌉`: positive for source
     "The net that tells source from target by label maps"
     cs = [n_in, *(width*m for m in (1,2,4,8)), 1]
@@ -72,7 +72,9 @@ class AdvSeg(LossTerm):
         start:int=0, # Steps before both nets begin
         lr:float=1e-4, # Rate of the discriminator (AdaptSegNet, AdvEnt)
         width:int=64 # Channels of its first layer, see `discriminator`
-    ): super().__init__(w, start); self.lr,self.width,self.net_d,self.opt_d,self.loss_d = lr,width,None,None,float('nan')
+    ):
+        super().__init__(w, start)
+        self.lr,self.width,self.net_d,self.opt_d,self.loss_d = lr,width,None,None,float('nan')
 
     def view(self, z): return z.softmax(1)
     def make(self, n_in, device=None):
@@ -83,7 +85,7 @@ class AdvSeg(LossTerm):
     def score(self):
         i_s,i_t = [self.view(resize(z.float(), self.x.shape[-2:])) for z in (self.pred, self.z_t)]
         if self.net_d is None: self.make(i_t.shape[1], i_t.device)
-        self.maps = i_s.detach(),i_t.detach()
+        self.views = i_s.detach(),i_t.detach()
         frozen = {k:p.detach() for k,p in self.net_d.named_parameters()}
         return _bce(functional_call(self.net_d, frozen, i_t), 1.),i_t[:,0].numel()
 
@@ -93,7 +95,7 @@ def train_net(self:AdvSeg):
     "One step of the discriminator, on the maps of the last batch"
     for g in self.opt_d.param_groups: g['lr'] = self.lr*(1-self.pct_train)**.9
     self.opt_d.zero_grad()
-    with torch.enable_grad(): l = (_bce(self.net_d(self.maps[0]), 1.) + _bce(self.net_d(self.maps[1]), 0.))/2
+    with torch.enable_grad(): l = (_bce(self.net_d(self.views[0]), 1.) + _bce(self.net_d(self.views[1]), 0.))/2
     l.backward(); self.opt_d.step()
     self.loss_d = l.detach()
 
@@ -116,7 +118,8 @@ class AdvEnt(AdvSeg):
 @patch
 def state_dict(self:AdvSeg):
     "Discriminator, its optimizer, and the number of steps, as plain data"
-    return dict(steps=self.steps, net=None if self.net_d is None else self.net_d.state_dict(), opt=None if self.net_d is None else self.opt_d.state_dict())
+    net,opt = [None if o is None else o.state_dict() for o in (self.net_d, self.opt_d)]
+    return dict(steps=self.steps, net=net, opt=opt)
 
 @patch
 def load_state_dict(self:AdvSeg, state, device=None):
@@ -131,8 +134,8 @@ def load_state_dict(self:AdvSeg, state, device=None):
 @patch
 def show(self:AdvSeg, n:int=2):
     "What the discriminator saw last, summed over the classes, and its verdict (bright: source)"
-    with torch.no_grad(): v = [resize(self.net_d(m).sigmoid(), m.shape[-2:])[:,0] for m in self.maps]
-    m = [o.amax(1) if type(self) is AdvSeg else o.sum(1) for o in self.maps]
+    with torch.no_grad(): v = [resize(self.net_d(m).sigmoid(), m.shape[-2:])[:,0] for m in self.views]
+    m = [o.amax(1) if type(self) is AdvSeg else o.sum(1) for o in self.views]
     cols = [o[:n] for pair in zip(self.seen, m, v) for o in pair]
     return _show([*zip(*cols)], ('source', 'its map', 'verdict', 'target', 'its map', 'verdict'))
 
@@ -140,10 +143,12 @@ def show(self:AdvSeg, n:int=2):
 def fda(
     x_s:Tensor, # Source images with values from 0 up (not normalised), `B×C×H×W`
     x_t:Tensor, # Target images, likewise, same shape
-    beta:float=.01, # Half the side of the exchanged window, as a share of the shorter side (FDA: .01, .05, .09); 0 exchanges means
+    beta:float=.01, # Half the side of the exchanged window, as a share of the shorter side (FDA: .01, .05, .09)
 )->Tensor: # Like `x_s`; values may leave the range of both a little
     "Give `x_s` the low-frequency amplitudes of `x_t`"
-    if x_s.shape!=x_t.shape: raise ValueError(f'source is {tuple(x_s.shape)} but target is {tuple(x_t.shape)}: crop both to one size, in equal batches')
+    if x_s.shape!=x_t.shape:
+        raise ValueError(f'source is {tuple(x_s.shape)} but target is {tuple(x_t.shape)}:'
+                         ' crop both to one size, in equal batches')
     (h,w),b = x_s.shape[-2:],int(min(x_s.shape[-2:])*beta)
     f_s,f_t = [torch.fft.rfft2(x.float()) for x in (x_s, x_t)]
     i,j = torch.arange(h, device=x_s.device)[:,None],torch.arange(w//2+1, device=x_s.device)

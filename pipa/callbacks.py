@@ -249,8 +249,8 @@ class TargetPixelContrast(PixelContrast):
 # %% ../nbs/10_callbacks.ipynb #a5771bce
 class PatchContrast(LossTerm):
     "Contrast between two views of a target image (PiPa, patch-wise)"
-    def __init__(self, w=.1, start=0, size=(64,128), stride=8, iou=(.1,1.), scale=(1.,1.), temp=.1, thresh=.9, n_neg=1600, keep=3,
-                 balanced=False, form='released'):
+    def __init__(self, w=.1, start=0, size=(64,128), stride=8, iou=(.1,1.), scale=(1.,1.), temp=.1, thresh=.9,
+                 n_neg=1600, keep=3, balanced=False, form='released'):
         super().__init__(w, start); store_attr('size,stride,iou,scale,temp,thresh,n_neg,keep,balanced,form')
         self.bank = []
 
@@ -272,7 +272,8 @@ class PatchContrast(LossTerm):
 def negatives(self:PatchContrast, f, y):
     "Remember some embeddings of this step with their labels and return those of the last few"
     f,y = f.detach().float().movedim(1,-1).flatten(0,-2),y.flatten()
-    i = random_rank(y, int(y.max())+1).argsort(stable=True) if self.balanced else torch.randperm(len(f), device=f.device)
+    if self.balanced: i = random_rank(y, int(y.max())+1).argsort(stable=True)
+    else: i = torch.randperm(len(f), device=f.device)
     i = i[:2*self.n_neg]
     self.bank = (self.bank + [(f[i], y[i])])[-self.keep:]
     return [torch.cat(o) for o in zip(*self.bank)]

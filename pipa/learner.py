@@ -55,8 +55,9 @@ def _host(name, method, base, start, things, more):
                  advseg=lambda: [AdvSeg(start=start, **more)], advent=lambda: [AdvEnt(start=start, **more)],
                  fda=lambda: _fda(start, **more), self_training=lambda: base,
                  daformer=lambda: base+[FeatureDistance(things)], mic=lambda: base+[MIC(start=start, **more)])
-    if name not in hosts: raise ValueError(f"There is no method `{method}`: choose one of {', '.join(hosts)}, pixel, patch or pipa,"
-                                           " join some with +, or give a list of callbacks.")
+    if name not in hosts:
+        raise ValueError(f"There is no method `{method}`: choose one of {', '.join(hosts)}, pixel, patch or pipa,"
+                         " join some with +, or give a list of callbacks.")
     return hosts[name]()
 
 # %% ../nbs/20_learner.ipynb #e4da3b7f
@@ -71,7 +72,7 @@ def method_cbs(
     w_patch:float=.1, # Weight of patch contrast (the release on DAFormer; 0.01 on HRDA)
     crop:tuple=None, # Height and width of the two crops; `None`: (64, 128), or 720x720 if `released`
     things:tuple=(), # Train ids of things, for the feature distance of 'daformer'
-    released:bool=False, # Take the released constants for what depends on the images' size and the length of a run, see below
+    released:bool=False, # Released constants for what depends on the images' size or a run's length? See below
     teacher:dict=None, # More arguments for `MeanTeacher`
     host:dict=None, # More arguments for the host's own term: `MinEnt`, `AdvSeg`, `AdvEnt`, `FDA` or `MIC`
     pixel:dict=None, # More arguments for `PixelContrast`; with `target`, for `TargetPixelContrast`
@@ -82,7 +83,8 @@ def method_cbs(
     name,terms = host_terms(method, terms)
     more,pixel,patch = host or {},pixel or {},(dict(start=10_000, scale=(.8,2.)) if released else {}) | (patch or {})
     mt = MeanTeacher(alpha, thresh, trust, **(dict(margin=(15,120)) if released else {}) | (teacher or {}))
-    cbs = [cb for o in name.split('+') for cb in _host(o, method, [mt, Mix(start=start, **(mix or {}))], start, things, more)]
+    base = [mt, Mix(start=start, **(mix or {}))]
+    cbs = [cb for o in name.split('+') for cb in _host(o, method, base, start, things, more)]
     if terms in ('pixel','both'):
         if 'target' in pixel: cbs = [mt, *cbs, TargetPixelContrast(w_pixel, **dict(target_start=start) | pixel)]
         else: cbs.append(PixelContrast(w_pixel, **pixel))
@@ -195,7 +197,7 @@ def uda_learner(
     wd:float=.01, # Weight decay (DAFormer)
     net:dict=None, # More arguments for the net's factory when `model` is a name, such as `dict(crop=(64,128))` for 'hrda'
     hidden:int|None=None, # Width of the pixel head, see `add_heads`
-    n_unlabelled:int=0, # Target images for the columns of label-free scores, see `pipa.metrics.validators`; 0: no such columns
+    n_unlabelled:int=0, # Target images for columns of label-free scores, see `validators`; 0: no such columns
     metrics=None, # More metrics
     cbs=None, # More callbacks
     path='.', # Where `learn.save` and loggers write

@@ -206,7 +206,7 @@ def patch_contrast(
     y_neg:Tensor, # Their pseudo-labels, `M`: a rival of the row's own label is left out
     temp:float=.1, # Temperature (release: 0.1)
     thresh:float=.9, # See `patch_rows`
-    form:str='released', # 'released' (surer views teach, rivals of other classes) or 'paper' (all rows, all rivals), see below
+    form:str='released', # 'released' (surer views teach, rivals of other classes) or 'paper' (all of both), see below
     return_n:bool=False, # Also return how many rows counted in each direction, for the log?
 )->Tensor: # 0-dim, both directions summed, without the weight (release: 0.1), or a tuple of it and two numbers
     "Pull each place towards its surer view in the other crop, push it from places of other classes"

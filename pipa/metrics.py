@@ -152,7 +152,8 @@ def overlap_agreement(net, # In evaluation mode gives logits of its input's size
     "Share of pixels of the common part that a left and a right window label alike"
     w = x.shape[-1]
     a = max(stride, int(shift*w)//stride*stride)
-    if 2*a>=w: raise ValueError(f"windows {a} px apart have no common part in images {w} px wide: take a smaller `shift`")
+    if 2*a>=w:
+        raise ValueError(f"windows {a} px apart have no common part in images {w} px wide: take a smaller `shift`")
     return agreement(_ask(net, x[...,:w-a])[...,a:], _ask(net, x[...,a:])[...,:w-2*a])
 
 def density(logits:Tensor, # `B×K×H×W`
@@ -169,9 +170,12 @@ def density(logits:Tensor, # `B×K×H×W`
 
 # %% ../nbs/03_metrics.ipynb #88757502
 def _mean_pred(z): return z.float().softmax(1).movedim(1,-1).flatten(0,-2).mean(0)
-def _agree(learn, x, z): return agreement(z, _ask(_teacher(learn), x)) if _teacher(learn) is not None else torch.tensor(torch.nan)
+def _agree(learn, x, z):
+    t = _teacher(learn)
+    return torch.tensor(torch.nan) if t is None else agreement(z, _ask(t, x))
 
-label_free = dict(entropy=lambda learn,x,z: entropy(z), info_max=lambda learn,x,z: torch.cat([_mean_pred(z), -entropy(z)[None]]), agreement=_agree,
+label_free = dict(entropy=lambda learn,x,z: entropy(z),
+                  info_max=lambda learn,x,z: torch.cat([_mean_pred(z), -entropy(z)[None]]), agreement=_agree,
                   overlap=lambda learn,x,z: overlap_agreement(learn.model, x), density=lambda learn,x,z: density(z))
 
 # %% ../nbs/03_metrics.ipynb #0079ae72
@@ -220,7 +224,7 @@ def spearman(a, # Numbers
              b # As many
 )->float: # In [-1,1]; NaN if fewer than three pairs are complete, or one side is constant
     "Rank correlation, ties sharing their mean rank; pairs with a NaN are left out"
-    df = pd.DataFrame(dict(a=pd.to_numeric(pd.Series(list(a)), errors='coerce'), b=pd.to_numeric(pd.Series(list(b)), errors='coerce'))).dropna()
+    df = pd.DataFrame(dict(a=list(a), b=list(b))).apply(pd.to_numeric, errors='coerce').dropna()
     if len(df)<3 or (df.nunique()<2).any(): return float('nan')
     return float(df.rank().corr().iloc[0,1])
 
@@ -230,5 +234,6 @@ def rank_correlation(df:pd.DataFrame, # A row a run (or an epoch), with columns 
 )->pd.DataFrame: # Columns score, rho, n (rows that have both)
     "How well the order by each score resembles the order by the truth"
     have = [s for s in scores if s in df]
-    return pd.DataFrame([dict(score=s, rho=spearman(df[s], df[truth]), n=int(df[[s,truth]].notna().all(axis=1).sum())) for s in have],
-                        columns=['score','rho','n'])
+    n = lambda s: int(df[[s,truth]].notna().all(axis=1).sum())
+    rows = [dict(score=s, rho=spearman(df[s], df[truth]), n=n(s)) for s in have]
+    return pd.DataFrame(rows, columns=['score','rho','n'])

@@ -188,7 +188,8 @@ def curves(
     ious = [c for c in df if c.endswith('miou')]
     free = [c for c in df if c in label_free]
     losses = [c for c in df if c not in [*ious, *free, 'epoch']]
-    panels = [(losses, 1, 'loss'), *([(free, 1, 'scores without labels')] if free else []), (ious, 100, 'mean IoU, points')]
+    panels = [(losses, 1, 'loss'), (free, 1, 'scores without labels'), (ious, 100, 'mean IoU, points')]
+    panels = [o for o in panels if o[0] is not free or free]
     fig = Fig(figsize=(4.5*len(panels),3))
     for ax,(cols,k,label) in zip(fig.subplots(1, len(panels)), panels):
         for c in cols: ax.plot(df['epoch'], df[c]*k, marker='.', label=c)
@@ -249,10 +250,11 @@ def read_results(
     if lost: raise ValueError(f"`{csv}` is not the table of a study: it has no column `{lost[0]}`.")
     if not len(df): raise ValueError(f"There are no results yet: `{csv}` has no rows; it is filled when the study is run.")
     df['host'],df['terms'] = zip(*df.method.map(host_terms))
-    df['settings'] = df['settings'].fillna('') if 'settings' in df else ''
+    df['settings'] = df['settings'].where(df['settings'].notna(), '').astype(str) if 'settings' in df else ''
     order = methods + sorted(set(df.method)-set(methods))
     df['method'] = pd.Categorical(df.method, [m for m in order if m in set(df.method)], ordered=True)
-    return df.drop_duplicates([*_known[:4], 'settings'], keep='last').sort_values(['benchmark', 'epochs', 'method', 'seed']).reset_index(drop=True)
+    df = df.drop_duplicates([*_known[:4], 'settings'], keep='last')
+    return df.sort_values(['benchmark', 'epochs', 'method', 'seed']).reset_index(drop=True)
 
 # %% ../nbs/22_show.ipynb #19ca14e7
 def _by(df): return [c for c in ('benchmark', 'epochs') if df[c].nunique()>1] + ['method']

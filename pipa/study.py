@@ -50,9 +50,9 @@ def gains(
     "What each of PiPa's terms adds to each host, over the seeds that both were run with"
     df,out = usual(read_results(csv)),[]
     for k,g in df.groupby(_groups(df), observed=True, sort=False):
-        v = g.pivot(index='seed', columns='terms', values=score) if not g.duplicated(['seed','terms']).any() else g.groupby(['seed','terms'])[score].mean().unstack()
+        v = 100*g.pivot(index='seed', columns='terms', values=score)
         for t in terms[1:]:
-            if {'none', t} <= {*v}: out.append(dict(zip(_groups(df), k)) | dict(terms=t) | paired(100*v[t], 100*v['none'], level))
+            if {'none', t} <= {*v}: out.append(dict(zip(_groups(df), k), terms=t) | paired(v[t], v['none'], level))
     return pd.DataFrame(out, columns=_groups(df)+['terms', 'n', 'gain', 'lo', 'hi'])
 
 # %% ../nbs/24_study.ipynb #d41a8772
@@ -62,18 +62,21 @@ def gains_picture(
 )->Fig: # A figure with a sentence if there's nothing to compare
     "Mean gain of each term on each host with its interval, and each pair as a dot"
     g = gains(csv, score)
-    if not len(g): return sentence(f'There is nothing to compare yet in {csv}: a host must have been run with and without a term.')
+    if not len(g): return sentence(f'Nothing in {csv} can be compared yet: run a host with and without a term.')
     df = usual(read_results(csv)); keys = _groups(df)+['seed']
-    base = df[df.terms=='none'].set_index(keys)[score]
-    d = df[df.terms!='none'].assign(gain=lambda o: 100*(o[score].to_numpy()-base.reindex(pd.MultiIndex.from_frame(o[keys])).to_numpy())).dropna(subset='gain')
+    base = df[df.terms=='none'][keys+[score]]
+    d = df[df.terms!='none'].merge(base, on=keys, suffixes=('', '_host')).assign(gain=lambda o: 100*(o[score]-o[f'{score}_host']))
     d,g = [o.assign(run=o[_groups(df)].astype(str).agg(', '.join, axis=1)) for o in (d, g)]
     runs,hues = list(dict.fromkeys(g.run)),[t for t in terms[1:] if t in set(g.terms)]
+    colours = dict(zip(hues, sns.color_palette('colorblind')))
     fig = Fig(figsize=(7,.8+.28*len(runs)*len(hues))); ax = fig.subplots()
-    sns.stripplot(d, x='gain', y='run', hue='terms', order=runs, hue_order=hues, dodge=True, jitter=False, alpha=.5, size=4, palette='colorblind', ax=ax)
+    sns.stripplot(d, x='gain', y='run', hue='terms', order=runs, hue_order=hues, palette=colours, dodge=True, jitter=False,
+                  alpha=.5, size=4, ax=ax)
     for o in g.itertuples():
         y = runs.index(o.run) + .8*((hues.index(o.terms)+.5)/len(hues)-.5)
-        ax.plot(np.clip([o.lo, o.hi], *ax.get_xlim()), [y,y], c=sns.color_palette('colorblind')[hues.index(o.terms)]); ax.plot(o.gain, y, '|', c='k', ms=10)
-    ax.axvline(0, c='k', lw=.8); ax.set(xlabel='gain in mean IoU over the host, points', ylabel=''); ax.legend(title='', loc='best', fontsize=8); sns.despine(ax=ax)
+        ax.plot(np.clip([o.lo, o.hi], *ax.get_xlim()), [y,y], c=colours[o.terms]); ax.plot(o.gain, y, '|', c='k', ms=10)
+    ax.axvline(0, c='k', lw=.8); ax.legend(title='', loc='best', fontsize=8); sns.despine(ax=ax)
+    ax.set(xlabel='gain in mean IoU over the host, points', ylabel='', ylim=(len(runs)-.5, -.5))
     return fig
 
 def sentence(
@@ -100,7 +103,8 @@ def sweep_rows(
     rest = said.map(lambda o: ' '.join(f'{k}={v}' for k,v in o.items() if k!=name))
     base = usual(df).drop_duplicates('benchmark').set_index('benchmark').settings
     df = df.assign(**{name: said.map(lambda o: _value(o.get(name, default)))})
-    return df[(df.method==method) & (rest==df.benchmark.map(base))].sort_values([name, 'seed'], key=lambda c: c if c.map(type).nunique()<2 else c.astype(str))
+    df = df[(df.method==method) & (rest==df.benchmark.map(base))]
+    return df.sort_values([name, 'seed'], key=lambda c: c if c.map(type).nunique()<2 else c.astype(str))
 
 def sweep_picture(csv, name, default, method='pipa', score='miou_student')->Fig: # See `sweep_rows`
     "How the score depends on one setting: mean and range over seeds, and each run"
@@ -124,7 +128,8 @@ def validators_picture(
     if not len(t): return sentence(f'No row of {csv} has scores without labels yet.')
     fig = Fig(figsize=(2.5*len(t),2.7))
     for i,(ax,o) in enumerate(zip(fig.subplots(1, len(t), squeeze=False, sharey=True)[0], t.itertuples())):
-        sns.scatterplot(df.assign(iou=100*df[truth]), x=o.score, y='iou', hue='host', style='terms', s=25, alpha=.8, palette='colorblind', ax=ax, legend=i==len(t)-1)
+        sns.scatterplot(df.assign(iou=100*df[truth]), x=o.score, y='iou', hue='host', style='terms', palette='colorblind',
+                        s=25, alpha=.8, ax=ax, legend=i==len(t)-1)
         ax.set(title=f'ρ = {o.rho:.2f} ({o.n} runs)', ylabel='mean IoU, points' if i==0 else ''); sns.despine(ax=ax)
     sns.move_legend(ax, 'center left', bbox_to_anchor=(1,.5), fontsize=7, title=None)
     return fig

@@ -98,7 +98,7 @@ def test_turns_of_the_discriminator(cls):
     "Detached in the student's turn, stepping in its own on the maps of this batch, as Adam would by itself"
     log,cb = [],cls(lr=1e-2, width=4)
     def grads(s):
-        log.append((state(cb.net_d), tuple(m.clone() for m in cb.maps), [p.grad for p in cb.net_d.parameters()], [p.grad.clone() for p in s.model.decode_head.parameters()], s.pct_train))
+        log.append((state(cb.net_d), tuple(m.clone() for m in cb.views), [p.grad for p in cb.net_d.parameters()], [p.grad.clone() for p in s.model.decode_head.parameters()], s.pct_train))
         if len(log)==1: assert all(p.grad is None for p in cb.net_d.parameters())
     learn = toy([Pair(), cb, Each(before_step=grads)], n=6)
     fit(learn)
@@ -137,7 +137,7 @@ def test_state_goes_on_where_it_was():
     sd = torch.load(f, weights_only=True)
     b = AdvEnt(); b.load_state_dict(sd)
     assert b.steps==a.steps==2 and same(state(a.net_d), state(b.net_d)) and b.width==4
-    b.maps = a.maps; a.learn.pct_train = .5; b.learn = type('L', (), dict(pct_train=.5))()
+    b.views = a.views; a.learn.pct_train = .5; b.learn = type('L', (), dict(pct_train=.5))()
     for o in (a,b): o.train_net()
     assert same(state(a.net_d), state(b.net_d)), 'with the same moments Adam takes the same step'
     c = AdvSeg(); c.load_state_dict(AdvSeg().state_dict()); assert c.net_d is None

@@ -10,8 +10,8 @@ from tiny import city
 
 codes = space('minicity').codes
 env = dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg')
-small = ['--epochs=1', '--steps=1', '--bs=2', '--size=64x64', '--crop=64x64', '--start=0', '--thresh=.1']
-opts = dict(epochs=1, steps=1, bs=2, size='64x64', crop='64x64', start=0, thresh=.1)
+small = ['--epochs=1', '--unlabelled=0', '--steps=1', '--bs=2', '--size=64x64', '--crop=64x64', '--start=0', '--thresh=.1']
+opts = dict(epochs=1, unlabelled=0, steps=1, bs=2, size='64x64', crop='64x64', start=0, thresh=.1)
 
 def script(name):
     f = Path(sys.executable).with_name(name)
@@ -245,9 +245,10 @@ def test_study_reads_the_table_of_the_repository(fake):
     "Rows of the old form, without the columns host and terms, count"
     root = Path(__file__).resolve().parents[1]
     Path('t.csv').write_bytes((root/'data/results/minicity.csv').read_bytes())
-    have = pd.read_csv('t.csv'); have = {*zip(have.method, have.seed)}
-    assert len(cli._keys('t.csv'))>=len({m for m in have}) and ('source',0) in have
-    for m,s in have: assert cli._key(cli.settings([f'--method={m}', f'--seed={s}', '--size=128x256'])) in cli._keys('t.csv')
+    df,keys = pd.read_csv('t.csv'),cli._keys('t.csv')
+    assert len(df) and len(keys)==len({*zip(df.method, df.seed, df.epochs)})
+    for m,s,e in zip(df.method, df.seed, df.epochs): assert cli._key(cli.settings([f'--method={m}', f'--seed={s}', '--size=128x256', f'--epochs={e}'])) in keys
+    assert cli._key(cli.settings(['--method=source', '--seed=0', '--epochs=77'])) not in keys
 
 @pytest.mark.parametrize('kw,says', [(dict(methods='mick'), 'no method `mick`'), (dict(methods='mic', terms='all'), 'no terms `all`'), (dict(methods='mic', sweep='temp'), 'names no values')], ids=str)
 def test_study_says_what_is_wrong_before_it_starts(fake, kw, says):
@@ -267,7 +268,7 @@ def test_settings_are_what_counts():
 
 def test_host_under_terms(data):
     "A run of another host with PiPa on top, with every switch: columns, row and settings"
-    cli.pipa_train('mic', str(data), terms='both', out='o', unlabelled=2, balanced=True, target=.05, buffers='copy', form='paper', iou='.2:1', w_host=.5, **opts)
+    cli.pipa_train('mic', str(data), terms='both', out='o', balanced=True, target=.05, buffers='copy', form='paper', iou='.2:1', w_host=.5, **opts | dict(unlabelled=2))
     r,cols = json.loads(Path('o/row.json').read_text()),[*pd.read_csv('o/metrics.csv')]
     assert (r['method'], r['host'], r['terms'])==('mic+pipa', 'mic', 'both')
     assert cols[3:-1]==['pair','mix','mic','pixel_contrast','patch_contrast','miou','teacher_miou','entropy','info_max','agreement','overlap','density']
@@ -276,7 +277,7 @@ def test_host_under_terms(data):
     assert not [o for o in r['settings'].split() if o.split('=')[0] in ('method','terms','data','seed','epochs','unlabelled')]
 
 def test_discriminating_host_without_teacher(data):
-    cli.pipa_train('advent', str(data), out='o', unlabelled=0, **opts)
+    cli.pipa_train('advent', str(data), out='o', **opts)
     assert [*pd.read_csv('o/metrics.csv')][3:-1]==['pair','adv_ent','miou'] and 'entropy' not in json.loads(Path('o/row.json').read_text())
 
 def test_pairs_of_published_sets(data, monkeypatch):
@@ -293,8 +294,8 @@ def test_pairs_of_published_sets(data, monkeypatch):
         with pytest.raises(ValueError, match='no data set of `pipa.data`'): cli.domains(bad, 'mic')
 
 def test_preset_takes_the_published_numbers(monkeypatch):
-    from types import SimpleNamespace as NS
-    o = NS(**cli.settings('pipa_train --method=daformer --terms=both --preset=pipa_daformer --alpha=.999 --epochs=15 --steps=4000'))
+    from fastcore.basics import AttrDict
+    o = AttrDict(cli.settings('pipa_train --method=daformer --terms=both --preset=pipa_daformer --alpha=.999 --epochs=15 --steps=4000'))
     monkeypatch.setattr(cli.data, 'preset', lambda p,s,t: dict(size=(640,640), bs=2, p=p), raising=False)
     assert cli.data_args(o, 'S', 'T')==dict(size=(640,640), bs=2, p='pipa_daformer')
     kw = cli.method_args(o); assert cli.fit_args(o)==dict(head_mult=10., warmup=1500/60_000)
