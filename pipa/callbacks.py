@@ -11,25 +11,39 @@ from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from matplotlib import pyplot as plt
-from .losses import weighted_ce, feat_dist, pixel_contrast, patch_contrast
+from .losses import weighted_ce, feat_dist, random_rank, pixel_contrast, patch_contrast
 from .mix import pseudo_label, margins, class_mask, class_mix, strong_augment, two_crops, crop_augment, aligned, imagenet_mean, imagenet_std
 from .models import ProjHead, PatchHead
 
 # %% auto #0
-__all__ = ['Pair', 'add_heads', 'ema_decay', 'ema_', 'MeanTeacher', 'LossTerm', 'Mix', 'PixelContrast', 'PatchContrast',
-           'FeatureDistance']
+__all__ = ['with_detail', 'Pair', 'add_heads', 'ema_decay', 'ema_', 'MeanTeacher', 'LossTerm', 'Mix', 'PixelContrast',
+           'TargetPixelContrast', 'PatchContrast', 'FeatureDistance']
 
 # %% ../nbs/10_callbacks.ipynb #e4da3b7f
+def with_detail(
+    l:Tensor, # Loss of a net's logits: `f(logits, *ys)`
+    f, # Loss function
+    detail, # The net's closer look, from `Feats.detail`; `None`: `l` stays as it is
+    *ys # Labels of the whole image, and what else `f` takes: B×H×W each
+)->Tensor: # Of the same kind as `l`
+    "Give the closer look of a net its share in the loss (HRDA's detail loss)"
+    return l if detail is None else l + detail.w*(f(detail.logits.float(), *map(detail.cut, ys)) - l)
+
 class Pair(Callback):
     "Unpack a pair batch and a prediction with features, and keep the mean supervised loss of the epoch"
     order,name = MixedPrecision.order+1,'pair'
     def before_train(self): self.total,self.n = 0.,0
     def before_batch(self):
-        if self.training and len(self.yb)==2: self.learn.yb,self.learn.x_t = self.yb[:1],self.yb[1]
+        if self.training and len(self.yb)>1:
+            self.learn.yb,self.learn.x_t,*v = self.yb[:1],*self.yb[1:]
+            self.learn.v_t = v[0] if v else None
     def after_pred(self):
         if isinstance(self.pred, (tuple,list)): self.learn.pred,self.learn.feats = self.pred
     def after_loss(self):
-        if self.training: self.total,self.n = self.total+self.loss.detach(),self.n+1
+        if not self.training: return
+        l = with_detail(self.loss_grad, self.loss_func, getattr(getattr(self, 'feats', None), 'detail', None), *self.yb)
+        if l is not self.loss_grad: self.learn.loss,self.learn.loss_grad = self.loss+(l-self.loss_grad).detach(),l
+        self.total,self.n = self.total+self.loss.detach(),self.n+1
     @property
     def mean(self): return float(self.total)/self.n if getattr(self, 'n', 0) else float('nan')
 
@@ -74,11 +88,14 @@ def ema_decay(
 def ema_(
     teacher:nn.Module, # Changed in place
     student:nn.Module, # Same architecture
-    a:float # Share of the teacher that is kept, from `ema_decay`
+    a:float, # Share of the teacher that is kept, from `ema_decay`
+    buffers:str='mean' # What becomes of running statistics: 'mean', averaged like the weights, or 'copy', the student's
 ):
     "Move the whole state of `teacher`, buffers included, towards `student`"
+    if buffers not in ('mean','copy'): raise ValueError(f"`buffers` is {buffers!r}; it can be 'mean' or 'copy'")
     ts,ss = teacher.state_dict(),student.state_dict()
-    fl = [k for k,v in ts.items() if v.is_floating_point()]
+    skip = {k for k,_ in teacher.named_buffers()} if buffers=='copy' else ()
+    fl = [k for k,v in ts.items() if v.is_floating_point() and k not in skip]
     torch._foreach_lerp_([ts[k] for k in fl], [ss[k].to(ts[k]) for k in fl], 1-a)
     for k in ts.keys()-set(fl): ts[k].copy_(ss[k])
 
@@ -90,7 +107,8 @@ class MeanTeacher(Callback):
         alpha:float=.999, # Decay, see `ema_decay`
         thresh:float=.968, # Probability above which a pixel counts for trust (DACS)
         trust:str='batch', # One trust for the 'batch' (published), for each 'image', or for each 'pixel' (0 or 1)
-        margin:tuple=(0,0) # Rows without trust at the top and bottom; (15, 120) of 512 for Cityscapes in DAFormer
+        margin:tuple=(0,0), # Rows without trust at the top and bottom; (15, 120) of 512 for Cityscapes in DAFormer
+        buffers:str='mean' # Running statistics: averaged ('mean') or the student's ('copy'), see `ema_`
     ):
         store_attr(); self.teacher,self.t = None,0
 
@@ -103,13 +121,16 @@ class MeanTeacher(Callback):
 
     def before_batch(self):
         if not self.training: return
-        z = self.logits(self.x_t).float()
+        z = self.z = self.logits(self.x_t).float()
         self.learn.y_t,w = pseudo_label(z, self.thresh, self.trust)
+        if getattr(self, 'v_t', None) is not None: w = w*self.v_t
         self.learn.w_t = margins(w, *self.margin) if any(self.margin) else w
 
+    def sure(self, thresh): return self.y_t.masked_fill(self.z.softmax(1).amax(1)<thresh, 255)
+    def after_pred(self): self.z = None
     def after_step(self):
         self.t += 1
-        ema_(self.teacher, self.model, ema_decay(self.t, self.alpha))
+        ema_(self.teacher, self.model, ema_decay(self.t, self.alpha), self.buffers)
 
     def after_fit(self):
         if self.undo: self.teacher.load_state_dict(self.undo[0]); self.t = self.undo[1]
@@ -170,8 +191,12 @@ class Mix(LossTerm):
         m = class_mask(self.y, classes=self.classes)
         x_m,y_m,w_m = class_mix(self.x, self.y, self.x_t, self.y_t, self.w_t, m)
         self.b = strong_augment(x_m, **self.aug),y_m,w_m
-    def predict(self): self.pred_m = self.model(self.b[0])[0]
-    def score(self): return weighted_ce(self.pred_m.float(), *self.b[1:]),self.b[1].numel()
+    def predict(self):
+        self.pred_m,feats = self.model(self.b[0])
+        self.detail = getattr(feats, 'detail', None)
+    def score(self):
+        l = weighted_ce(self.pred_m.float(), *self.b[1:])
+        return with_detail(l, weighted_ce, self.detail, *self.b[1:]),self.b[1].numel()
 
 # %% ../nbs/10_callbacks.ipynb #33e75ff0
 @patch
@@ -182,11 +207,15 @@ def show(self:Mix, n:int=2):
 # %% ../nbs/10_callbacks.ipynb #e369853d
 class PixelContrast(LossTerm):
     "Contrast between source pixels, labels being the truth (PiPa, pixel-wise)"
-    def __init__(self, w=.1, start=0, temp=.1, max_samples=1024, max_views=100, min_pixels=None):
+    def __init__(self, w=.1, start=0, temp=.1, max_samples=1024, max_views=100, min_pixels=None, form='released'):
         super().__init__(w, start)
-        self.kw = dict(temp=temp, max_samples=max_samples, max_views=max_views, min_pixels=min_pixels)
-    def predict(self): self.emb,self.seen = self.model.proj_head(self.feats.maps),(self.x,self.y)
-    def score(self): return pixel_contrast(self.emb.float(), self.y, self.pred.detach().argmax(1), return_n=True, **self.kw)
+        self.kw = dict(temp=temp, max_samples=max_samples, max_views=max_views, min_pixels=min_pixels, form=form)
+    def predict(self):
+        f = self.feats.finest
+        self.emb,self.seen = self.model.proj_head(f.maps),(f.cut(self.x),f.cut(self.y))
+    def score(self):
+        pred = self.feats.finest.cut(self.pred).detach().argmax(1)
+        return pixel_contrast(self.emb.float(), self.seen[1], pred, return_n=True, **self.kw)
 
 # %% ../nbs/10_callbacks.ipynb #1c383cd3
 @patch
@@ -198,11 +227,31 @@ def show(self:PixelContrast, n:int=2):
     c = ((c/c.std((0,2,3), keepdim=True)/4+.5).clamp(0,1)-torch.tensor(imagenet_mean)[:,None,None])/torch.tensor(imagenet_std)[:,None,None]
     return _show([*zip(*[o[:n] for o in self.seen], c)], ('source', 'label', 'embedding'))
 
+# %% ../nbs/10_callbacks.ipynb #df117921
+class TargetPixelContrast(PixelContrast):
+    "Contrast between source pixels, and target pixels whose pseudo-labels are certain"
+    name = 'pixel_contrast'
+    def __init__(self, w=.1, start=0, target=.968, target_start=0, **kwargs):
+        super().__init__(w, start, **kwargs); self.target,self.target_start = target,target_start
+
+    def prepare(self): self.y_sure = self.mean_teacher.sure(self.target if self.steps>=self.target_start else 2.)
+    def predict(self):
+        super().predict()
+        (z,f),src = self.model(self.x_t),self.feats
+        f,src = getattr(f, 'finest', f),getattr(src, 'finest', src)
+        cut,cut_s = getattr(f, 'cut', noop),getattr(src, 'cut', noop)
+        self.e_t,self.p_t,self.p_s = self.model.proj_head(f.maps),cut(z).argmax(1),cut_s(self.pred).argmax(1)
+        self.seen_t = cut(self.x_t),cut(self.y_sure)
+    def score(self):
+        e,y,p = [torch.cat(o) for o in ((self.emb,self.e_t), (self.seen[1],self.seen_t[1]), (self.p_s,self.p_t))]
+        return pixel_contrast(e.float(), y, p, return_n=True, **self.kw)
+
 # %% ../nbs/10_callbacks.ipynb #a5771bce
 class PatchContrast(LossTerm):
     "Contrast between two views of a target image (PiPa, patch-wise)"
-    def __init__(self, w=.1, start=0, size=(64,128), stride=8, iou=(.1,1.), scale=(1.,1.), temp=.1, thresh=.9, n_neg=1600, keep=3):
-        super().__init__(w, start); store_attr('size,stride,iou,scale,temp,thresh,n_neg,keep')
+    def __init__(self, w=.1, start=0, size=(64,128), stride=8, iou=(.1,1.), scale=(1.,1.), temp=.1, thresh=.9, n_neg=1600, keep=3,
+                 balanced=False, form='released'):
+        super().__init__(w, start); store_attr('size,stride,iou,scale,temp,thresh,n_neg,keep,balanced,form')
         self.bank = []
 
     def prepare(self):
@@ -223,7 +272,8 @@ class PatchContrast(LossTerm):
 def negatives(self:PatchContrast, f, y):
     "Remember some embeddings of this step with their labels and return those of the last few"
     f,y = f.detach().float().movedim(1,-1).flatten(0,-2),y.flatten()
-    i = torch.randperm(len(f), device=f.device)[:2*self.n_neg]
+    i = random_rank(y, int(y.max())+1).argsort(stable=True) if self.balanced else torch.randperm(len(f), device=f.device)
+    i = i[:2*self.n_neg]
     self.bank = (self.bank + [(f[i], y[i])])[-self.keep:]
     return [torch.cat(o) for o in zip(*self.bank)]
 
@@ -231,7 +281,7 @@ def negatives(self:PatchContrast, f, y):
 def score(self:PatchContrast):
     neg,y_neg = self.negatives(self.f, self.lab)
     (f_1,f_2),(y_1,y_2),(c_1,c_2) = [aligned(*o.chunk(2), self.crops, self.stride) for o in (self.f.float(), self.lab, self.conf)]
-    l,*n = patch_contrast(f_1, f_2, y_1, y_2, c_1, c_2, neg, y_neg, self.temp, self.thresh, return_n=True)
+    l,*n = patch_contrast(f_1, f_2, y_1, y_2, c_1, c_2, neg, y_neg, self.temp, self.thresh, self.form, return_n=True)
     return l,sum(n)
 
 # %% ../nbs/10_callbacks.ipynb #d645920e
@@ -256,5 +306,16 @@ class FeatureDistance(LossTerm):
         super().before_fit()
         if self.frozen is None: self.frozen = deepcopy(getattr(self.model, 'backbone', self.model)).eval().requires_grad_(False)
     def predict(self):
-        with torch.no_grad(): self.f0 = getattr(self.frozen, 'maps', self.frozen)(self.x)[-1]
+        self.seen,self.f = (self.x,self.y),self.feats.maps[-1].detach()
+        x = getattr(self.model, 'context', noop)(self.x)
+        with torch.no_grad(): self.f0 = getattr(self.frozen, 'maps', self.frozen)(x)[-1]
     def score(self): return feat_dist(self.feats.maps[-1].float(), self.f0.float(), self.y, self.classes, self.min_ratio),self.y.numel()
+
+# %% ../nbs/10_callbacks.ipynb #a684ecee
+@patch
+def show(self:FeatureDistance, n:int=2):
+    "The last source images, their labels, and how far each cell of a thing has moved: bright is far"
+    x,y = (o[:n] for o in self.seen)
+    d = (self.f[:n].float()-self.f0[:n].float()).norm(dim=1)
+    d = F.interpolate(d[:,None], y.shape[-2:], mode='nearest')[:,0]*torch.isin(y, torch.as_tensor(self.classes, device=y.device))
+    return _show([*zip(x, y, d/d.max().clamp(min=1e-8))], ('source', 'label', 'moved'))

@@ -9,23 +9,25 @@ import json, os, platform, shlex, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version, PackageNotFoundError
+from inspect import signature
 from pathlib import Path
 import pandas as pd, torch
-from fastcore.script import call_parse, store_true
+from fastcore.script import call_parse, store_true, anno_parser
 from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
 from fastcore.script import Param
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from .data import minicity, folder, codes_space, uda_dls, write_file
-from .learner import uda_learner, method_cbs
+from .learner import uda_learner, method_cbs, host_terms, method_name
 from .checkpoints import save, load, space_of, save_hf, save_official, load_official
-from .metrics import iou, miou, iou_table
-from . import show, infer
+from .metrics import iou, miou, iou_table, Validator
+from . import data, show, infer
 
 # %% auto #0
-__all__ = ['parse_size', 'domains', 'versions', 'new_folder', 'Before', 'write_run', 'sentences', 'plain_log', 'adapt',
-           'pipa_train', 'pipa_predict', 'pipa_convert', 'add_row', 'pipa_study']
+__all__ = ['parse_size', 'domains', 'named_domains', 'versions', 'new_folder', 'Before', 'write_run', 'measures', 'sentences',
+           'plain_log', 'parse_range', 'method_args', 'data_args', 'fit_args', 'adapt', 'pipa_train', 'settings',
+           'unusual', 'pipa_predict', 'pipa_convert', 'plan', 'add_row', 'pipa_study']
 
 # %% ../nbs/31_cli.ipynb #e4da3b7f
 def parse_size(
@@ -39,7 +41,7 @@ def parse_size(
 
 # %% ../nbs/31_cli.ipynb #1679091c
 def domains(
-    data:str, # 'minicity' or a folder, see above
+    data:str, # 'minicity', a pair such as 'gta:cityscapes', or a folder, see above
     method:str, # With 'oracle' the labelled target takes the place of the source
     size:tuple=(128,256) # Size of MiniCity's images
 )->tuple: # Source, target and validation `Domain`
@@ -48,8 +50,9 @@ def domains(
     if data=='minicity':
         target = minicity('real', 'train', size=size, labels=oracle)
         return (target if oracle else minicity('game', 'train', size=size)),target,minicity('real', 'val', size=size)
+    if ':' in data and not Path(data).is_dir(): return named_domains(*data.split(':', 1), oracle)
     root = Path(data)
-    if not root.is_dir(): raise FileNotFoundError(f"`--data {data}` is neither `minicity` nor a folder.")
+    if not root.is_dir(): raise FileNotFoundError(f"`--data {data}` is neither `minicity` nor a folder, nor a pair such as gta:cityscapes.")
     codes = codes_space(root/'codes.txt' if (root/'codes.txt').is_file() else _no_codes(root))
     src,tgt = ('target' if oracle else 'source'),root/'target'
     valid = root/'valid'
@@ -57,6 +60,23 @@ def domains(
             folder(valid/'images', valid/'masks', codes, 'valid') if valid.is_dir() else None)
 
 def _no_codes(root): raise FileNotFoundError(f"`{root}` has no `codes.txt`: write the class names in it, one a line, in the order of the numbers in the masks.")
+
+# %% ../nbs/31_cli.ipynb #4b89c455
+def _published(name, split, labels):
+    "A published set by name, with as much of split and labels as it can be asked for"
+    f = getattr(data, name, None) if name.isidentifier() and not name.startswith('_') else None
+    args = signature(f).parameters if callable(f) else ()
+    if 'labels' not in args or 'path' not in args: raise ValueError(f"`--data` names `{name}`, which is no data set of `pipa.data`: write it as gta:cityscapes.")
+    return f(**{k:v for k,v in dict(split=split, labels=labels).items() if k in args and v is not None})
+
+def named_domains(
+    source:str, # Name of a function of `pipa.data`, such as 'gta'
+    target:str, # Another, such as 'cityscapes'
+    oracle:bool=False # Take the labelled target for a source?
+)->tuple: # Source, target without labels, and validation `Domain`
+    "The three domains of a pair of published data sets"
+    train = _published(target, 'train', oracle)
+    return (train if oracle else _published(source, None, True)),train,_published(target, 'val', True)
 
 # %% ../nbs/31_cli.ipynb #45c48cce
 def versions()->dict:
@@ -109,6 +129,13 @@ def write_run(
     return dict(miou_student=miou(cm), miou_teacher=ms['teacher_miou'].value if 'teacher_miou' in ms else float('nan'),
                 **dict(zip(sp.codes, iou(cm).tolist())))
 
+# %% ../nbs/31_cli.ipynb #112dc6e3
+def measures(
+    learn # Fitted learner
+)->dict: # Column → number
+    "What a row of results says of a run beside its scores: the label-free scores of the last epoch"
+    return {m.name: m.value for m in learn.metrics if isinstance(m, Validator)}
+
 # %% ../nbs/31_cli.ipynb #aab32389
 @contextmanager
 def sentences():
@@ -134,6 +161,44 @@ def plain_log(
         try: yield
         finally: learn.logger = old
 
+# %% ../nbs/31_cli.ipynb #7e13168b
+def parse_range(
+    text:str # Two numbers, as `.1:1`
+)->tuple:
+    "Read a range"
+    try: lo,hi = map(float, str(text).split(':'))
+    except ValueError: raise ValueError(f"`{text}` is not a range: write it as .1:1.") from None
+    if not 0<=lo<=hi: raise ValueError(f"`{text}`: a range goes from a number that isn't negative to one that isn't smaller.")
+    return lo,hi
+
+def method_args(
+    o # The arguments of `pipa_train`
+)->dict:
+    "The arguments of a command as those of `method_cbs`"
+    pixel = dict(temp=o.temp, max_samples=o.samples, form=o.form) | (dict(target=o.target) if o.target else {})
+    patch = dict(temp=o.temp, iou=parse_range(o.iou), n_neg=o.n_neg, keep=o.keep, balanced=o.balanced, form=o.form)
+    kw = dict(terms=o.terms, alpha=o.alpha, thresh=o.thresh, trust=o.trust, start=o.start, w_pixel=o.w_pixel, w_patch=o.w_patch,
+              teacher=dict(buffers=o.buffers), host={} if o.w_host is None else dict(w=o.w_host))
+    if o.preset:
+        scale = (1.28,3.2) if 'daformer' in o.preset else (.8,2.)
+        return kw | dict(released=True, pixel=pixel, patch=patch | dict(scale=scale), teacher=kw['teacher'] | dict(margin=(0,0)))
+    return kw | dict(crop=parse_size(o.crop), pixel=pixel | dict(min_pixels=8, max_views=50), patch=patch | dict(thresh=.6))
+
+def data_args(
+    o, # The arguments of `pipa_train`
+    src, # Source `Domain`
+    tgt # Target `Domain`
+)->dict:
+    "The arguments of a command as those of `uda_dls`"
+    if not o.preset: return dict(bs=o.bs, size=parse_size(o.size), zoom=(1.,o.zoom), rcs_temp=o.rcs or None)
+    return data.preset(o.preset, src, tgt)
+
+def fit_args(
+    o # The arguments of `pipa_train`
+)->dict:
+    "The arguments of a command as those of `fit_poly`"
+    return dict(head_mult=10., warmup=1500/(o.epochs*o.steps)) if o.preset else dict(head_mult=2.)
+
 # %% ../nbs/31_cli.ipynb #6f4922f4
 def adapt(
     out:Path, # Folder of the run, made when all arguments have proved good; see `new_folder`
@@ -141,31 +206,33 @@ def adapt(
 )->tuple: # The folder, and a row of the results table
     "One run, from data to pictures"
     o = AttrDict(o)
-    size = parse_size(o.size)
+    size,(host,terms) = parse_size(o.size),host_terms(o.method, o.terms)
     set_seed(o.seed, reproducible=True)
-    src,tgt,val = domains(o.data, o.method, size)
-    dls = uda_dls(src, tgt, val, bs=o.bs, size=size, n=o.steps*o.bs, zoom=(1.,o.zoom), rcs_temp=o.rcs or None, num_workers=o.workers)
+    src,tgt,val = domains(o.data, host, size)
+    views = data_args(o, src, tgt)
+    o.size = 'x'.join(map(str, views['size']))
+    dls = uda_dls(src, tgt, val, n=o.steps*views['bs'], num_workers=o.workers, **views)
     before = Before(dls.valid)
-    learn = uda_learner(dls, o.net, o.method, o.arch, pretrained=o.pretrained, lr=o.lr, hidden=128, alpha=o.alpha, thresh=o.thresh, trust=o.trust, start=o.start,
-                        w_pixel=o.w_pixel, w_patch=o.w_patch, crop=parse_size(o.crop), pixel=dict(min_pixels=8, max_views=50), patch=dict(thresh=.6),
-                        things=src.space.things,
-                        cbs=[before, CSVLogger('metrics.csv')])
+    learn = uda_learner(dls, o.net, o.method, o.arch, pretrained=o.pretrained, lr=o.lr, hidden=None if o.preset else 128, cbs=[before, CSVLogger('metrics.csv')], things=src.space.things,
+                        n_unlabelled=o.unlabelled, **method_args(o))
     learn.path = out = new_folder(out)
     text = json.dumps(dict(o, versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]])), indent=1)
     write_file(out/'config.json', lambda f: f.write(text.encode()))
-    with nullcontext() if sys.stdout.isatty() else plain_log(learn): learn.fit_poly(o.epochs, head_mult=2.)
-    return out,dict(benchmark=o.data, method=o.method, seed=o.seed, epochs=o.epochs, **write_run(out, learn, before, o))
+    with nullcontext() if sys.stdout.isatty() else plain_log(learn): learn.fit_poly(o.epochs, **fit_args(o))
+    return out,dict(benchmark=o.data, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms,
+                    **write_run(out, learn, before, o), **measures(learn))
 
 # %% ../nbs/31_cli.ipynb #1f0e3dad
 _start = Param('Start from ImageNet weights, or from those of a file if one is named', str, nargs='?', const=True)
 
 @call_parse
 def pipa_train(
-    method:str='pipa', # source, self_training, pixel, patch, pipa, daformer or oracle (trains on the target's labels)
+    method:str='pipa', # source, minent, advseg, advent, fda, self_training, daformer, mic, pixel, patch, pipa, oracle (trains on the target's labels), or some joined by +
+    terms:str='none', # PiPa's terms on top of it: none, pixel, patch or both
     data:str='minicity', # minicity, or a folder with codes.txt, source/images, source/masks, target/images, valid/images, valid/masks
     seed:int=0, # Seed of everything random
-    epochs:int=8, # Validations; training is cut into so many epochs
-    steps:int=100, # Steps in an epoch
+    epochs:int=5, # Validations; training is cut into so many epochs
+    steps:int=260, # Steps in an epoch
     bs:int=4, # Source images, and target images, in a batch
     size:str='128x256', # Height x width that the net sees, multiples of 32
     net:str='light', # Net: light, segformer or daformer
@@ -175,25 +242,60 @@ def pipa_train(
     alpha:float=.97, # Decay of the teacher
     trust:str='pixel', # Trust in pseudo-labels: one for the batch (as published), each image or each pixel
     thresh:float=.8, # Probability from which a pseudo-label counts for trust
-    start:int=300, # Steps on the source alone, before pseudo-labels are used
+    start:int=500, # Steps on the source alone, before pseudo-labels are used
     w_pixel:float=.1, # Weight of pixel contrast
     w_patch:float=.1, # Weight of patch contrast
+    w_host:float=None, # Weight of the host's own term (minent, advseg, advent, fda, mic); default its paper's
     crop:str='64x128', # Height x width of the two crops of patch contrast
+    iou:str='.1:1', # Least and largest overlap of these crops
+    temp:float=.1, # Temperature of both contrasts
+    samples:int=1024, # Pixels in pixel contrast, at most
+    n_neg:int=1600, # Places of each view that patch contrast remembers
+    keep:int=3, # Steps that it remembers
+    balanced:store_true=False, # Remember as many places of each class
+    target:float=0, # Probability from which target pixels join pixel contrast; 0 leaves them out
+    form:str='released', # Form of both contrasts: released, or paper (the formulas as printed)
+    buffers:str='mean', # The teacher's running statistics: mean, or copy (the student's)
+    preset:str=None, # Sizes, sampling and constants of a paper: daformer, pipa_daformer, hrda or pipa_hrda; --size, --bs, --rcs, --zoom and --crop don't count then
     rcs:float=.5, # Temperature of rare class sampling; 0 draws source images evenly
     zoom:float=1., # Views are zoomed in by up to this factor
     workers:int=0, # Processes that load data
     threads:int=0, # CPU threads; 0 leaves it to torch
+    unlabelled:int=32, # Target images for the label-free scores in the table; 0 leaves them out
     out:str=None # Folder of the run; default runs/DATA_METHOD_seedN
 ):
     "Adapt a segmenter from a labelled source to an unlabelled target, and write a run folder"
     o = dict(locals()); o.pop('out'); n = o.pop('threads')
     if n: torch.set_num_threads(n)
     with sentences():
-        method_cbs(method)
-        out,row = adapt(out or f'runs/{Path(data).name}_{method}_seed{seed}', **o)
-        write_file(out/'row.json', lambda f: f.write(json.dumps(dict(row, command=shlex.join(['pipa_train', *sys.argv[1:]]), version=versions()['pipa'])).encode()))
+        method_cbs(method, terms)
+        out,row = adapt(out or f"runs/{Path(data).name.replace(':', '_')}_{method_name(*host_terms(method, terms))}_seed{seed}", **o)
+        row |= dict(settings=unusual(o), command=shlex.join(['pipa_train', *sys.argv[1:]]), version=versions()['pipa'])
+        write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
     print(pd.read_csv(out/'classes.csv').to_string(index=False))
     print(f'In {out.resolve()}:\n' + '\n'.join(f'  {p.name}' for p in sorted(out.iterdir())))
+
+# %% ../nbs/31_cli.ipynb #1e221739
+_elsewhere = 'out threads workers unlabelled pdb xtra'.split()
+def _parser(): return anno_parser(pipa_train.__wrapped__, 'pipa_train')
+
+def settings(
+    command:str|list, # Command or its arguments, as `pipa_train --method=mic`
+    strict:bool=True # Exit with a sentence at arguments that aren't known? Otherwise they are passed over
+)->dict: # Host, terms, and everything else that could change the result
+    "What a `pipa_train` command asks for, defaults included"
+    args = [o for o in (shlex.split(command) if isinstance(command, str) else command) if o!='pipa_train']
+    p = _parser()
+    o = {k:v for k,v in vars(p.parse_args(args) if strict else p.parse_known_args(args)[0]).items() if k not in _elsewhere}
+    o['host'],o['terms'] = host_terms(o.pop('method'), o['terms'])
+    return o
+
+def unusual(
+    o:dict # Arguments of `pipa_train`
+)->str: # Such as `w_patch=0.01 crop=64x64`
+    "The settings that aren't the default, but for what has a column of its own"
+    usual = vars(_parser().parse_args([]))
+    return ' '.join(f'{k}={v}' for k,v in o.items() if k in usual and v!=usual[k] and k not in (*_elsewhere, *'method terms data seed epochs'.split()))
 
 # %% ../nbs/31_cli.ipynb #3c59dc04
 @call_parse
@@ -240,6 +342,35 @@ def pipa_convert(
         else: (save_hf if to=='hf' else save_official)(dest, net, sp)
         print(f'Written: {dest}')
 
+# %% ../nbs/31_cli.ipynb #651a4ce2
+def plan(
+    methods:str, # Methods, separated by commas, see `host_terms`
+    seeds:str='0', # Seeds, separated by commas
+    terms:str='none', # Terms on top of each method, separated by commas
+    sweep:str='', # Settings to vary, one at a time: `w_patch=.01,.1 temp=.05,.2`
+    more=() # Arguments of every run
+)->list: # For each run its name, and arguments of `pipa_train`; equal runs once; seed by seed
+    "The runs of a study"
+    if bad := [o for o in sweep.split() if not (o.partition('=')[0] and o.partition('=')[2])]: raise ValueError(f"`--sweep {bad[0]}` names no values: write it as w_patch=.01,.1.")
+    pairs = dict.fromkeys(host_terms(m, t) for m in methods.split(',') for t in terms.split(','))
+    vary = [f'{k}={v}' for k,_,vs in (o.partition('=') for o in sweep.split()) for v in vs.split(',')] or ['']
+    runs = {}
+    for s in seeds.split(','):
+        for m in (method_name(*o) for o in pairs):
+            for v in vary:
+                args = [f'--method={m}', f'--seed={int(s)}', *more] + ([f'--{v}'] if v else [])
+                runs.setdefault(_key(settings(args)), (f'{m}_seed{int(s)}' + (f'_{v}' if v else ''), args))
+    return list(runs.values())
+
+def _key(o): return tuple(sorted((k, str(v)) for k,v in o.items()))
+
+def _keys(table):
+    "The settings of each row; without a command, the defaults"
+    if not Path(table).exists(): return set()
+    df = pd.read_csv(table)
+    said = lambda r: ' '.join(f'--{k}={r[k]}' for k in ('method','seed','epochs') if k in df)
+    return {_key(settings(r['command'] if 'command' in df and isinstance(r['command'], str) else said(r), strict=False)) for _,r in df.iterrows()}
+
 # %% ../nbs/31_cli.ipynb #37693cfc
 def add_row(
     file, # Table, CSV; made when it isn't there
@@ -258,21 +389,25 @@ def pipa_study(
     runs:str='runs/study', # Folder for the run folders
     jobs:int=1, # Runs at the same time; the cores are shared between them
     size:str='128x256', # Height x width that the net sees
-    args:str='' # More arguments for every pipa_train, as one string
+    args:str='', # More arguments for every pipa_train, as one string
+    terms:str='none', # PiPa's terms on top of each method, separated by commas: none, pixel, patch, both
+    sweep:str='' # Settings to vary one at a time, with values: "w_patch=.01,.1,1 temp=.05,.2"
 ):
-    "Run methods times seeds with equal settings and add a row for each to a table"
-    have = set() if not Path(table).exists() else {*map(tuple, pd.read_csv(table)[['method','seed']].values.tolist())}
-    todo = [(m,int(s)) for s in seeds.split(',') for m in methods.split(',') if (m,int(s)) not in have]
-    env = dict(os.environ, OMP_WAIT_POLICY='PASSIVE')
+    "Run methods times terms times seeds, and add a row for each to a table that hasn't got it"
+    more = [f'--size={size}', *shlex.split(args)]
+    with sentences():
+        have,all_ = _keys(table),plan(methods, seeds, terms, sweep, more)
+        todo = [(n,a) for n,a in all_ if _key(settings(a)) not in have]
+        for _,a in todo: method_cbs(*(settings(a)[k] for k in ('host','terms')))
+    print(f'{len(all_)-len(todo)} of {len(all_)} runs are in {table}')
     if todo and '--data' not in args: [domains('minicity', o, parse_size(size)) for o in ('oracle', 'pipa')]
-    def run(ms):
-        out = new_folder(Path(runs)/f'{ms[0]}_seed{ms[1]}')
-        cmd = [str(Path(sys.executable).with_name('pipa_train')), f'--method={ms[0]}', f'--seed={ms[1]}', f'--size={size}', f'--threads={max(1, defaults.cpus//jobs)}', *shlex.split(args), f'--out={out}']
-        with open(out.with_suffix('.log'), 'w') as f:
-            code = subprocess.run(cmd, stdout=f, stderr=f, env=env).returncode
-        return ms,out,code
+    def run(job):
+        out = new_folder(Path(runs)/job[0])
+        cmd = [str(Path(sys.executable).with_name('pipa_train')), *job[1], f'--threads={max(1, defaults.cpus//jobs)}', f'--out={out}']
+        with open(f'{out}.log', 'w') as f: code = subprocess.run(cmd, stdout=f, stderr=f, env=dict(os.environ, OMP_WAIT_POLICY='PASSIVE')).returncode
+        return job,out,code
     with ThreadPoolExecutor(jobs) as pool:
         for f in progress_bar(as_completed([pool.submit(run, o) for o in todo]), total=len(todo)):
-            (m,s),out,code = f.result()
-            if code: print(f'{m} with seed {s} failed, see {out}.log')
+            (name,_),out,code = f.result()
+            if code: print(f"{' with seed '.join(name.split('_seed', 1))} failed, see {out}.log")
             else: add_row(table, json.loads((out/'row.json').read_text()))

@@ -11,36 +11,85 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.callback.schedule import ParamScheduler
 from .losses import weighted_ce
-from .metrics import MIoU, TeacherMIoU, TermColumn
+from .metrics import MIoU, TeacherMIoU, TermColumn, validators
 from .checkpoints import load_pretrained
 from .models import light, segformer, daformer
+from .hrda import hrda
 from .callbacks import *
+from .baselines import MinEnt, AdvSeg, AdvEnt, FDA, MIC
 
 # %% auto #0
-__all__ = ['nets', 'method_cbs', 'param_groups', 'adamw', 'poly_lr', 'SegLoss', 'make_net', 'uda_learner']
+__all__ = ['nets', 'host_terms', 'method_name', 'method_cbs', 'param_groups', 'adamw', 'poly_lr', 'SegLoss', 'target_dl',
+           'make_net', 'uda_learner']
+
+# %% ../nbs/20_learner.ipynb #0d193d73
+_on = dict(none=set(), pixel={'pixel'}, patch={'patch'}, both={'pixel','patch'}, pipa={'pixel','patch'})
+
+def host_terms(
+    method:str, # Name of a method, see above
+    terms:str='none' # Terms on top of those that the name says: 'none', 'pixel', 'patch' or 'both'
+)->tuple: # Name of the host, and 'none', 'pixel', 'patch' or 'both'; raises `ValueError` if there are no such terms
+    "What a method's name means: a host, and PiPa's terms on top of it"
+    if terms not in _on: raise ValueError(f"There are no terms `{terms}`: choose none, pixel, patch or both.")
+    parts = method.split('+')
+    said = [o for o in parts if o in _on and o!='none']
+    hosts = [o for o in parts if o not in said] or ['self_training']
+    on = _on[terms].union(*map(_on.get, said))
+    return '+'.join(hosts),next(k for k,v in _on.items() if v==on)
+
+def method_name(
+    host:str, # Name of a host
+    terms:str='none' # 'none', 'pixel', 'patch' or 'both'
+)->str:
+    "The shortest name that `host_terms` takes apart into these two"
+    if terms=='none': return host
+    t = 'pipa' if terms=='both' else terms
+    return t if host=='self_training' else f'{host}+{t}'
+
+# %% ../nbs/20_learner.ipynb #90b01091
+def _fda(start, beta=.01, w=.005, eta=2.): return [FDA(beta), MinEnt(w, start, eta)]
+
+def _host(name, method, base, start, things, more):
+    "The callbacks of one host"
+    hosts = dict(source=lambda: [], oracle=lambda: [], minent=lambda: [MinEnt(start=start, **more)],
+                 advseg=lambda: [AdvSeg(start=start, **more)], advent=lambda: [AdvEnt(start=start, **more)],
+                 fda=lambda: _fda(start, **more), self_training=lambda: base,
+                 daformer=lambda: base+[FeatureDistance(things)], mic=lambda: base+[MIC(start=start, **more)])
+    if name not in hosts: raise ValueError(f"There is no method `{method}`: choose one of {', '.join(hosts)}, pixel, patch or pipa,"
+                                           " join some with +, or give a list of callbacks.")
+    return hosts[name]()
 
 # %% ../nbs/20_learner.ipynb #e4da3b7f
 def method_cbs(
-    method:str='pipa', # 'source', 'oracle', 'self_training', 'pixel', 'patch', 'pipa' or 'daformer'
+    method:str='pipa', # A host, hosts joined by `+`, or 'pixel', 'patch', 'pipa': see `host_terms`
+    terms:str='none', # PiPa's terms on top: 'none', 'pixel', 'patch' or 'both'
     alpha:float=.999, # Decay of the teacher (DAFormer)
     thresh:float=.968, # Probability from which a pseudo-label counts for trust (DACS)
     trust:str='batch', # Trust for the 'batch' (published), each 'image' or each 'pixel', see `MeanTeacher`
-    start:int=0, # Steps on the source alone before the terms that need pseudo-labels begin
+    start:int=0, # Steps on the source alone before the terms that look at the target begin
     w_pixel:float=.1, # Weight of pixel contrast (the release)
     w_patch:float=.1, # Weight of patch contrast (the release on DAFormer; 0.01 on HRDA)
-    crop:tuple=(64,128), # Height and width of the two crops
+    crop:tuple=None, # Height and width of the two crops; `None`: (64, 128), or 720x720 if `released`
     things:tuple=(), # Train ids of things, for the feature distance of 'daformer'
-    pixel:dict=None, # More arguments for `PixelContrast`
+    released:bool=False, # Take the released constants for what depends on the images' size and the length of a run, see below
+    teacher:dict=None, # More arguments for `MeanTeacher`
+    host:dict=None, # More arguments for the host's own term: `MinEnt`, `AdvSeg`, `AdvEnt`, `FDA` or `MIC`
+    pixel:dict=None, # More arguments for `PixelContrast`; with `target`, for `TargetPixelContrast`
     patch:dict=None, # More arguments for `PatchContrast`
     mix:dict=None # More arguments for `Mix`
 )->list: # Callbacks
     "The callbacks of a method by name"
-    pixel_,patch_ = PixelContrast(w_pixel, **(pixel or {})),PatchContrast(w_patch, start, crop, **(patch or {}))
-    base = [MeanTeacher(alpha, thresh, trust), Mix(start=start, **(mix or {}))]
-    lists = dict(source=[], oracle=[], self_training=base, daformer=base+[FeatureDistance(things)],
-                 pixel=base+[pixel_], patch=base+[patch_], pipa=base+[pixel_, patch_])
-    if method not in lists: raise ValueError(f"There is no method `{method}`: choose one of {', '.join(lists)}, or give a list of callbacks.")
-    return [Pair()] + lists[method]
+    name,terms = host_terms(method, terms)
+    more,pixel,patch = host or {},pixel or {},(dict(start=10_000, scale=(.8,2.)) if released else {}) | (patch or {})
+    mt = MeanTeacher(alpha, thresh, trust, **(dict(margin=(15,120)) if released else {}) | (teacher or {}))
+    cbs = [cb for o in name.split('+') for cb in _host(o, method, [mt, Mix(start=start, **(mix or {}))], start, things, more)]
+    if terms in ('pixel','both'):
+        if 'target' in pixel: cbs = [mt, *cbs, TargetPixelContrast(w_pixel, **dict(target_start=start) | pixel)]
+        else: cbs.append(PixelContrast(w_pixel, **pixel))
+    if terms in ('patch','both'):
+        size = crop or ((720,720) if released else (64,128))
+        cbs = [mt, *cbs, PatchContrast(w_patch, **dict(start=start, size=size) | patch)]
+    return [*{cb.name:cb for cb in [Pair(), *cbs]}.values()]
 
 # %% ../nbs/20_learner.ipynb #c9f0f895
 def param_groups(
@@ -109,11 +158,20 @@ class SegLoss:
     def activation(self, x): return x.softmax(1)
     def decodes(self, x): return TensorMask(x.argmax(1))
 
+# %% ../nbs/20_learner.ipynb #91662b10
+def target_dl(
+    dls, # From `uda_dls`
+    n:int=32 # Images, evenly spread over the target's training images; at most all of them
+): # A loader with batches `(x,)`
+    "Loader of unlabelled target images, as they are validated"
+    ims = dls.train.dataset.target.images
+    return dls.test_dl([ims[i] for i in np.linspace(0, len(ims)-1, min(n, len(ims))).round().astype(int)])
+
 # %% ../nbs/20_learner.ipynb #b6d767d2
-nets = dict(light=light, segformer=segformer, daformer=daformer)
+nets = dict(light=light, segformer=segformer, daformer=daformer, hrda=hrda)
 
 def make_net(
-    model, # A name such as 'light', 'segformer' or 'daformer', or any net
+    model, # A name such as 'light', 'segformer', 'daformer' or 'hrda', or any net
     n_out:int, # Number of classes
     arch:str='mit_b0', # Encoder, when `model` is a name
     pretrained:bool|str=False, # Start from ImageNet weights? `True`, or a file, see `load_pretrained`
@@ -136,18 +194,21 @@ def uda_learner(
     pretrained:bool|str=False, # Start from ImageNet weights? `True`, or a file, see `load_pretrained`
     lr:float=6e-5, # Rate of the encoder (DAFormer)
     wd:float=.01, # Weight decay (DAFormer)
+    net:dict=None, # More arguments for the net's factory when `model` is a name, such as `dict(crop=(64,128))` for 'hrda'
     hidden:int|None=None, # Width of the pixel head, see `add_heads`
+    n_unlabelled:int=0, # Target images for the columns of label-free scores, see `pipa.metrics.validators`; 0: no such columns
     metrics=None, # More metrics
     cbs=None, # More callbacks
     path='.', # Where `learn.save` and loggers write
     **kwargs # To `method_cbs`
 )->Learner:
     "A learner that adapts `model` from the source to the target of `dls`"
-    net = make_net(model, dls.c, arch, pretrained).to(dls.device)
+    net = make_net(model, dls.c, arch, pretrained, **(net or {})).to(dls.device)
     parts = method_cbs(method, **kwargs) if isinstance(method, str) else [Pair()] + [cb for cb in L(method) if not isinstance(cb, Pair)]
     if any(isinstance(cb, (PixelContrast, PatchContrast)) for cb in parts): add_heads(net, hidden=hidden)
     has_teacher = any(isinstance(cb, MeanTeacher) for cb in parts)
     ms = [TermColumn(cb, cb.name) for cb in parts if isinstance(cb, (Pair, LossTerm))]
     ms += [MIoU(dls.c)] + ([TeacherMIoU(dls.c)] if has_teacher else []) + L(metrics)
+    if n_unlabelled: ms += validators(target_dl(dls, n_unlabelled))
     return Learner(dls, net, SegLoss(), partial(adamw, wd=wd), lr=lr, splitter=param_groups, metrics=ms, cbs=parts+L(cbs),
                    path=path, train_bn=False, wd_bn_bias=True)

@@ -68,23 +68,28 @@ def feat_dist(
     return d[m].sum()/m.sum().clamp(min=1)
 
 # %% ../nbs/01_losses.ipynb #33e75ff0
+def _is_paper(form):
+    if form not in ('released','paper'): raise ValueError(f"`form` is {form!r}; it can be 'released' or 'paper'")
+    return form=='paper'
+
 def sup_contrast(
     e:Tensor, # Embeddings of the samples, `M x D`, of length 1
     y:Tensor, # Their labels, `M`
     temp:float=.1, # Temperature of the softmax (PiPa and ContrastiveSeg: 0.1)
     base_temp:float=.07, # Scales the loss by `temp/base_temp` (release: 0.07)
+    form:str='released', # 'released' (a partner against strangers) or 'paper' (a partner against all), see below
 )->Tensor: # 0-dim; 0 if no two samples share a class, or all do
     "Supervised contrast: each sample's partners against all samples of other classes"
     with _full_precision(e):
         e = _wide(e)
         s = e @ e.t() / temp
         same = y[:,None]==y
-        wrong = s.masked_fill(same, -torch.inf).logsumexp(1)
         partner = same & ~torch.eye(len(y), dtype=torch.bool, device=y.device)
         n = partner.sum(1)
         i,j = partner.nonzero(as_tuple=True)
-        l = F.softplus(wrong[i]-s[i,j])/n[i]
-        return temp/base_temp * l.sum()/(n>0).sum().clamp(min=1)
+        if _is_paper(form): l,base_temp = s.logsumexp(1)[i]-s[i,j],temp
+        else: l = F.softplus(s.masked_fill(same, -torch.inf).logsumexp(1)[i]-s[i,j])
+        return temp/base_temp * (l/n[i]).sum()/(n>0).sum().clamp(min=1)
 
 # %% ../nbs/01_losses.ipynb #a5bfc9e0
 def n_hard(
@@ -147,13 +152,14 @@ def pixel_contrast(
     max_views:int=100, # See `sample_pixels`
     ignore:int=255, # Label of void: never counts
     min_pixels:int=None, # See `sample_pixels`
+    form:str='released', # See `sup_contrast`
     return_n:bool=False, # Also return how many pixels took part, for the log?
 )->Tensor: # 0-dim, without the weight (release: 0.1), or a tuple of it and a number; 0 if no class qualifies
     "Supervised contrast of pixels that are drawn evenly from all classes of all images"
     y,pred = (_nearest(o, emb.shape[-2:]) for o in (y,pred))
     i = sample_pixels(y, pred, max_samples, max_views, min_pixels, ignore)
     hw = emb.shape[-2]*emb.shape[-1]
-    l = sup_contrast(emb.flatten(2)[i//hw, :, i%hw], y.flatten()[i].long(), temp, base_temp)
+    l = sup_contrast(emb.flatten(2)[i//hw, :, i%hw], y.flatten()[i].long(), temp, base_temp, form)
     return (l, len(i)) if return_n else l
 
 # %% ../nbs/01_losses.ipynb #66f041e1
@@ -186,7 +192,7 @@ class _Rivals(Function):
 def _one_way(f, g, y, neg, y_neg, temp):
     "Loss of rows `f` that are pulled to `g`; at most two million scores are held at once"
     if not len(f) or not len(neg): return f.sum()*0
-    pos = (f*g.detach()).sum(1)/temp
+    pos = (f*g).sum(1)/temp
     return F.softplus(_Rivals.apply(f, y, neg.detach(), y_neg, temp, max(2**21//len(neg), 1)) - pos).mean()
 
 def patch_contrast(
@@ -200,12 +206,16 @@ def patch_contrast(
     y_neg:Tensor, # Their pseudo-labels, `M`: a rival of the row's own label is left out
     temp:float=.1, # Temperature (release: 0.1)
     thresh:float=.9, # See `patch_rows`
+    form:str='released', # 'released' (surer views teach, rivals of other classes) or 'paper' (all rows, all rivals), see below
     return_n:bool=False, # Also return how many rows counted in each direction, for the log?
 )->Tensor: # 0-dim, both directions summed, without the weight (release: 0.1), or a tuple of it and two numbers
     "Pull each place towards its surer view in the other crop, push it from places of other classes"
-    a,b = patch_rows(c_1, c_2, thresh), patch_rows(c_2, c_1, thresh)
+    a,b,fixed = patch_rows(c_1, c_2, thresh),patch_rows(c_2, c_1, thresh),Tensor.detach
+    if _is_paper(form):
+        a,b,fixed = torch.ones_like(a),torch.ones_like(b),Tensor.clone
+        y_1,y_2,y_neg = torch.zeros_like(y_1),torch.zeros_like(y_2),torch.ones_like(y_neg)
     with _full_precision(f_1):
         f_1,f_2,neg = map(_wide, (f_1,f_2,neg))
-        l = _one_way(f_1[a], f_2[a], y_1[a], neg, y_neg, temp)
-        l = l + _one_way(f_2[b], f_1[b], y_2[b], neg, y_neg, temp)
+        l = _one_way(f_1[a], fixed(f_2[a]), y_1[a], neg, y_neg, temp)
+        l = l + _one_way(f_2[b], fixed(f_1[b]), y_2[b], neg, y_neg, temp)
     return (l, int(a.sum()), int(b.sum())) if return_n else l

@@ -9,8 +9,9 @@ from torch import Tensor
 from fastai.learner import Metric
 
 # %% auto #0
-__all__ = ['confusion', 'iou', 'miou', 'pixel_acc', 'iou_table', 'MIoU', 'TeacherMIoU', 'TermColumn', 'entropy', 'info_max',
-           'agreement']
+__all__ = ['label_free', 'confusion', 'iou', 'miou', 'pixel_acc', 'iou_table', 'MIoU', 'TeacherMIoU', 'TermColumn', 'entropy',
+           'info_max', 'agreement', 'overlap_agreement', 'density', 'Validator', 'validators', 'spearman',
+           'rank_correlation']
 
 # %% ../nbs/03_metrics.ipynb #1679091c
 def confusion(pred:Tensor, # Predicted classes, any shape
@@ -95,11 +96,13 @@ def _ask(net, x):
     finally:
         for m,t in zip(net.modules(), was): m.training = t
 
+def _teacher(learn): return next((t for c in learn.cbs if (t := getattr(c, 'teacher', None)) is not None), None)
+
 class TeacherMIoU(MIoU):
     "Mean IoU of the teacher over a whole validation set"
     def __init__(self, n, classes=None, name='teacher_miou', ignore=255): super().__init__(n, classes, name, ignore)
     def logits(self, learn):
-        net = next((t for c in learn.cbs if (t := getattr(c, 'teacher', None)) is not None), None)
+        net = _teacher(learn)
         if net is None: raise ValueError("no callback has a `teacher`: add `MeanTeacher()` to the learner,"
                                          " or take `TeacherMIoU` out of its metrics")
         return _ask(net, learn.x)
@@ -139,3 +142,93 @@ def agreement(logits_1:Tensor, # `B×K×H×W`
 )->Tensor: # 0-dim, in [0,1]
     "Share of pixels in which both name the same class"
     return (logits_1.max(1).indices == logits_2.max(1).indices).float().mean()
+
+# %% ../nbs/03_metrics.ipynb #258e2cce
+def overlap_agreement(net, # In evaluation mode gives logits of its input's size
+                      x:Tensor, # Images, `B×3×H×W`
+                      shift:float=.25, # Distance of the windows, as a share of the width, below 1/2
+                      stride:int=8 # The distance is a multiple of it, px
+)->Tensor: # 0-dim, in [0,1]
+    "Share of pixels of the common part that a left and a right window label alike"
+    w = x.shape[-1]
+    a = max(stride, int(shift*w)//stride*stride)
+    if 2*a>=w: raise ValueError(f"windows {a} px apart have no common part in images {w} px wide: take a smaller `shift`")
+    return agreement(_ask(net, x[...,:w-a])[...,a:], _ask(net, x[...,a:])[...,:w-2*a])
+
+def density(logits:Tensor, # `B×K×H×W`
+            n:int=512, # Pixels of an image that take part, evenly spaced
+            temp:float=.05 # Temperature τ (SND: 0.05)
+)->Tensor: # 0-dim, nats, in [0, log(n-1)]: higher is better; NaN for images of one pixel
+    "Mean entropy of each pixel's similarities to the others of its image (soft neighbourhood density)"
+    p = logits.float().softmax(1).flatten(2)
+    i = torch.linspace(0, p.shape[-1]-1, min(n, p.shape[-1]), device=p.device).round().long()
+    p = F.normalize(p[...,i], dim=1)
+    s = p.transpose(1,2) @ p / temp
+    s.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    return torch.special.entr(s.softmax(-1)).sum(-1).mean()
+
+# %% ../nbs/03_metrics.ipynb #88757502
+def _mean_pred(z): return z.float().softmax(1).movedim(1,-1).flatten(0,-2).mean(0)
+def _agree(learn, x, z): return agreement(z, _ask(_teacher(learn), x)) if _teacher(learn) is not None else torch.tensor(torch.nan)
+
+label_free = dict(entropy=lambda learn,x,z: entropy(z), info_max=lambda learn,x,z: torch.cat([_mean_pred(z), -entropy(z)[None]]), agreement=_agree,
+                  overlap=lambda learn,x,z: overlap_agreement(learn.model, x), density=lambda learn,x,z: density(z))
+
+# %% ../nbs/03_metrics.ipynb #0079ae72
+class Validator(Metric):
+    "A column with a score that needs no labels"
+    def __init__(self,
+                 name:str, # One of `label_free`
+                 dl=None, # Loader of target images; None: the validation images
+                 first=None # Another `Validator`, which computes this one's score along with its own
+    ):
+        self._name,self.dl,self.first,self.names,self.sums,self.n = name,dl,first or self,[],{},0
+        self.first.names.append(name)
+
+    def reset(self): self.sums,self.n = dict.fromkeys(self.names, 0.),0
+    def add(self, learn, x, z):
+        for k in self.names: self.sums[k] = self.sums[k] + label_free[k](learn, x, z)*len(x)
+        self.n += len(x)
+    def accumulate(self, learn):
+        if self.first is not self: return
+        if self.dl is None: self.add(learn, learn.x, learn.pred)
+        elif not self.n:
+            with torch.random.fork_rng(devices=[]): # a loader draws a seed when it begins
+                for b in self.dl: self.add(learn, b[0], _ask(learn.model, b[0]))
+
+    @property
+    def value(self):
+        if not self.first.n: return float('nan')
+        v = self.first.sums[self._name]/self.first.n
+        return float(torch.special.entr(v[:-1]).sum()+v[-1] if self._name=='info_max' else v)
+    @property
+    def name(self): return self._name
+
+# %% ../nbs/03_metrics.ipynb #8ce60002
+def validators(dl=None, # Loader of target images, such as `dls.test_dl(images)`; None: the validation images
+               names=tuple(label_free) # Which of `label_free`
+)->list: # Of `Validator`, for the `metrics` of a learner
+    "Columns of label-free scores that share one pass over the images"
+    bad = [o for o in names if o not in label_free]
+    if bad: raise ValueError(f"There is no label-free score `{bad[0]}`: choose among {', '.join(label_free)}.")
+    cols = []
+    for k in names: cols.append(Validator(k, dl, cols[0] if cols else None))
+    return cols
+
+# %% ../nbs/03_metrics.ipynb #c796e0d3
+def spearman(a, # Numbers
+             b # As many
+)->float: # In [-1,1]; NaN if fewer than three pairs are complete, or one side is constant
+    "Rank correlation, ties sharing their mean rank; pairs with a NaN are left out"
+    df = pd.DataFrame(dict(a=pd.to_numeric(pd.Series(list(a)), errors='coerce'), b=pd.to_numeric(pd.Series(list(b)), errors='coerce'))).dropna()
+    if len(df)<3 or (df.nunique()<2).any(): return float('nan')
+    return float(df.rank().corr().iloc[0,1])
+
+def rank_correlation(df:pd.DataFrame, # A row a run (or an epoch), with columns of scores
+                     truth:str='miou_student', # Column that needs labels
+                     scores=tuple(label_free) # Columns that don't; those that are missing are passed over
+)->pd.DataFrame: # Columns score, rho, n (rows that have both)
+    "How well the order by each score resembles the order by the truth"
+    have = [s for s in scores if s in df]
+    return pd.DataFrame([dict(score=s, rho=spearman(df[s], df[truth]), n=int(df[[s,truth]].notna().all(axis=1).sum())) for s in have],
+                        columns=['score','rho','n'])

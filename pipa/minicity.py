@@ -4,7 +4,7 @@
 
 # %% ../nbs/07_minicity.ipynb #c81e728d
 from __future__ import annotations
-import hashlib, os, shutil, sys
+import hashlib, os, sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -554,7 +554,7 @@ def fingerprint(st, n=6, size=(32,64)):
     m = hashlib.sha256()
     for i in range(n):
         for a in scene(i, st, size): m.update(a.tobytes())
-    return m.hexdigest()[:16]
+    return m.hexdigest()[:8]
 
 # %% ../nbs/07_minicity.ipynb #65b9eea6
 def save_png(a, path):
@@ -567,14 +567,6 @@ def save_scene(i, st, size, first, dirs):
     for a,p in zip(scene(first+i, st, size), dirs):
         if p: save_png(a, p/f'{i:05d}.png')
 
-def renew(home, stamp, dirs):
-    "Clear what another renderer drew, and make the folders"
-    note = home/'renderer.txt'
-    if home.exists() and not (note.exists() and note.read_text()==stamp): shutil.rmtree(home)
-    for p in dirs:
-        if p: p.mkdir(parents=True, exist_ok=True)
-    note.write_text(stamp)
-
 def draw(f, todo, workers=None, progress=True):
     "Call `f` on each of `todo`, in forked processes where the system has them"
     if workers is None: workers = min(8, os.cpu_count() or 1)
@@ -585,7 +577,7 @@ def draw(f, todo, workers=None, progress=True):
 
 # %% ../nbs/07_minicity.ipynb #a97da629
 def cache(
-    root, # Data root: files go to `root/minicity/<height>x<width>/<domain>/<split>`
+    root, # Data root: files go to `root/minicity/<height>x<width>/<domain>-<fingerprint>/<split>`
     domain:str='game', # A name in `STYLES`
     split:str='train', # 'train' or 'val': disjoint seeds
     n:int=None, # Number of scenes, 400 in 'train' and 100 in 'val' by default
@@ -598,10 +590,11 @@ def cache(
     if domain not in STYLES: raise ValueError(f'There is no domain {domain!r}: take one of {list(STYLES)}.')
     if split not in FIRST: raise ValueError(f'There is no split {split!r}: take one of {list(FIRST)}.')
     n,st = dict(train=400, val=100)[split] if n is None else n, STYLES[domain]
-    home = Path(root)/'minicity'/f'{size[0]}x{size[1]}'/domain/split
+    home = Path(root)/'minicity'/f'{size[0]}x{size[1]}'/f'{domain}-{fingerprint(st)}'/split
     target = domain!='game' and split=='train'
     dirs = home/'images', home/('oracle_masks' if target else 'masks') if oracle or not target else None
-    renew(home, fingerprint(st), dirs)
+    for p in dirs:
+        if p: p.mkdir(parents=True, exist_ok=True)
     names = [f'{i:05d}.png' for i in range(n)]
     todo = [i for i,f in enumerate(names) if not all((p/f).exists() for p in dirs if p)]
     draw(partial(save_scene, st=st, size=size, first=FIRST[split], dirs=dirs), todo, workers, progress)

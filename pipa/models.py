@@ -16,18 +16,38 @@ from .mit import mit, mit_sizes
 from .lite import lite
 
 # %% auto #0
-__all__ = ['Feats', 'resize', 'mix_maps', 'ConvBN', 'SepConvBN', 'SepASPP', 'Embed', 'DAFormerHead', 'SegFormerHead', 'SegNet',
-           'encoder', 'daformer', 'segformer', 'light', 'ResNetV1c', 'DeepLabHead', 'deeplabv2', 'ProjHead',
+__all__ = ['Feats', 'Detail', 'resize', 'mix_maps', 'ConvBN', 'SepConvBN', 'SepASPP', 'Embed', 'DAFormerHead', 'SegFormerHead',
+           'SegNet', 'encoder', 'daformer', 'segformer', 'light', 'ResNetV1c', 'DeepLabHead', 'deeplabv2', 'ProjHead',
            'PatchHead', 'get_logits', 'get_layer', 'run_with', 'Adapter', 'adapt']
 
 # %% ../nbs/05_models.ipynb #e4da3b7f
 class Feats(tuple):
     "What a net saw on the way to its logits"
     def __new__(cls,
-                maps:list,        # Encoder maps, fine to coarse, each B×C×h×w; or a pair of them and `fused`
-                fused:Tensor=None # The decoder's feature before its classifier, B×D×h×w
-    ): return super().__new__(cls, maps if fused is None else (maps,fused))
+                maps:list,         # Encoder maps, fine to coarse, each B×C×h×w; or a list of all that follows, too
+                fused:Tensor=None, # The decoder's feature before its classifier, B×D×h×w
+                detail:Detail=None # A closer look at a part of the images, where the net takes one
+    ): return super().__new__(cls, maps if fused is None else (maps,fused) if detail is None else (maps,fused,detail))
     maps,fused = (property(itemgetter(i)) for i in (0,1))
+    detail = property(lambda self: self[2] if len(self)>2 else None)
+    finest = property(lambda self: self.detail or self)
+
+    def cut(self, y): return y
+
+class Detail(tuple):
+    "A closer look at one part of the images"
+    def __new__(cls,
+                maps:list,         # Encoder maps of that part, fine to coarse; or a list of all that follows, too
+                logits:Tensor=None,# Logits of that part alone, B×K×h×w
+                box:Tensor=None,   # Its top, bottom, left and right, as shares of the image's height and width
+                w:Tensor=None      # Share of its own loss in the whole loss, 0..1
+    ): return super().__new__(cls, maps if logits is None else (maps,logits,box,w))
+    maps,logits,box,w = (property(itemgetter(i)) for i in range(4))
+
+    def cut(self, y):
+        h,w = y.shape[-2:]
+        t,b,l,r = (round(o*n) for o,n in zip(self.box.tolist(), (h,h,w,w)))
+        return y[..., t:b, l:r]
 
 # %% ../nbs/05_models.ipynb #45c48cce
 def resize(x:Tensor,   # Map, B×C×h×w

@@ -13,13 +13,14 @@ from matplotlib.patches import Patch
 from fastcore.basics import patch, in_ipython
 from fastai.vision.core import imagenet_stats
 from .infer import as_image, overlay
-from .metrics import iou, miou
+from .metrics import iou, miou, label_free
 from .data import PairDL, EvalDL
+from .learner import host_terms
 
 # %% auto #0
 __all__ = ['methods', 'Fig', 'denorm', 'rgb', 'add_legend', 'grid', 'paint', 'show_seg', 'show_pair', 'result_picture',
-           'show_batch', 'show_results', 'curves', 'iou_bars', 'read_results', 'results_table', 'results_markdown',
-           'results_picture']
+           'show_batch', 'show_results', 'curves', 'iou_bars', 'confusion_picture', 'read_results', 'usual',
+           'results_table', 'results_markdown', 'results_picture']
 
 # %% ../nbs/22_show.ipynb #e4da3b7f
 class Fig(Figure):
@@ -114,7 +115,7 @@ def show_pair(
     alpha:float=.6 # Strength of the colours
 )->Fig:
     "Source image, its labels, and the target image beside it"
-    x_s,y_s,x_t = [o[:max_n] for o in batch]
+    x_s,y_s,x_t = [o[:max_n] for o in batch[:3]]
     rows = [[a, paint(a, y, space, alpha), t] for a,y,t in zip(x_s, y_s, x_t)]
     return add_legend(grid(rows, ['source', 'its labels', 'target']), list(y_s), space)
 
@@ -178,18 +179,21 @@ def show_results(self:EvalDL, b, out, max_n=4, **kwargs):
 # %% ../nbs/22_show.ipynb #33e75ff0
 def curves(
     metrics # Table with a row an epoch, or the path of a `metrics.csv`
-)->Fig: # Left the losses and terms, right mean IoU in points
+)->Fig: # Losses and terms, label-free scores if there are any, and mean IoU in points
     "How a run went"
     df = pd.read_csv(metrics) if isinstance(metrics, (str,Path)) else metrics
     if not len(df): raise ValueError("There is no epoch to draw: the run hasn't finished its first one.")
     df = df.drop(columns='time', errors='ignore').apply(pd.to_numeric, errors='coerce')
     df = df.assign(epoch=df['epoch'] if 'epoch' in df else range(len(df))).dropna(axis=1, how='all')
     ious = [c for c in df if c.endswith('miou')]
-    fig = Fig(figsize=(9,3))
-    for ax,cols,k in zip(fig.subplots(1, 2), ([c for c in df if c not in ious+['epoch']], ious), (1,100)):
+    free = [c for c in df if c in label_free]
+    losses = [c for c in df if c not in [*ious, *free, 'epoch']]
+    panels = [(losses, 1, 'loss'), *([(free, 1, 'scores without labels')] if free else []), (ious, 100, 'mean IoU, points')]
+    fig = Fig(figsize=(4.5*len(panels),3))
+    for ax,(cols,k,label) in zip(fig.subplots(1, len(panels)), panels):
         for c in cols: ax.plot(df['epoch'], df[c]*k, marker='.', label=c)
         if cols: ax.legend(fontsize=8)
-        ax.set(xlabel='epoch', ylabel='loss' if k==1 else 'mean IoU, points')
+        ax.set(xlabel='epoch', ylabel=label)
         sns.despine(ax=ax)
     return fig
 
@@ -209,9 +213,30 @@ def iou_bars(
     sns.despine(ax=ax)
     return fig
 
+# %% ../nbs/22_show.ipynb #182be0d1
+def confusion_picture(
+    cm:Tensor, # Confusion matrix K×K (rows truth), see `pipa.infer.evaluate`
+    space # Its `LabelSpace`
+)->Fig: # K rows of shares in percent of the true class, and the IoU of each in points
+    "What was taken for what"
+    cm,codes,k = torch.as_tensor(cm).cpu(),space.codes,len(cm)
+    if k!=space.n: raise ValueError(f"The matrix has {k} classes and `{space.name}` has {space.n}: they don't belong together.")
+    share,v = 100*(cm/cm.sum(1, keepdim=True)).numpy(),100*iou(cm).numpy()[:,None]
+    fig = Fig(figsize=(2.6+.42*k, 1.6+.34*k))
+    axs = fig.subplots(1, 2, width_ratios=[k, 1.3])
+    def text(a, least): return [['' if not o>=least else f'{o:.0f}' for o in row] for row in a]
+    kw = dict(cmap='Blues', vmin=0, vmax=100, cbar=False, fmt='', linewidths=.5, linecolor='w', annot_kws=dict(size=8))
+    sns.heatmap(share, annot=text(share, .5), ax=axs[0], xticklabels=codes, yticklabels=codes, **kw)
+    sns.heatmap(v, annot=text(v, 0), ax=axs[1], xticklabels=['IoU'], yticklabels=[], **kw|dict(cmap='Greens'))
+    for ax in axs: ax.set_facecolor('.85'); ax.tick_params(length=0, labelsize=9)
+    axs[0].tick_params(axis='x', rotation=90); axs[0].tick_params(axis='y', rotation=0)
+    axs[0].set(xlabel='predicted', ylabel='truth', title='percent of the true class'); axs[1].set_title(f'mean\n{100*miou(cm):.1f}', fontsize=9)
+    return fig
+
 # %% ../nbs/22_show.ipynb #1c383cd3
 methods = ['source', 'self_training', 'pixel', 'patch', 'pipa', 'oracle']
-_known = ['benchmark', 'method', 'seed', 'epochs', 'miou_student', 'miou_teacher', 'command', 'version']
+_known = ['benchmark', 'method', 'seed', 'epochs', 'miou_student', 'miou_teacher', 'command', 'version',
+          'host', 'terms', 'settings', *label_free]
 
 def read_results(
     csv # Path of the file
@@ -223,12 +248,22 @@ def read_results(
     lost = [c for c in _known[:6] if c not in df]
     if lost: raise ValueError(f"`{csv}` is not the table of a study: it has no column `{lost[0]}`.")
     if not len(df): raise ValueError(f"There are no results yet: `{csv}` has no rows; it is filled when the study is run.")
+    df['host'],df['terms'] = zip(*df.method.map(host_terms))
+    df['settings'] = df['settings'].fillna('') if 'settings' in df else ''
     order = methods + sorted(set(df.method)-set(methods))
     df['method'] = pd.Categorical(df.method, [m for m in order if m in set(df.method)], ordered=True)
-    return df.drop_duplicates(_known[:4], keep='last').sort_values(['benchmark', 'epochs', 'method', 'seed']).reset_index(drop=True)
+    return df.drop_duplicates([*_known[:4], 'settings'], keep='last').sort_values(['benchmark', 'epochs', 'method', 'seed']).reset_index(drop=True)
 
 # %% ../nbs/22_show.ipynb #19ca14e7
 def _by(df): return [c for c in ('benchmark', 'epochs') if df[c].nunique()>1] + ['method']
+
+def usual(
+    df # From `read_results`
+)->pd.DataFrame: # The rows of each benchmark that share its commonest settings: those of sweeps are left out
+    "The rows that can be compared with each other"
+    n = df.groupby(['benchmark', 'settings']).size().reset_index(name='n').assign(l=lambda o: o.settings.str.len())
+    best = n.sort_values(['n', 'l'], ascending=[False, True]).drop_duplicates('benchmark')
+    return df.merge(best[['benchmark', 'settings']])
 
 def _pm(v):
     v = 100*pd.to_numeric(v, errors='coerce').dropna()
@@ -239,7 +274,7 @@ def results_table(
     spread:bool=True # With standard deviations?
 )->pd.DataFrame: # A row a method; strings such as `51.2 ± 0.4`, in points, `–` where there is no value
     "Mean and standard deviation over seeds, for each method"
-    df = read_results(csv)
+    df = usual(read_results(csv))
     cols = ['miou_student', 'miou_teacher'] + [c for c in df if c not in _known]
     g = df.groupby(_by(df), observed=True)
     t = g[cols].agg(_pm if spread else lambda v: _pm(v).split(' ')[0])
@@ -272,7 +307,7 @@ def results_picture(
     csv # Path of the file, see `results_table`
 )->Fig: # A figure with a sentence if there are no results
     "Each run of a study, and the mean of each method"
-    try: df = read_results(csv)
+    try: df = usual(read_results(csv))
     except (FileNotFoundError, ValueError) as e:
         fig = Fig(figsize=(7,1)); fig.text(.5, .5, str(e), ha='center', va='center', wrap=True); return fig
     df['run'] = df[_by(df)].astype(str).agg(', '.join, axis=1)

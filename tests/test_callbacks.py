@@ -368,3 +368,55 @@ def test_heads():
     assert add_heads(net).proj_head is p, 'heads that are there stay'
     _,f = net.train()(torch.randn(2,3,64,64))
     assert net.proj_head(f.maps).shape==(2,7,16,16) and net.project(f.fused).shape==(2,5,16,16)
+
+# beyond the paper
+
+def test_buffers_copied_is_torchs_average_of_parameters():
+    "torch's `AveragedModel` without buffers averages parameters alone; what it does with ours, and the student's statistics"
+    from torch.optim.swa_utils import AveragedModel
+    ref = []
+    def begin(s): ref.append(AveragedModel(deepcopy(s.model), avg_fn=lambda a,p,n: a.lerp(p, 1-ema_decay(s.learn.mean_teacher.t, .6)))); ref[0].n_averaged += 1
+    learn = toy([Pair(), MeanTeacher(.6, buffers='copy'), Mix(), Each(before_fit=begin, after_step=lambda s: ref[0].update_parameters(s.model))], n=4)
+    fit(learn)
+    t,s = learn.mean_teacher.teacher,learn.model
+    for a,b in zip(t.parameters(), ref[0].module.parameters()): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    stats = dict(s.named_buffers())
+    assert stats and all(torch.equal(v, stats[k]) for k,v in t.named_buffers()) and not same(state(t), state(s))
+    with pytest.raises(ValueError, match="'mean' or 'copy'"): ema_(t, s, .5, 'none')
+
+@pytest.mark.parametrize('counts,n,want', [([50,30,4], 30, [13,13,4]), ([5,5,5], 30, [5,5,5]), ([40,0,2], 10, [8,0,2]), ([9], 4, [4])])
+def test_balanced_memory(counts, n, want):
+    "As even as the classes allow: filled like water"
+    seed(); y = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)); y = y[torch.randperm(len(y))]
+    cb = PatchContrast(n_neg=n//2, balanced=True)
+    f = y[:,None].float().expand(-1,3).t()[None,...,None]
+    neg,lab = cb.negatives(f, y)
+    assert lab.bincount(minlength=len(counts)).tolist()==want and (neg==lab[:,None]).all()
+
+def test_balanced_memory_draws_at_random():
+    seed(); y = torch.zeros(64).long(); f = torch.arange(64.).view(1,1,64,1)
+    a,b = ({*PatchContrast(n_neg=4, balanced=True).negatives(f, y)[0].flatten().tolist()} for _ in range(2))
+    assert len(a)==len(b)==8 and a!=b
+
+def test_target_pixels_reach_encoder_and_head():
+    cb = TargetPixelContrast(min_pixels=4, target=0.)
+    learn,got = reach(cb)
+    moved = {k for k,g in got.items() if k!='loss' and g is not None and g.any()}
+    assert {k.split('.')[0] for k in moved}=={'backbone','proj_head'} and learn.pixel_contrast is cb
+    assert learn.mean_teacher.z is None, "the teacher's logits are not kept"
+
+def test_target_pixels_wait_and_need_certainty():
+    seen = []
+    cb = TargetPixelContrast(min_pixels=4, target=.4, target_start=2)
+    def look(s):
+        if s.training: seen.append(((cb.y_sure!=255).float().mean().item(), cb.y_sure.clone(), s.y_t.clone()))
+    fit(toy([Pair(), MeanTeacher(), cb, Each(after_loss=look)], n=8))
+    assert [bool(o[0]) for o in seen[:2]]==[False, False] and any(o[0]>0 for o in seen[2:])
+    for _,y,y_t in seen: assert torch.equal(y[y!=255], y_t[y!=255])
+
+def test_forms_run_and_differ():
+    def total(form):
+        px,pt = PixelContrast(min_pixels=4, max_views=10**4, max_samples=10**6, form=form),PatchContrast(size=(32,32), thresh=0., form=form)
+        fit(toy([Pair(), MeanTeacher(), px, pt])); return float(px.total),float(pt.total),pt.count
+    a,b = total('released'),total('paper')
+    assert all(map(math.isfinite, a+b)) and a[0]!=b[0] and b[2]>a[2], 'every place counts, in both directions'

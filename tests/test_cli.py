@@ -186,12 +186,12 @@ def fake(tmp_path, monkeypatch):
     (tmp_path/'bin').mkdir()
     f = tmp_path/'bin/pipa_train'
     f.write_text(f'#!{sys.executable}\n' + textwrap.dedent("""
-        import json, sys
+        import json, shlex, sys
         from pathlib import Path
         o = dict(a[2:].split('=', 1) for a in sys.argv[1:])
         open(Path(__file__).with_name('calls'), 'a').write(' '.join(sys.argv[1:])+'\\n')
         if (o['method'], o['seed'])==('patch', '1'): sys.exit('pipa: out of luck')
-        Path(o['out'], 'row.json').write_text(json.dumps(dict(benchmark='minicity', method=o['method'], seed=int(o['seed']), epochs=2, miou_student=.123456, miou_teacher=float('nan'))))
+        Path(o['out'], 'row.json').write_text(json.dumps(dict(benchmark='minicity', method=o['method'], seed=int(o['seed']), epochs=2, miou_student=.123456, miou_teacher=float('nan'), command=shlex.join(['pipa_train', *sys.argv[1:]]))))
         """))
     f.chmod(f.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, 'executable', str(tmp_path/'bin/python'))
@@ -228,3 +228,76 @@ def test_add_row_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('text,size', [('128x256', (128,256)), ('64X96', (64,96))])
 def test_sizes(text, size): assert cli.parse_size(text)==size
+
+def test_study_of_hosts_terms_and_sweeps(fake):
+    study = lambda **kw: cli.pipa_study('source,mic', '0,1', table='t.csv', runs='s', args='--epochs=2 --data=x', **kw)
+    study(terms='none,both')
+    df = pd.read_csv('t.csv')
+    assert sorted(df.method)==sorted(['source','source+pipa','mic','mic+pipa']*2) and len(fake())==8
+    study(terms='both,none'); assert len(fake())==8, 'nothing is missing'
+    study(terms='both', sweep='w_patch=.01,.1,1 temp=.10,.2')
+    assert len(fake())==8+2*2*3, 'the defaults .1 are in the table already'
+    assert [c for c in fake() if '--w_patch=.01' in c and '--method=mic+pipa' in c and '--seed=1' in c] and Path('s/mic+pipa_seed0_w_patch=.01.log').exists()
+    cli.pipa_study('pipa+mic', '1', table='t.csv', runs='s', args='--data=x --epochs=3'); assert len(fake())==21, 'three epochs are another run'
+    cli.pipa_study('mic+pipa', '1', table='t.csv', runs='s', args='--data x --epochs 3 --w_patch 0.1 --threads 7'); assert len(fake())==21, 'the same in other words'
+
+def test_study_reads_the_table_of_the_repository(fake):
+    "Rows of the old form, without the columns host and terms, count"
+    root = Path(__file__).resolve().parents[1]
+    Path('t.csv').write_bytes((root/'data/results/minicity.csv').read_bytes())
+    have = pd.read_csv('t.csv'); have = {*zip(have.method, have.seed)}
+    assert len(cli._keys('t.csv'))>=len({m for m in have}) and ('source',0) in have
+    for m,s in have: assert cli._key(cli.settings([f'--method={m}', f'--seed={s}', '--size=128x256'])) in cli._keys('t.csv')
+
+@pytest.mark.parametrize('kw,says', [(dict(methods='mick'), 'no method `mick`'), (dict(methods='mic', terms='all'), 'no terms `all`'), (dict(methods='mic', sweep='temp'), 'names no values')], ids=str)
+def test_study_says_what_is_wrong_before_it_starts(fake, kw, says):
+    with pytest.raises(SystemExit) as e: cli.pipa_study(**kw, table='t.csv', runs='s', args='--data=x')
+    assert says in e.value.code and not fake() and not Path('s').exists()
+
+def test_study_knows_no_such_setting(fake, capsys):
+    with pytest.raises(SystemExit): cli.pipa_study('mic', '0', table='t.csv', runs='s', sweep='w_pach=.1', args='--data=x')
+    assert '--w_pach' in capsys.readouterr().err and not fake()
+
+def test_settings_are_what_counts():
+    a = cli.settings('pipa_train --method=pipa --seed=0 --size=128x256 --threads=1')
+    assert a==cli.settings(['--terms', 'both', '--method', 'self_training', '--workers=3', '--out=there'])
+    assert a['host']=='self_training' and a['terms']=='both' and a['w_pixel']==.1 and 'threads' not in a
+    for o in ('--seed=1', '--lr=1e-3', '--balanced', '--data=x', '--form=paper'): assert cli.settings(f'pipa_train {o}')!=cli.settings('pipa_train')
+    assert cli.settings('pipa_train --from_the_future=3', strict=False)==cli.settings('pipa_train')
+
+def test_host_under_terms(data):
+    "A run of another host with PiPa on top, with every switch: columns, row and settings"
+    cli.pipa_train('mic', str(data), terms='both', out='o', unlabelled=2, balanced=True, target=.05, buffers='copy', form='paper', iou='.2:1', w_host=.5, **opts)
+    r,cols = json.loads(Path('o/row.json').read_text()),[*pd.read_csv('o/metrics.csv')]
+    assert (r['method'], r['host'], r['terms'])==('mic+pipa', 'mic', 'both')
+    assert cols[3:-1]==['pair','mix','mic','pixel_contrast','patch_contrast','miou','teacher_miou','entropy','info_max','agreement','overlap','density']
+    for k in ('entropy','info_max','agreement','overlap','density'): assert abs(r[k]-pd.read_csv('o/metrics.csv')[k][0])<1e-4
+    assert all(o in r['settings'].split() for o in ('balanced=True', 'target=0.05', 'buffers=copy', 'form=paper', 'iou=.2:1', 'w_host=0.5', 'crop=64x64'))
+    assert not [o for o in r['settings'].split() if o.split('=')[0] in ('method','terms','data','seed','epochs','unlabelled')]
+
+def test_discriminating_host_without_teacher(data):
+    cli.pipa_train('advent', str(data), out='o', unlabelled=0, **opts)
+    assert [*pd.read_csv('o/metrics.csv')][3:-1]==['pair','adv_ent','miou'] and 'entropy' not in json.loads(Path('o/row.json').read_text())
+
+def test_pairs_of_published_sets(data, monkeypatch):
+    from pipa.data import folder
+    asked = []
+    def game(path=None, labels=None): asked.append(('game', labels)); return folder(data/'source/images', data/'source/masks', data/'codes.txt')
+    def town(path=None, split='train', labels=None):
+        asked.append(('town', split, labels)); return folder(data/'valid/images', data/'valid/masks' if labels else None, data/'codes.txt')
+    monkeypatch.setattr(cli.data, 'game', game, raising=False); monkeypatch.setattr(cli.data, 'town', town, raising=False)
+    s,t,v = cli.domains('game:town', 'mic')
+    assert asked==[('town','train',False), ('game',True), ('town','val',True)] and t.masks is None and s.masks and v.masks
+    assert cli.domains('game:town', 'oracle')[0].masks
+    for bad in ('game:nowhere', 'os:town', 'uda_dls:town', ':town', 'game:'):
+        with pytest.raises(ValueError, match='no data set of `pipa.data`'): cli.domains(bad, 'mic')
+
+def test_preset_takes_the_published_numbers(monkeypatch):
+    from types import SimpleNamespace as NS
+    o = NS(**cli.settings('pipa_train --method=daformer --terms=both --preset=pipa_daformer --alpha=.999 --epochs=15 --steps=4000'))
+    monkeypatch.setattr(cli.data, 'preset', lambda p,s,t: dict(size=(640,640), bs=2, p=p), raising=False)
+    assert cli.data_args(o, 'S', 'T')==dict(size=(640,640), bs=2, p='pipa_daformer')
+    kw = cli.method_args(o); assert cli.fit_args(o)==dict(head_mult=10., warmup=1500/60_000)
+    cbs = {c.name:c for c in cli.method_cbs('daformer', **kw)}
+    pt,px = cbs['patch_contrast'],cbs['pixel_contrast']
+    assert (pt.size, pt.thresh, pt.start, pt.scale, px.kw['max_views'], px.kw['min_pixels'])==((720,720), .9, 10_000, (1.28,3.2), 100, None)

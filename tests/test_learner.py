@@ -141,16 +141,30 @@ def test_rate_of_the_learner_is_the_default(home, tmp_path):
 # methods
 
 @pytest.mark.parametrize('method,want', dict(source=[], oracle=[], self_training=['mix'], pixel=['mix','pixel_contrast'], patch=['mix','patch_contrast'],
-    pipa=['mix','pixel_contrast','patch_contrast'], daformer=['mix','feature_distance']).items())
+    pipa=['mix','pixel_contrast','patch_contrast'], daformer=['mix','feature_distance'], mic=['mix','mic'], minent=['min_ent'], advent=['adv_ent'], advseg=['adv_seg'],
+    fda=['fda','min_ent']).items())
 def test_methods(method, want):
     cbs = method_cbs(method, alpha=.9, thresh=.5, trust='image', start=7, w_pixel=.3, w_patch=.4, crop=(32,64), things=(1,2), pixel=dict(temp=.2), patch=dict(thresh=.6), mix=dict(p_blur=0))
     got = {cb.name:cb for cb in cbs}
-    assert [*got]==['pair']+['mean_teacher']*(method not in ('source','oracle'))+want
+    assert [*got]==['pair']+['mean_teacher']*(method not in ('source','oracle','minent','advent','advseg','fda'))+want
+    for k in ('min_ent','adv_ent','adv_seg','mic'): assert k not in got or got[k].start==7
     if 'mean_teacher' in got: t = got['mean_teacher']; assert (t.alpha, t.thresh, t.trust)==(.9, .5, 'image')
     if 'mix' in got: assert got['mix'].start==7 and got['mix'].aug==dict(p_blur=0) and got['mix'].w==1
     if 'pixel_contrast' in got: p = got['pixel_contrast']; assert (p.w, p.start, p.kw['temp'])==(.3, 0, .2)
     if 'patch_contrast' in got: p = got['patch_contrast']; assert (p.w, p.start, p.size, p.thresh)==(.4, 7, (32,64), .6)
     if 'feature_distance' in got: assert got['feature_distance'].classes==[1,2]
+
+@pytest.mark.parametrize('said', [('mic','both'), ('mic+pipa',), ('mic+pixel+patch',), ('pixel+mic','patch'), ('mic+both',)], ids=str)
+def test_ways_to_say_it(said):
+    assert [cb.name for cb in method_cbs(*said)]==['pair','mean_teacher','mix','mic','pixel_contrast','patch_contrast'] and host_terms(*said)==('mic','both')
+
+def test_switches():
+    cbs = {cb.name:cb for cb in method_cbs('mic', 'both', start=3, host=dict(ratio=.5), teacher=dict(buffers='copy'), pixel=dict(target=.8, form='paper'), patch=dict(balanced=True, form='paper'))}
+    px,pt = cbs['pixel_contrast'],cbs['patch_contrast']
+    assert (cbs['mic'].ratio, cbs['mean_teacher'].buffers, px.target, px.target_start, px.kw['form'], pt.balanced, pt.form)==(.5, 'copy', .8, 3, 'paper', True, 'paper')
+    for bad,says in (('mic+nothing','no method `mic\\+nothing`'), ('','no method ``')):
+        with pytest.raises(ValueError, match=says): method_cbs(bad)
+    with pytest.raises(ValueError, match='no terms `all`'): method_cbs('mic', 'all')
 
 def test_methods_share_nothing():
     a,b = method_cbs('pipa'),method_cbs('pipa')

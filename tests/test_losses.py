@@ -387,3 +387,35 @@ def test_patch_cold_is_finite():
     y,c = torch.arange(9)%2, torch.linspace(0, 1, 9)
     l = patch_contrast(f_1, f_2, y, y, c, c.flip(0), neg, y, temp=1e-3, thresh=.5)
     assert l.isfinite() and all(g.isfinite().all() for g in grads(l, f_1, f_2))
+
+# the paper's formulas
+
+@pytest.mark.parametrize('temp', [.1, .5])
+def test_paper_pixel_is_cross_entropy_over_all(temp):
+    "torch's cross-entropy of each row against each of its partners, all samples being the classes"
+    torch.manual_seed(0); y = torch.randint(0, 4, (19,)); y[3] = 77
+    e = F.normalize(torch.randn(19,6).double(), dim=1).requires_grad_()
+    s,rows = e@e.t()/temp,[]
+    for i in range(19):
+        js = [j for j in range(19) if j!=i and y[j]==y[i]]
+        if js: rows.append(F.cross_entropy(s[i].expand(len(js), -1), torch.tensor(js)))
+    want,got = torch.stack(rows).mean(),sup_contrast(e, y, temp, form='paper')
+    torch.testing.assert_close(got, want); torch.testing.assert_close(*[torch.autograd.grad(l, e)[0] for l in (got,want)])
+
+def test_paper_patch_is_symmetric_cross_entropy():
+    torch.manual_seed(0)
+    f_1,f_2 = (F.normalize(torch.randn(9,6).double(), dim=1).requires_grad_() for _ in range(2)); neg = F.normalize(torch.randn(30,6).double(), dim=1)
+    way = lambda a,b: F.cross_entropy(torch.cat([(a*b).sum(1,keepdim=True), a@neg.t()], 1)/.1, torch.zeros(9).long())
+    y,c = torch.randint(0,3,(9,)),torch.rand(9)
+    got,n_1,n_2 = patch_contrast(f_1, f_2, y, y, c, c, neg, torch.randint(0,3,(30,)), form='paper', return_n=True)
+    want = way(f_1, f_2)+way(f_2, f_1)
+    torch.testing.assert_close(got, want); assert n_1==n_2==9
+    for o in (f_1,f_2): torch.testing.assert_close(*[torch.autograd.grad(l, o, retain_graph=True)[0] for l in (got,want)])
+    swapped = patch_contrast(f_2, f_1, y, y, c, c, neg, torch.randint(0,3,(30,)), form='paper')
+    torch.testing.assert_close(got, swapped)
+
+def test_forms_are_named():
+    e,y = F.normalize(torch.randn(4,3), dim=1),torch.tensor([0,0,1,1])
+    for f in (lambda k: sup_contrast(e, y, form=k), lambda k: patch_contrast(e, e, y, y, e[:,0], e[:,0], e, y, form=k), lambda k: pixel_contrast(e.T[None,:,:,None], y[None,:,None], min_pixels=1, form=k)):
+        assert torch.isfinite(f('paper')) and torch.isfinite(f('released'))
+        with pytest.raises(ValueError, match="can be 'released' or 'paper'"): f('papers')

@@ -176,3 +176,75 @@ def test_agreement_loop():
     a,b = torch.randn(2,2,4,5,6)
     same = [int(a[i,:,r,c].argmax() == b[i,:,r,c].argmax()) for i in range(2) for r in range(5) for c in range(6)]
     assert agreement(a, b).item() == pytest.approx(np.mean(same))
+
+# without labels
+
+@pytest.mark.parametrize('k,hw,n', [(3,(4,5),512), (7,(9,9),20), (2,(1,2),512)])
+def test_density_against_scipy(k, hw, n):
+    from scipy.special import softmax
+    from scipy.stats import entropy as H
+    torch.manual_seed(0); z = 3*torch.randn(2, k, *hw)
+    want = []
+    for o in z:
+        p = softmax(o.flatten(1).numpy().T.astype(float), 1); p = p[np.linspace(0, len(p)-1, min(n, len(p))).round().astype(int)]
+        s = p@p.T/np.outer(*[np.linalg.norm(p, axis=1)]*2)/.05
+        want.append(np.mean([H(softmax(np.delete(s[i], i))) for i in range(len(p))]))
+    assert abs(float(density(z, n))-np.mean(want))<1e-4
+
+def test_overlap_counts_what_both_windows_see():
+    class Net(torch.nn.Module):
+        "Class of a pixel: is it brighter than the window's mean?"
+        def forward(self, x): d = x[:,:1]-x[:,:1].mean((2,3), keepdim=True); return torch.cat([d, -d], 1)
+    torch.manual_seed(0); x,net = torch.randn(3,3,16,80),Net(); x[...,60:] += 3
+    l,r = (x[:,0,:,:60]>x[:,0,:,:60].mean((1,2), keepdim=True)), (x[:,0,:,16:]>x[:,0,:,16:].mean((1,2), keepdim=True))
+    a = overlap_agreement(net, x, shift=.2)
+    r0 = x[:,0,:,16:]; l0 = x[:,0,:,:64]
+    want = ((l0>l0.mean((1,2), keepdim=True))[...,16:]==(r0>r0.mean((1,2), keepdim=True))[...,:48]).float().mean()
+    assert torch.equal(a, want) and 0<a<1
+
+def test_spearman_against_scipy():
+    from scipy.stats import spearmanr
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a,b = rng.integers(0, 6, (2,12)); assert abs(spearman(a, b)-spearmanr(a, b).statistic)<1e-9
+    assert np.isnan(spearman(['x',1,2], [1,2,3]))
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    from tiny import city
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('xdg')))
+        yield city(tmp_path_factory.mktemp('city'), n=4, size=(64,64))
+
+def tiny_learner(home, path, n=0, **kw):
+    from pipa.data import folder, uda_dls
+    from pipa.learner import uda_learner
+    from tiny import seed
+    seed()
+    g,r = [folder(home/d/'images', home/d/'masks', 'minicity') for d in ('game', 'real')]
+    dls = uda_dls(g, r.unlabelled(), r.take([0]), bs=2, size=(64,64), n=2, device='cpu')
+    return uda_learner(dls, 'light', 'self_training', hidden=16, thresh=.1, n_unlabelled=n, path=path, **kw)
+
+def test_validators_in_the_table_and_as_monitor(home, tmp_path):
+    "On the target's training images, not on the validation set; a checkpoint is chosen and training stopped by them"
+    from fastai.callback.tracker import SaveModelCallback, EarlyStoppingCallback
+    best = SaveModelCallback(monitor='info_max', fname='best'); stop = EarlyStoppingCallback(monitor='entropy', comp=np.less, patience=1, min_delta=99.)
+    learn = tiny_learner(home, tmp_path, 3, cbs=[best, stop])
+    with learn.no_bar(), learn.no_logging(): learn.fit(5, 1e-3)
+    assert [m.name for m in learn.metrics][-5:]==['entropy','info_max','agreement','overlap','density']
+    rows = learn.recorder.values; i = learn.recorder.metric_names.index('entropy')-1
+    assert len(rows)==2, 'an improvement of 99 nats is asked for, so training ends after the second epoch'
+    x = torch.cat([b[0] for b in learn.dls.test_dl([learn.dls.train.dataset.target.images[j] for j in (0,2,3)])])
+    with torch.no_grad(): z = learn.model.eval()(x); t = learn.mean_teacher.teacher(x)
+    want = dict(entropy=entropy(z), info_max=info_max(z), overlap=overlap_agreement(learn.model, x), density=density(z))
+    best_row = max(rows, key=lambda r: r[i+1])
+    for k,v in want.items(): assert abs(best_row[learn.recorder.metric_names.index(k)-1]-float(v))<1e-4, k
+    assert (tmp_path/'models/best.pth').exists()
+
+def test_validators_change_nothing_in_training(home, tmp_path):
+    def run(n):
+        learn = tiny_learner(home, tmp_path, n)
+        with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3)
+        return learn.model.state_dict(),[r[:3] for r in learn.recorder.values]
+    a,b = run(0),run(4)
+    assert a[1]==b[1] and all(torch.equal(v, b[0][k]) for k,v in a[0].items())

@@ -2,6 +2,7 @@
 import hashlib, math, re
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
@@ -145,7 +146,7 @@ def test_cache_holds_the_scenes(tmp_path):
         for i,(p,q) in enumerate(zip(xs, ys)):
             x,y = scene(first+i, dom, (16,32))
             assert (np.array(Image.open(p))==x).all() and (np.array(Image.open(q))==y).all()
-            assert p.name==q.name==f'{i:05d}.png' and p.parts[-5:-1]==('16x32',dom,split,'images')
+            assert p.name==q.name==f'{i:05d}.png' and p.parts[-5:-1]==('16x32',f'{dom}-{mc.fingerprint(STYLES[dom])}',split,'images')
 
 def test_target_labels_only_for_the_oracle(tmp_path):
     xs,ys = tiny(tmp_path, 'real')
@@ -164,8 +165,19 @@ def test_cache_reuses_resumes_and_renews(tmp_path, monkeypatch):
     assert xs[1].exists() and xs[0].stat().st_mtime_ns==t[0] and len(list(xs[0].parent.iterdir()))==5
     old = xs[0].read_bytes()
     monkeypatch.setitem(STYLES, 'game', replace(GAME, grain=.9))
-    tiny(tmp_path)
-    assert xs[0].read_bytes()!=old and len(list(xs[0].parent.iterdir()))==3
+    new,_ = tiny(tmp_path)
+    assert new[0].read_bytes()!=old==xs[0].read_bytes() and len(list(new[0].parent.iterdir()))==3
+
+def test_runs_that_start_at_once_draw_once_and_lose_nothing(tmp_path):
+    "Each draws while the others draw and read: no file is missing or torn at any time"
+    def run():
+        for _ in range(3):
+            xs,ys = cache(tmp_path, n=6, size=(16,32), workers=0, progress=False)
+            for p in xs+ys: Image.open(p).load()
+    ps = [get_context('fork').Process(target=run) for _ in range(4)]
+    for p in ps: p.start()
+    for p in ps: p.join()
+    assert [p.exitcode for p in ps]==[0]*4 and len(list(tmp_path.rglob('*.png')))==12
 
 def test_a_new_weather_renews(monkeypatch):
     was = mc.fingerprint(REAL)
