@@ -335,8 +335,9 @@ def pipa_convert(
         if dest.exists() and dest.samefile(file): raise ValueError(f"`{dest}` is the file that is read: name another one with --out.")
         sp = codes_space(classes) if classes else space_of(meta)
         if sp and sp.n!=net.n_out: raise ValueError(f"The net has {net.n_out} classes and `--classes {classes}` names {sp.n}.")
+        if size: meta['size'] = 'x'.join(map(str, parse_size(size)))
         print(load_official(file, net, which or 'student'))
-        rest = {k:v for k,v in meta.items() if k not in ('pipa_format', 'codes', 'palette', 'space', 'versions', 'crc')} | (dict(size=size) if size and parse_size(size) else {})
+        rest = {k:v for k,v in meta.items() if k not in ('pipa_format', 'codes', 'palette', 'space', 'versions', 'crc')}
         if to=='safetensors': save(dest, net, sp, **rest)
         else: (save_hf if to=='hf' else save_official)(dest, net, sp)
         print(f'Written: {dest}')

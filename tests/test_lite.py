@@ -75,7 +75,9 @@ def test_unknown_names():
     with pytest.raises(ValueError, match='mit_b5, lite0'): light('resnet')
 
 def test_training_copying_and_groups():
-    net = make_net('light', 3, 'lite0', pretrained=True)
+    assert make_net('light', 3, 'lite0', pretrained=True).backbone.frozen and not make_net('light', 3, 'lite0').backbone.frozen
+    net = make_net('light', 3, 'lite0', pretrained=True, frozen=False)
+    assert not net.backbone.frozen
     net(torch.randn(2,3,64,64))[0].square().mean().backward()
     assert not [n for n,p in net.named_parameters() if p.grad is None]
     assert pickle.loads(pickle.dumps(deepcopy(net).eval())).n_out==3
