@@ -20,11 +20,11 @@ from .data import minicity, folder, codes_space, uda_dls, write_file
 from .learner import uda_learner, method_cbs
 from .checkpoints import save, load, space_of
 from .metrics import iou, miou, iou_table
-from . import show, infer
+from . import check, show, infer
 
 # %% auto #0
 __all__ = ['parse_size', 'domains', 'versions', 'new_folder', 'Before', 'write_run', 'sentences', 'plain_log', 'adapt',
-           'pipa_train', 'pipa_predict', 'add_row', 'pipa_study']
+           'pipa_train', 'pipa_predict', 'add_row', 'pipa_study', 'pipa_check']
 
 # %% ../nbs/31_cli.ipynb #e4da3b7f
 def parse_size(
@@ -245,3 +245,19 @@ def pipa_study(
             (m,s),out,code = f.result()
             if code: print(f'{m} with seed {s} failed, see {out}.log')
             else: add_row(table, json.loads((out/'row.json').read_text()))
+
+# %% ../nbs/31_cli.ipynb #c4ec0002
+@call_parse
+def pipa_check(
+    data:str, # gta, synthia, cityscapes, acdc, dark_zurich, bdd100k, mapillary, camvid (with :val for a split); a folder as for pipa_train; or a folder of images
+    masks:str=None, # Folder of masks, when DATA is a folder of images
+    codes:str=None, # What the masks mean: a text file with a class name a line, or the name of a known label space
+    root:str=None, # Folder of a published set; default its name in the data root
+    out:str='check', # Folder for tables and pictures
+    workers:int=None, # Processes; default one a core, 0 for none
+):
+    "Look at a data set before training: what is wrong, what is strange, how often each class occurs, and a sheet of pictures"
+    with sentences():
+        found = check.report(check.domains_of(data, masks, codes, root), out, n_workers=workers)
+        print(f'In {Path(out).resolve()}: ' + ', '.join(sorted(p.name for p in Path(out).iterdir())))
+        if (found.level=='wrong').any(): sys.exit('pipa: training would refuse this data, see above.')
