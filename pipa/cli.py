@@ -22,12 +22,12 @@ from .data import minicity, folder, codes_space, uda_dls, write_file
 from .learner import uda_learner, method_cbs, host_terms, method_name
 from .checkpoints import save, load, space_of, save_hf, save_official, load_official
 from .metrics import iou, miou, iou_table, Validator
-from . import data, show, infer
+from . import check, data, show, infer
 
 # %% auto #0
 __all__ = ['parse_size', 'domains', 'named_domains', 'versions', 'new_folder', 'Before', 'write_run', 'measures', 'sentences',
            'plain_log', 'parse_range', 'method_args', 'data_args', 'fit_args', 'adapt', 'pipa_train', 'settings',
-           'unusual', 'pipa_predict', 'pipa_convert', 'plan', 'add_row', 'pipa_study']
+           'unusual', 'pipa_predict', 'pipa_convert', 'plan', 'add_row', 'pipa_study', 'pipa_check']
 
 # %% ../nbs/31_cli.ipynb #e4da3b7f
 def parse_size(
@@ -52,7 +52,8 @@ def domains(
         return (target if oracle else minicity('game', 'train', size=size)),target,minicity('real', 'val', size=size)
     if ':' in data and not Path(data).is_dir(): return named_domains(*data.split(':', 1), oracle)
     root = Path(data)
-    if not root.is_dir(): raise FileNotFoundError(f"`--data {data}` is neither `minicity` nor a folder, nor a pair such as gta:cityscapes.")
+    if not root.is_dir():
+        raise FileNotFoundError(f"`--data {data}` is neither `minicity` nor a folder, nor a pair such as gta:cityscapes.")
     codes = codes_space(root/'codes.txt' if (root/'codes.txt').is_file() else _no_codes(root))
     src,tgt = ('target' if oracle else 'source'),root/'target'
     valid = root/'valid'
@@ -66,7 +67,8 @@ def _published(name, split, labels):
     "A published set by name, with as much of split and labels as it can be asked for"
     f = getattr(data, name, None) if name.isidentifier() and not name.startswith('_') else None
     args = signature(f).parameters if callable(f) else ()
-    if 'labels' not in args or 'path' not in args: raise ValueError(f"`--data` names `{name}`, which is no data set of `pipa.data`: write it as gta:cityscapes.")
+    if not {'labels', 'path'} <= {*args}:
+        raise ValueError(f"`--data` names `{name}`, which is no data set of `pipa.data`: write it as gta:cityscapes.")
     return f(**{k:v for k,v in dict(split=split, labels=labels).items() if k in args and v is not None})
 
 def named_domains(
@@ -168,7 +170,7 @@ def parse_range(
     "Read a range"
     try: lo,hi = map(float, str(text).split(':'))
     except ValueError: raise ValueError(f"`{text}` is not a range: write it as .1:1.") from None
-    if not 0<=lo<=hi: raise ValueError(f"`{text}`: a range goes from a number that isn't negative to one that isn't smaller.")
+    if not 0<=lo<=hi: raise ValueError(f"`{text}`: a range goes from 0 or more to a number that isn't smaller.")
     return lo,hi
 
 def method_args(
@@ -177,12 +179,13 @@ def method_args(
     "The arguments of a command as those of `method_cbs`"
     pixel = dict(temp=o.temp, max_samples=o.samples, form=o.form) | (dict(target=o.target) if o.target else {})
     patch = dict(temp=o.temp, iou=parse_range(o.iou), n_neg=o.n_neg, keep=o.keep, balanced=o.balanced, form=o.form)
-    kw = dict(terms=o.terms, alpha=o.alpha, thresh=o.thresh, trust=o.trust, start=o.start, w_pixel=o.w_pixel, w_patch=o.w_patch,
+    kw = dict({k: o[k] for k in ('terms','alpha','thresh','trust','start','w_pixel','w_patch')},
               teacher=dict(buffers=o.buffers), host={} if o.w_host is None else dict(w=o.w_host))
     if o.preset:
         scale = (1.28,3.2) if 'daformer' in o.preset else (.8,2.)
-        return kw | dict(released=True, pixel=pixel, patch=patch | dict(scale=scale), teacher=kw['teacher'] | dict(margin=(0,0)))
-    return kw | dict(crop=parse_size(o.crop), pixel=pixel | dict(min_pixels=8, max_views=50), patch=patch | dict(thresh=.6))
+        teacher = dict(buffers=o.buffers, margin=(0,0)) # the loader marks margins
+        return kw | dict(released=True, pixel=pixel, patch=dict(patch, scale=scale), teacher=teacher)
+    return kw | dict(crop=parse_size(o.crop), pixel=dict(pixel, min_pixels=8, max_views=50), patch=dict(patch, thresh=.6))
 
 def data_args(
     o, # The arguments of `pipa_train`
@@ -213,23 +216,22 @@ def adapt(
     o.size = 'x'.join(map(str, views['size']))
     dls = uda_dls(src, tgt, val, n=o.steps*views['bs'], num_workers=o.workers, **views)
     before = Before(dls.valid)
-    learn = uda_learner(dls, o.net, o.method, o.arch, pretrained=o.pretrained, lr=o.lr, hidden=None if o.preset else 128, cbs=[before, CSVLogger('metrics.csv')], things=src.space.things,
-                        n_unlabelled=o.unlabelled, **method_args(o))
+    learn = uda_learner(dls, o.net, o.method, o.arch, o.pretrained, lr=o.lr, hidden=None if o.preset else 128, things=src.space.things,
+                        cbs=[before, CSVLogger('metrics.csv')], n_unlabelled=o.unlabelled, **method_args(o))
     learn.path = out = new_folder(out)
     text = json.dumps(dict(o, versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]])), indent=1)
     write_file(out/'config.json', lambda f: f.write(text.encode()))
     with nullcontext() if sys.stdout.isatty() else plain_log(learn): learn.fit_poly(o.epochs, **fit_args(o))
-    return out,dict(benchmark=o.data, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms,
-                    **write_run(out, learn, before, o), **measures(learn))
+    row = dict(benchmark=o.data, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms)
+    return out,row | write_run(out, learn, before, o) | measures(learn)
 
 # %% ../nbs/31_cli.ipynb #1f0e3dad
 _start = Param('Start from ImageNet weights, or from those of a file if one is named', str, nargs='?', const=True)
 
 @call_parse
 def pipa_train(
-    method:str='pipa', # source, minent, advseg, advent, fda, self_training, daformer, mic, pixel, patch, pipa, oracle (trains on the target's labels), or some joined by +
-    terms:str='none', # PiPa's terms on top of it: none, pixel, patch or both
-    data:str='minicity', # minicity, or a folder with codes.txt, source/images, source/masks, target/images, valid/images, valid/masks
+    method:str='pipa', # source, minent, advseg, advent, fda, self_training, daformer, mic, pixel, patch, pipa, oracle; or a+b
+    data:str='minicity', # minicity, a pair such as gta:cityscapes, or a folder with codes.txt, source/images, source/masks, target/images, valid/images, valid/masks
     seed:int=0, # Seed of everything random
     epochs:int=5, # Validations; training is cut into so many epochs
     steps:int=260, # Steps in an epoch
@@ -243,6 +245,7 @@ def pipa_train(
     trust:str='pixel', # Trust in pseudo-labels: one for the batch (as published), each image or each pixel
     thresh:float=.8, # Probability from which a pseudo-label counts for trust
     start:int=500, # Steps on the source alone, before pseudo-labels are used
+    terms:str='none', # PiPa's terms on top of the method: none, pixel, patch or both
     w_pixel:float=.1, # Weight of pixel contrast
     w_patch:float=.1, # Weight of patch contrast
     w_host:float=None, # Weight of the host's own term (minent, advseg, advent, fda, mic); default its paper's
@@ -256,7 +259,7 @@ def pipa_train(
     target:float=0, # Probability from which target pixels join pixel contrast; 0 leaves them out
     form:str='released', # Form of both contrasts: released, or paper (the formulas as printed)
     buffers:str='mean', # The teacher's running statistics: mean, or copy (the student's)
-    preset:str=None, # Sizes, sampling and constants of a paper: daformer, pipa_daformer, hrda or pipa_hrda; --size, --bs, --rcs, --zoom and --crop don't count then
+    preset:str=None, # daformer, pipa_daformer, hrda, pipa_hrda: as published, whatever --size --bs --rcs --zoom --crop say
     rcs:float=.5, # Temperature of rare class sampling; 0 draws source images evenly
     zoom:float=1., # Views are zoomed in by up to this factor
     workers:int=0, # Processes that load data
@@ -269,7 +272,8 @@ def pipa_train(
     if n: torch.set_num_threads(n)
     with sentences():
         method_cbs(method, terms)
-        out,row = adapt(out or f"runs/{Path(data).name.replace(':', '_')}_{method_name(*host_terms(method, terms))}_seed{seed}", **o)
+        name = f"{Path(data).name.replace(':', '_')}_{method_name(*host_terms(method, terms))}_seed{seed}"
+        out,row = adapt(out or f'runs/{name}', **o)
         row |= dict(settings=unusual(o), command=shlex.join(['pipa_train', *sys.argv[1:]]), version=versions()['pipa'])
         write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
     print(pd.read_csv(out/'classes.csv').to_string(index=False))
@@ -286,7 +290,8 @@ def settings(
     "What a `pipa_train` command asks for, defaults included"
     args = [o for o in (shlex.split(command) if isinstance(command, str) else command) if o!='pipa_train']
     p = _parser()
-    o = {k:v for k,v in vars(p.parse_args(args) if strict else p.parse_known_args(args)[0]).items() if k not in _elsewhere}
+    o = p.parse_args(args) if strict else p.parse_known_args(args)[0]
+    o = {k:v for k,v in vars(o).items() if k not in _elsewhere}
     o['host'],o['terms'] = host_terms(o.pop('method'), o['terms'])
     return o
 
@@ -295,7 +300,8 @@ def unusual(
 )->str: # Such as `w_patch=0.01 crop=64x64`
     "The settings that aren't the default, but for what has a column of its own"
     usual = vars(_parser().parse_args([]))
-    return ' '.join(f'{k}={v}' for k,v in o.items() if k in usual and v!=usual[k] and k not in (*_elsewhere, *'method terms data seed epochs'.split()))
+    for k in (*_elsewhere, 'method', 'terms', 'data', 'seed', 'epochs'): usual.pop(k, None)
+    return ' '.join(f'{k}={v}' for k,v in o.items() if k in usual and v!=usual[k])
 
 # %% ../nbs/31_cli.ipynb #3c59dc04
 @call_parse
@@ -351,7 +357,8 @@ def plan(
     more=() # Arguments of every run
 )->list: # For each run its name, and arguments of `pipa_train`; equal runs once; seed by seed
     "The runs of a study"
-    if bad := [o for o in sweep.split() if not (o.partition('=')[0] and o.partition('=')[2])]: raise ValueError(f"`--sweep {bad[0]}` names no values: write it as w_patch=.01,.1.")
+    if bad := [o for o in sweep.split() if not all(o.partition('='))]:
+        raise ValueError(f"`--sweep {bad[0]}` names no values: write it as w_patch=.01,.1.")
     pairs = dict.fromkeys(host_terms(m, t) for m in methods.split(',') for t in terms.split(','))
     vary = [f'{k}={v}' for k,_,vs in (o.partition('=') for o in sweep.split()) for v in vs.split(',')] or ['']
     runs = {}
@@ -365,11 +372,12 @@ def plan(
 def _key(o): return tuple(sorted((k, str(v)) for k,v in o.items()))
 
 def _keys(table):
-    "The settings of each row; without a command, the defaults"
+    "The settings of each row; where there is no command, the defaults"
     if not Path(table).exists(): return set()
-    df = pd.read_csv(table)
-    said = lambda r: ' '.join(f'--{k}={r[k]}' for k in ('method','seed','epochs') if k in df)
-    return {_key(settings(r['command'] if 'command' in df and isinstance(r['command'], str) else said(r), strict=False)) for _,r in df.iterrows()}
+    rows = pd.read_csv(table).to_dict('records')
+    columns = lambda r: ' '.join(f'--{k}={r[k]}' for k in ('method','seed','epochs') if k in r)
+    command = lambda r: r['command'] if isinstance(r.get('command'), str) else ''
+    return {_key(settings(f'{columns(r)} {command(r)}', strict=False)) for r in rows}
 
 # %% ../nbs/31_cli.ipynb #37693cfc
 def add_row(
@@ -400,14 +408,32 @@ def pipa_study(
         todo = [(n,a) for n,a in all_ if _key(settings(a)) not in have]
         for _,a in todo: method_cbs(*(settings(a)[k] for k in ('host','terms')))
     print(f'{len(all_)-len(todo)} of {len(all_)} runs are in {table}')
+    env = dict(os.environ, OMP_WAIT_POLICY='PASSIVE')
     if todo and '--data' not in args: [domains('minicity', o, parse_size(size)) for o in ('oracle', 'pipa')]
     def run(job):
         out = new_folder(Path(runs)/job[0])
-        cmd = [str(Path(sys.executable).with_name('pipa_train')), *job[1], f'--threads={max(1, defaults.cpus//jobs)}', f'--out={out}']
-        with open(f'{out}.log', 'w') as f: code = subprocess.run(cmd, stdout=f, stderr=f, env=dict(os.environ, OMP_WAIT_POLICY='PASSIVE')).returncode
+        cmd = [str(Path(sys.executable).with_name('pipa_train')), *job[1], f'--threads={max(1, defaults.cpus//jobs)}',
+               f'--out={out}']
+        with open(f'{out}.log', 'w') as f: code = subprocess.run(cmd, stdout=f, stderr=f, env=env).returncode
         return job,out,code
     with ThreadPoolExecutor(jobs) as pool:
         for f in progress_bar(as_completed([pool.submit(run, o) for o in todo]), total=len(todo)):
             (name,_),out,code = f.result()
             if code: print(f"{' with seed '.join(name.split('_seed', 1))} failed, see {out}.log")
             else: add_row(table, json.loads((out/'row.json').read_text()))
+
+# %% ../nbs/31_cli.ipynb #c4ec0002
+@call_parse
+def pipa_check(
+    data:str, # gta, synthia, cityscapes, acdc, dark_zurich, bdd100k, mapillary, camvid (with :val for a split); a folder as for pipa_train; or a folder of images
+    masks:str=None, # Folder of masks, when DATA is a folder of images
+    codes:str=None, # What the masks mean: a text file with a class name a line, or the name of a known label space
+    root:str=None, # Folder of a published set; default its name in the data root
+    out:str='check', # Folder for tables and pictures
+    workers:int=None, # Processes; default one a core, 0 for none
+):
+    "Look at a data set before training: what is wrong, what is strange, how often each class occurs, and a sheet of pictures"
+    with sentences():
+        found = check.report(check.domains_of(data, masks, codes, root), out, n_workers=workers)
+        print(f'In {Path(out).resolve()}: ' + ', '.join(sorted(p.name for p in Path(out).iterdir())))
+        if (found.level=='wrong').any(): sys.exit('pipa: training would refuse this data, see above.')

@@ -61,11 +61,18 @@ mean_color = tuple(round(255*o) for o in imagenet_stats[0])
 
 def _near(a, box):
     "The part of an array around `box`, with what a filter needs at its rim, and the box in it"
-    m = [int(max(1, (box[i+2]-box[i])/n))+2 for i,n in enumerate(a.shape[1::-1])]
-    x,y = (max(0, int(box[i])-m[i]-2) for i in (0,1))
-    o = a[y:int(box[3])+m[1]+3, x:int(box[2])+m[0]+3]
+    m = [int(max(1, (box[i+2]-box[i])/n))+4 for i,n in enumerate(a.shape[1::-1])]
+    x,y = (max(0, int(box[i])-m[i]) for i in (0,1))
+    o = a[y:int(box[3])+m[1], x:int(box[2])+m[0]]
     return Image.fromarray(np.ascontiguousarray(o)),(box[0]-x, box[1]-y, box[2]-x, box[3]-y)
 
+def _nearest(a, box, size, valid):
+    "Pick the pixel under the middle of each new one; on a border, that after it"
+    def at(n, k, lo, hi, N): return np.floor(lo+(np.arange(k)+.5)*(hi-lo)/n+1e-6).astype(int).clip(0, N-1)
+    rows,cols = (at(size[i], valid[i], box[1-i], box[3-i], a.shape[i]) for i in (0,1))
+    return np.asarray(a[rows[0]:rows[-1]+1])[rows-rows[0]][:,cols]
+
+# %% ../nbs/08_data.ipynb #34a2ece0
 def cut(
     img, # PIL image or array, image or mask
     box:tuple, # From `view_box`
@@ -74,11 +81,13 @@ def cut(
     mask:bool=False # Nearest neighbour, for masks?
 )->np.ndarray: # `h x w (x 3)`, uint8
     "Cut `box` out of an image and resize it to `size`"
-    if isinstance(img, np.ndarray): img,box = _near(img, box)
-    (x0,y0,x1,y1),(h,w),(W,H) = box,size,img.size
+    (x0,y0,x1,y1),(h,w) = box,size
+    H,W = img.shape[:2] if isinstance(img, np.ndarray) else img.size[::-1]
     vh,vw = (max(1, round(n*min(1, (N-a)/(b-a)))) for n,N,a,b in ((h,H,y0,y1), (w,W,x0,x1)))
-    if (x1-x0,y1-y0)==(w,h) and x0==int(x0) and y0==int(y0): o = img.crop((int(x0), int(y0), int(x0)+vw, int(y0)+vh))
-    else: o = img.resize((vw,vh), Image.NEAREST if mask else Image.BILINEAR, box=(x0,y0,min(x1, W),min(y1, H)))
+    if mask or (x1-x0,y1-y0,x0%1,y0%1)==(w,h,0,0): o = _nearest(np.asarray(img), box, size, (vh,vw))
+    else:
+        if isinstance(img, np.ndarray): img,(x0,y0,x1,y1) = _near(img, (x0, y0, min(x1, W), min(y1, H)))
+        o = img.resize((vw,vh), Image.BILINEAR, box=(x0,y0,min(x1, img.width),min(y1, img.height)))
     o = np.asarray(o)[:,::-1] if flip else np.asarray(o)
     if (vh,vw)==(h,w): return np.array(o)
     res = np.full((h,w,*o.shape[2:]), 255 if mask else mean_color if o.ndim==3 else 0, np.uint8)
@@ -103,18 +112,17 @@ def source_view(
     def draw():
         for _ in range(tries+1):
             box = view_box(y.shape, size, rng, zoom, resize)
-            v = cut(m, box, size, mask=True)
+            v = cut(y, box, size, mask=True)
             n = np.bincount(v.ravel(), minlength=256); n[ignore] = 0
             if (n>0).sum()>1 and n.max()<max_ratio*n.sum(): break
         return box,v,n
-    m = y if isinstance(y, np.memmap) else Image.fromarray(y)
     for _ in range(tries+1):
         box,v,n = draw()
         if want is None or n[want]>min_crop*v.size: break
     flip = rng.random()<.5
-    return cut(img, box, size, flip),cut(m, box, size, flip, mask=True)
+    return cut(img, box, size, flip),cut(y, box, size, flip, mask=True)
 
-# %% ../nbs/08_data.ipynb #a175ff3e
+# %% ../nbs/08_data.ipynb #9a4e33ae
 def trusted(
     box:tuple, # From `view_box`
     hw:tuple, # Height and width of the image that it lies in
@@ -128,7 +136,7 @@ def trusted(
     (H,W),(h,w),(x0,y0,x1,y1),(top,bottom,left,right) = hw,size,box,margin
     return np.outer(inside(h, H, y0, y1, top, bottom), inside(w, W, x0, x1, left, right)).astype(np.uint8)
 
-# %% ../nbs/08_data.ipynb #c2c44288
+# %% ../nbs/08_data.ipynb #2ee0b55a
 def kept(
     path, # File that the array is made from
     home, # Folder of the copies
@@ -172,12 +180,14 @@ class PairSet:
         self.zoom_t,self.resize_t = zoom_t or zoom,resize_t or resize
     def __len__(self): return len(self.source)
 
-# %% ../nbs/08_data.ipynb #a2592051
-def _scaled(o, resize, how): return np.array(o.resize(resized(o.size[::-1], resize)[::-1], how) if resize else o)
+# %% ../nbs/08_data.ipynb #c795f0d7
+def _small(o, resize, mask=False):
+    H,W = o.shape if mask else o.size[::-1]
+    return cut(o, (0,0,W,H), resized((H,W), resize) if resize else (H,W), mask=mask)
 
 @patch
 def _image(self:PairSet, path, resize, draft=False):
-    if self.copies: return kept(path, self.copies, lambda p: _scaled(read_image(p), resize, Image.BILINEAR), resize, 'image')
+    if self.copies: return kept(path, self.copies, lambda p: _small(read_image(p), resize), resize, 'image')
     if not (draft and resize): return read_image(path)
     with Image.open(path) as o: return read_image(path, resized(o.size[::-1], resize))
 
@@ -185,25 +195,37 @@ def _image(self:PairSet, path, resize, draft=False):
 def _mask(self:PairSet, path):
     sp = self.source.space
     if not self.copies: return read_mask(path, sp)
-    return kept(path, self.copies, lambda p: _scaled(Image.fromarray(read_mask(p, sp)), self.resize, Image.NEAREST), self.resize, 'mask', sorted(sp.ids.items()))
+    return kept(path, self.copies, lambda p: _small(read_mask(p, sp), self.resize, True), self.resize, 'mask', sorted(sp.ids.items()))
 
 def _tensor(o, cls): return cls(torch.from_numpy(o).movedim(-1, 0) if o.ndim==3 else torch.from_numpy(o))
+
+def _hw(o): return o.shape[:2] if isinstance(o, np.ndarray) else o.size[::-1]
+
+# %% ../nbs/08_data.ipynb #dd66f367
+@patch
+def source_part(self:PairSet, i, want, rng):
+    "Image and labels of a view of source image `i`, with the wanted class if there is one"
+    xs,ys = self.source.images[i],self.source.masks[i]
+    img,y = self._image(xs, self.resize),self._mask(ys)
+    if _hw(img)!=y.shape: raise ValueError(size_complaint(xs, _hw(img), ys, y.shape))
+    x,y = source_view(img, y, self.size, rng, self.zoom, want, self.min_crop, self.max_ratio, resize=self.resize)
+    return _tensor(x, TensorImage),_tensor(y, TensorMask)
+
+@patch
+def target_part(self:PairSet, j, rng):
+    "A view of target image `j`, and where it may be trusted if there's a margin"
+    img = self._image(self.target.images[j], self.resize_t, self.draft)
+    box,flip = view_box(_hw(img), self.size, rng, self.zoom_t, self.resize_t),rng.random()<.5
+    x = _tensor(cut(img, box, self.size, flip), TensorImage)
+    if self.margin is None: return (x,)
+    v = trusted(box, _hw(img), self.size, self.margin)
+    return x,_tensor(np.ascontiguousarray(v[:,::-1]) if flip else v, TensorMask)
 
 @patch
 def __getitem__(self:PairSet, ticket):
     i,c,j,seed = ticket if isinstance(ticket, tuple) else (ticket, None, ticket%len(self.target), ticket)
-    rng,(xs,ys) = np.random.default_rng(seed),(self.source.images[i], self.source.masks[i])
-    img,y = self._image(xs, self.resize),self._mask(ys)
-    hw = img.shape[:2] if isinstance(img, np.ndarray) else img.size[::-1]
-    if hw!=y.shape: raise ValueError(size_complaint(xs, hw, ys, y.shape))
-    x,y = source_view(img, y, self.size, rng, self.zoom, c, self.min_crop, self.max_ratio, resize=self.resize)
-    t = self._image(self.target.images[j], self.resize_t, self.draft)
-    hw = t.shape[:2] if isinstance(t, np.ndarray) else t.size[::-1]
-    box,flip = view_box(hw, self.size, rng, self.zoom_t, self.resize_t),rng.random()<.5
-    pair = _tensor(x, TensorImage),_tensor(y, TensorMask),_tensor(cut(t, box, self.size, flip), TensorImage)
-    if self.margin is None: return pair
-    v = trusted(box, hw, self.size, self.margin)
-    return *pair,_tensor(np.ascontiguousarray(v[:,::-1]) if flip else v, TensorMask)
+    rng = np.random.default_rng(seed)
+    return *self.source_part(i, c, rng),*self.target_part(j, rng)
 
 # %% ../nbs/08_data.ipynb #17e62166
 class PairDL(TfmdDL):
@@ -232,7 +254,7 @@ class PairDL(TfmdDL):
 
     def create_item(self, k): return self.dataset[self.ticket(k or 0)]
 
-# %% ../nbs/08_data.ipynb #233fc5fd
+# %% ../nbs/08_data.ipynb #4a3fc5ec
 @patch
 def __iter__(self:PairDL):
     if not (self.fake_l.persistent_workers and self.fake_l.num_workers):
@@ -252,7 +274,7 @@ def sample(self:PairDL):
     numbers = self.numbers(int(self.first))   # now, not when the first item is asked for
     return (k for i,k in enumerate(numbers) if i//self.bs%self.num_workers==self.offs)
 
-# %% ../nbs/08_data.ipynb #b9ae84b0
+# %% ../nbs/08_data.ipynb #e83093eb
 class ZeroPad(Transform):
     "Set pixels of the mean colour to zero, once they are normalised"
     order = Normalize.order+1
@@ -309,7 +331,7 @@ def _room(pairs):
     free = shutil.disk_usage(home).free
     if need>free: raise ValueError(f"Resized copies need {need/1e9:.1f} GB more, but `{home}` has {free/1e9:.1f} GB free: give another folder, or `copies=None`.")
 
-# %% ../nbs/08_data.ipynb #2160788b
+# %% ../nbs/08_data.ipynb #c00618a9
 @delegates(PairSet.__init__, but=['source','target','size'])
 def uda_dls(
     source:Domain, # Labelled images
@@ -345,7 +367,7 @@ def uda_dls(
     dls.space,dls.vocab,dls.c,dls.counts = source.space,source.space.codes,source.space.n,counts
     return dls
 
-# %% ../nbs/08_data.ipynb #382a677a
+# %% ../nbs/08_data.ipynb #949fe746
 def preset(
     paper:str, # 'daformer', 'pipa_daformer', 'hrda' or 'pipa_hrda'
     source:Domain|None=None, # SYNTHIA is resized to another height than GTA
