@@ -8,10 +8,13 @@ import warnings; warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
 import json, os, platform, shlex, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib.metadata import version, PackageNotFoundError
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 import pandas as pd, torch
+from PIL import Image
 from fastcore.script import call_parse, store_true, anno_parser
 from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
@@ -21,13 +24,14 @@ from fastai.callback.progress import CSVLogger
 from .data import minicity, folder, codes_space, uda_dls, write_file
 from .learner import uda_learner, method_cbs, host_terms, method_name
 from .checkpoints import save, load, space_of, save_hf, save_official, load_official
-from .metrics import iou, miou, iou_table, Validator
-from . import check, data, show, infer
+from .metrics import iou, miou, iou_table, pixel_acc, Validator
+from . import check, data, show, infer, export
 
 # %% auto #0
 __all__ = ['parse_size', 'domains', 'named_domains', 'versions', 'new_folder', 'Before', 'write_run', 'measures', 'sentences',
-           'plain_log', 'parse_range', 'method_args', 'data_args', 'fit_args', 'adapt', 'pipa_train', 'settings',
-           'unusual', 'pipa_predict', 'pipa_convert', 'plan', 'add_row', 'pipa_study', 'pipa_check']
+           'valid_bs', 'plain_log', 'parse_range', 'method_args', 'data_args', 'fit_args', 'adapt', 'pipa_train',
+           'open_net', 'eval_domain', 'write_scores', 'pipa_eval', 'pipa_export', 'settings', 'unusual', 'pipa_predict',
+           'pipa_convert', 'plan', 'add_row', 'pipa_study', 'pipa_check']
 
 # %% ../nbs/31_cli.ipynb #e4da3b7f
 def parse_size(
@@ -103,10 +107,10 @@ def new_folder(
 class Before(Callback):
     "Keep the student's answer to some validation images after the first epoch"
     order = 70
-    def __init__(self, dl, n=4): self.batch,self.preds = dl.new(shuffle=False).one_batch(),None
+    def __init__(self, dl, n=4): self.batches,self.preds = [*islice(dl.new(shuffle=False, num_workers=0), -(-n//dl.bs))],None
     def answer(self):
         self.model.eval()
-        with torch.no_grad(): return self.model(self.batch[0]).argmax(1).cpu()
+        with torch.no_grad(): return [p for x,_ in self.batches for p in self.model(x).argmax(1).cpu()]
     def after_epoch(self):
         if self.preds is None: self.preds = self.answer()
 
@@ -124,8 +128,8 @@ def write_run(
     if 'teacher_miou' in ms: save(out/'teacher.safetensors', learn.mean_teacher.teacher, which='teacher', **meta)
     cm = ms['miou'].cm.cpu()
     iou_table(cm, sp.codes).to_csv(out/'classes.csv', index=False)
-    b = before.batch
-    fig = show.result_picture(b[0], b[1], {'first epoch': before.preds, 'adapted': before.answer()}, sp)
+    xs,ys = ([o for b in before.batches for o in b[i]] for i in (0,1))
+    fig = show.result_picture(xs, ys, {'first epoch': before.preds, 'adapted': before.answer()}, sp)
     fig.savefig(out/'result.png', dpi=100)
     show.curves(pd.read_csv(out/'metrics.csv')).savefig(out/'curves.png', dpi=100)
     return dict(miou_student=miou(cm), miou_teacher=ms['teacher_miou'].value if 'teacher_miou' in ms else float('nan'),
@@ -146,6 +150,19 @@ def sentences():
     except (ValueError, FileNotFoundError, KeyError, NotImplementedError, ImportError) as e:
         if os.environ.get('PIPA_DEBUG'): raise
         sys.exit(f'pipa: {e.args[0] if len(e.args)==1 else e}')
+
+# %% ../nbs/31_cli.ipynb #e4000101
+def _size(path):
+    try:
+        with Image.open(path) as im: return im.size
+    except OSError as e: raise ValueError(f"`{path}` can't be read as a picture ({e}): copy or make it again.") from None
+
+def valid_bs(
+    domain, # Labelled `Domain`
+    bs:int # Wanted
+)->int: # `bs`, or 1 where images or masks differ in size and can't be stacked
+    "How many validation images may go together"
+    return bs if len({(_size(x), _size(y)) for x,y in zip(domain.images, domain.masks)})<2 else 1
 
 # %% ../nbs/31_cli.ipynb #70efdf2e
 @contextmanager
@@ -214,7 +231,7 @@ def adapt(
     src,tgt,val = domains(o.data, host, size)
     views = data_args(o, src, tgt)
     o.size = 'x'.join(map(str, views['size']))
-    dls = uda_dls(src, tgt, val, n=o.steps*views['bs'], num_workers=o.workers, **views)
+    dls = uda_dls(src, tgt, val, n=o.steps*views['bs'], num_workers=o.workers, bs_valid=valid_bs(val or src, views['bs']), **views)
     before = Before(dls.valid)
     learn = uda_learner(dls, o.net, o.method, o.arch, o.pretrained, lr=o.lr, hidden=None if o.preset else 128, things=src.space.things,
                         cbs=[before, CSVLogger('metrics.csv')], n_unlabelled=o.unlabelled, **method_args(o))
@@ -279,6 +296,111 @@ def pipa_train(
     print(pd.read_csv(out/'classes.csv').to_string(index=False))
     print(f'In {out.resolve()}:\n' + '\n'.join(f'  {p.name}' for p in sorted(out.iterdir())))
 
+# %% ../nbs/31_cli.ipynb #e4000111
+def open_net(
+    weights:str, # File of weights or an `.onnx` file, or the folder of a run
+    teacher:bool=False # The teacher of the run in place of the student?
+)->tuple: # Net, what the file says beside it, its `LabelSpace`, and the file
+    "The net that a command is asked to use"
+    file = Path(weights)
+    if file.is_dir() or teacher: file = (file if file.is_dir() else file.parent)/f"{'teacher' if teacher else 'weights'}.safetensors"
+    net,meta = export.load_graph(file) if file.suffix=='.onnx' else load(file, default_device())
+    if space_of(meta) is None: raise ValueError(f"`{file}` doesn't say what its classes are: save it again with `pipa.checkpoints.save` and a `space`.")
+    return net,meta,space_of(meta),file
+
+# %% ../nbs/31_cli.ipynb #e4000112
+def eval_domain(
+    data:str, # 'minicity' or a folder, see above
+    space, # `LabelSpace` of the net
+    images:str=None, # Folder of images, in place of `data`
+    masks:str=None, # Folder of their masks
+    codes:str=None, # What the masks mean, see `pipa.data.codes_space`; default codes.txt in the folder, or `space`
+    train_ids:bool=False, # Do the masks hold train ids, whatever the usual numbers are?
+    size:tuple=(128,256) # Size of MiniCity's images
+): # Labelled `Domain`; raises `ValueError` if its classes aren't those of the net
+    "The images that a net is scored on"
+    root = Path(data)
+    if bool(images)!=bool(masks): raise ValueError("`--images` and `--masks` belong together: give both folders.")
+    if not images and data!='minicity':
+        if not root.is_dir(): raise FileNotFoundError(f"`--data {data}` is neither `minicity` nor a folder.")
+        codes = codes or (str(root/'codes.txt') if (root/'codes.txt').is_file() else None)
+        images,masks = root/'valid/images',root/'valid/masks'
+    dom = folder(images, masks, codes or space) if images else minicity('real', 'val', size=size)
+    if dom.space.codes!=space.codes: raise ValueError(
+        f"The net knows {', '.join(space.codes)}; the masks have {', '.join(dom.space.codes)}: a score needs the same classes in the same order.")
+    return replace(dom, space=dom.space.as_train()) if train_ids else dom
+
+# %% ../nbs/31_cli.ipynb #e4000113
+def write_scores(
+    out:Path, # Folder, there
+    cm, # Confusion matrix K×K, see `pipa.infer.evaluate`
+    space, # Its `LabelSpace`
+    row:dict # What else the row of the score should say
+)->str: # Table and means, for people
+    "Write tables and picture of a score"
+    t,means = infer.class_table(cm, space),infer.mean_table(cm, space)
+    t.to_csv(out/'classes.csv', index=False)
+    pd.DataFrame(cm.numpy(), space.codes, space.codes).rename_axis('truth').to_csv(out/'confusion.csv')
+    show.confusion_picture(cm, space).savefig(out/'confusion.png', dpi=100)
+    row = dict(row, **dict(zip(means['mean'], means.iou)), accuracy=pixel_acc(cm), **dict(zip(space.codes, t.iou)))
+    write_file(out/'row.json', lambda f: f.write(json.dumps(row, indent=1).encode()))
+    lines = [f"{m['mean']} {100*m.iou:.2f}, mean accuracy {100*m.acc:.2f}, over {m.classes} classes" + (f'; absent and left out: {m.absent}' if m.absent else '')
+             for _,m in means.iterrows()]
+    return '\n'.join([t.to_string(index=False, float_format='{:.4f}'.format), '', *lines])
+
+# %% ../nbs/31_cli.ipynb #e4000116
+@call_parse
+def pipa_eval(
+    weights:str, # File of weights or an .onnx file, or the folder of a run
+    data:str='minicity', # minicity, or a folder with valid/images and valid/masks
+    images:str=None, # Folder of images, in place of --data
+    masks:str=None, # Folder of their masks, with the same names
+    codes:str=None, # What the masks mean: a text file with a class name a line, or a known name; default codes.txt of the folder, or what the weights say
+    train_ids:store_true=False, # The masks hold train ids, whatever the usual numbers are
+    mode:str='whole', # whole, or slide for windows
+    size:str=None, # Height x width that images are resized to cover; default that of training, or with slide the image's own
+    crop:str=None, # With slide: height x width of a window; default that of training
+    stride:str=None, # With slide: steps down x right; default half a window
+    bs:int=4, # Images of one size, or windows, that go through the net together
+    flip:store_true=False, # Average with the mirror image
+    amp:store_true=False, # Mixed precision
+    teacher:store_true=False, # The teacher of the run in place of the student
+    out:str=None # Folder for tables and pictures; default runs/eval_DATA_WEIGHTS
+):
+    "Score weights on labelled images: IoU and accuracy of each class, means, and the confusion matrix"
+    with sentences():
+        net,meta,sp,file = open_net(weights, teacher)
+        trained,steps = parse_size(meta.get('size', '128x256')),stride and tuple(map(int, stride.split('x')))
+        dom = eval_domain(data, sp, images, masks, codes, train_ids, trained)
+        hw = parse_size(size) if size else None if mode=='slide' else trained
+        cm = infer.evaluate(net, dom, hw, progress=sys.stdout.isatty(), mode=mode, crop=parse_size(crop) if crop else trained, stride=steps, bs=bs, flip=flip, amp=amp)
+        if not cm.sum(): raise ValueError("The masks have no labelled pixel, so there is nothing to score: do they hold other numbers than --codes says?")
+        out = new_folder(out or f'runs/eval_{dom.name if images else Path(data).name}_{file.stem}')
+        about = dict(benchmark=str(images or data), weights=str(file), method=meta.get('method'), mode=mode, images=len(dom))
+        text = write_scores(out, cm, sp, dict(about, command=shlex.join(['pipa_eval', *sys.argv[1:]]), version=versions()['pipa']))
+    print(f'{text}\nIn {out.resolve()}:\n' + '\n'.join(f'  {p.name}' for p in sorted(out.iterdir())))
+
+# %% ../nbs/31_cli.ipynb #e4000121
+@call_parse
+def pipa_export(
+    weights:str, # File of weights, or the folder of a run
+    out:str=None, # File to write, .onnx or .pt2 (for torch); default beside the weights, .onnx
+    size:str=None, # Height x width of the example; default that of training
+    free:str='sides', # What may differ from the example: sides (batch, height and width), batch, or nothing
+    teacher:store_true=False # The teacher of the run in place of the student
+):
+    "Write weights as a graph for other programs, and compare it with the net"
+    with sentences():
+        net,meta,sp,file = open_net(weights, teacher)
+        dest = Path(out) if out else file.with_suffix('.onnx')
+        if file.suffix=='.onnx': raise ValueError(f"`{file}` is exported already.")
+        print('Tracing the net; large ones take minutes.', flush=True)
+        export.export_net(dest, net, sp, parse_size(size or meta.get('size', '128x256')), free, method=meta.get('method'))
+        t = export.check_export(dest, net)
+        print(t.to_string(index=False, formatters=dict(max_diff='{:.1e}'.format, agreement='{:.5f}'.format)))
+        print(f'Written: {dest} ({dest.stat().st_size/1e6:.1f} MB)')
+        if t.max_diff.max()>1e-3: raise ValueError(f"`{dest}` differs from the net by {t.max_diff.max():.2g}: don't rely on it.")
+
 # %% ../nbs/31_cli.ipynb #1e221739
 _elsewhere = 'out threads workers unlabelled pdb xtra'.split()
 def _parser(): return anno_parser(pipa_train.__wrapped__, 'pipa_train')
@@ -307,18 +429,23 @@ def unusual(
 @call_parse
 def pipa_predict(
     images:str, # An image, or a folder of images
-    weights:str='weights.safetensors', # File of weights that `pipa_train` wrote
+    weights:str='weights.safetensors', # File of weights or an .onnx file, or the folder of a run
     out:str='predictions', # Folder for label ids, colours and overlays
     size:str=None, # Height x width that images are resized to cover; default what the net was trained with
     slide:store_true=False, # Slide a window of that size over the image instead of resizing it
     alpha:float=.5, # How strong the colours of an overlay are, 0 to 1
+    ids:str='train', # train for three pictures with train ids; raw for one of the same name with the data set's own numbers, for a benchmark server
+    flip:store_true=False, # Average with the mirror image
+    amp:store_true=False, # Mixed precision
+    teacher:store_true=False # The teacher of the run in place of the student
 ):
     "Segment an image or a folder of images: label ids, a coloured picture and an overlay of each"
     with sentences():
-        net,meta = load(weights)
+        net,meta,sp,_ = open_net(weights, teacher)
         hw = parse_size(size or meta['size'])
         where = dict(mode='slide', crop=hw) if slide else dict(size=hw)
-        n,bad = infer.predict_folder(net, images, out, space_of(meta), alpha=alpha, **where)
+        n,bad = infer.predict_folder(net, images, out, sp, ids=ids, alpha=alpha, flip=flip, amp=amp, progress=sys.stdout.isatty(), **where)
+        print(f'{n-len(bad)} images labelled, in {Path(out).resolve()}')
         if bad: raise ValueError(f'{len(bad)} of {n} images could not be read, see above.')
 
 # %% ../nbs/31_cli.ipynb #cv000002

@@ -20,7 +20,7 @@ from .baselines import MinEnt, AdvSeg, AdvEnt, FDA, MIC
 
 # %% auto #0
 __all__ = ['nets', 'host_terms', 'method_name', 'method_cbs', 'param_groups', 'adamw', 'poly_lr', 'SegLoss', 'target_dl',
-           'make_net', 'uda_learner']
+           'make_net', 'uda_learner', 'inference_net']
 
 # %% ../nbs/20_learner.ipynb #0d193d73
 _on = dict(none=set(), pixel={'pixel'}, patch={'patch'}, both={'pixel','patch'}, pipa={'pixel','patch'})
@@ -214,3 +214,40 @@ def uda_learner(
     if n_unlabelled: ms += validators(target_dl(dls, n_unlabelled))
     return Learner(dls, net, SegLoss(), partial(adamw, wd=wd), lr=lr, splitter=param_groups, metrics=ms, cbs=parts+L(cbs),
                    path=path, train_bn=False, wd_bn_bias=True)
+
+# %% ../nbs/20_learner.ipynb #e4000002
+from copy import deepcopy
+from fastai.data.core import DataLoaders
+from .data import PairDL, MaskOf
+
+def inference_net(
+    net:nn.Module # Student or teacher
+)->nn.Module: # A copy in evaluation mode, without the heads that only training needs
+    "The part of a net that predicts; its parameters may be trained again"
+    net = deepcopy(net).eval().requires_grad_()
+    for k in ('proj_head', 'project'):
+        if hasattr(net, k): delattr(net, k)
+    return net
+
+def _empty(dls):
+    "The validation loader twice, without items, and without the paths of masks"
+    dl = dls.valid.new(deepcopy(dls.valid.dataset.new_empty()))
+    for t in [t for tl in dl.dataset.tls for t in tl.tfms.fs if isinstance(t, MaskOf)]: t.masks = {}
+    return DataLoaders(dl, dl, path=dls.path, device=dls.device)
+
+# %% ../nbs/20_learner.ipynb #e4000003
+_export = Learner.export
+
+@patch
+def export(self:Learner,
+    fname:str|Path='export.pkl', # File, below `learn.path`
+    teacher:bool=False, # The teacher in place of the student?
+    **kwargs # To fastai's `export`
+):
+    "Pickle a learner that predicts, for `load_learner`; of a learner with pair loaders, the inference net alone"
+    if not isinstance(self.dls.train, PairDL): return _export(self, fname, **kwargs)
+    net = getattr(getattr(self, 'mean_teacher', None), 'teacher', None) if teacher else self.model
+    if net is None: raise ValueError("This learner has no teacher: its method has no `MeanTeacher`, or it wasn't fitted yet.")
+    net = inference_net(net)
+    bare = Learner(_empty(self.dls), net, self.loss_func, self.opt_func, self.lr, self.splitter, metrics=MIoU(self.dls.c), path=self.path)
+    _export(bare, fname, **kwargs)
