@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 from .losses import weighted_ce
 from .mix import block_mask, strong_augment, imagenet_mean, imagenet_std
 from .models import resize
-from .callbacks import Pair, MeanTeacher, LossTerm, _show
+from .callbacks import MeanTeacher, LossTerm, _show
 
 # %% auto #0
 __all__ = ['self_info', 'MinEnt', 'Halve', 'discriminator', 'AdvSeg', 'AdvEnt', 'fda', 'FDA', 'MIC']
