@@ -16,20 +16,34 @@ from .mix import pseudo_label, margins, class_mask, class_mix, strong_augment, t
 from .models import ProjHead, PatchHead
 
 # %% auto #0
-__all__ = ['Pair', 'add_heads', 'ema_decay', 'ema_', 'MeanTeacher', 'LossTerm', 'Mix', 'PixelContrast', 'TargetPixelContrast',
-           'PatchContrast', 'FeatureDistance']
+__all__ = ['with_detail', 'Pair', 'add_heads', 'ema_decay', 'ema_', 'MeanTeacher', 'LossTerm', 'Mix', 'PixelContrast',
+           'TargetPixelContrast', 'PatchContrast', 'FeatureDistance']
 
 # %% ../nbs/10_callbacks.ipynb #e4da3b7f
+def with_detail(
+    l:Tensor, # Loss of a net's logits: `f(logits, *ys)`
+    f, # Loss function
+    detail, # The net's closer look, from `Feats.detail`; `None`: `l` stays as it is
+    *ys # Labels of the whole image, and what else `f` takes: B×H×W each
+)->Tensor: # Of the same kind as `l`
+    "Give the closer look of a net its share in the loss (HRDA's detail loss)"
+    return l if detail is None else l + detail.w*(f(detail.logits.float(), *map(detail.cut, ys)) - l)
+
 class Pair(Callback):
     "Unpack a pair batch and a prediction with features, and keep the mean supervised loss of the epoch"
     order,name = MixedPrecision.order+1,'pair'
     def before_train(self): self.total,self.n = 0.,0
     def before_batch(self):
-        if self.training and len(self.yb)==2: self.learn.yb,self.learn.x_t = self.yb[:1],self.yb[1]
+        if self.training and len(self.yb)>1:
+            self.learn.yb,self.learn.x_t,*v = self.yb[:1],*self.yb[1:]
+            self.learn.v_t = v[0] if v else None
     def after_pred(self):
         if isinstance(self.pred, (tuple,list)): self.learn.pred,self.learn.feats = self.pred
     def after_loss(self):
-        if self.training: self.total,self.n = self.total+self.loss.detach(),self.n+1
+        if not self.training: return
+        l = with_detail(self.loss_grad, self.loss_func, getattr(getattr(self, 'feats', None), 'detail', None), *self.yb)
+        if l is not self.loss_grad: self.learn.loss,self.learn.loss_grad = self.loss+(l-self.loss_grad).detach(),l
+        self.total,self.n = self.total+self.loss.detach(),self.n+1
     @property
     def mean(self): return float(self.total)/self.n if getattr(self, 'n', 0) else float('nan')
 
@@ -109,6 +123,7 @@ class MeanTeacher(Callback):
         if not self.training: return
         z = self.z = self.logits(self.x_t).float()
         self.learn.y_t,w = pseudo_label(z, self.thresh, self.trust)
+        if getattr(self, 'v_t', None) is not None: w = w*self.v_t
         self.learn.w_t = margins(w, *self.margin) if any(self.margin) else w
 
     def sure(self, thresh): return self.y_t.masked_fill(self.z.softmax(1).amax(1)<thresh, 255)
@@ -176,8 +191,12 @@ class Mix(LossTerm):
         m = class_mask(self.y, classes=self.classes)
         x_m,y_m,w_m = class_mix(self.x, self.y, self.x_t, self.y_t, self.w_t, m)
         self.b = strong_augment(x_m, **self.aug),y_m,w_m
-    def predict(self): self.pred_m = self.model(self.b[0])[0]
-    def score(self): return weighted_ce(self.pred_m.float(), *self.b[1:]),self.b[1].numel()
+    def predict(self):
+        self.pred_m,feats = self.model(self.b[0])
+        self.detail = getattr(feats, 'detail', None)
+    def score(self):
+        l = weighted_ce(self.pred_m.float(), *self.b[1:])
+        return with_detail(l, weighted_ce, self.detail, *self.b[1:]),self.b[1].numel()
 
 # %% ../nbs/10_callbacks.ipynb #33e75ff0
 @patch
@@ -191,8 +210,12 @@ class PixelContrast(LossTerm):
     def __init__(self, w=.1, start=0, temp=.1, max_samples=1024, max_views=100, min_pixels=None, form='released'):
         super().__init__(w, start)
         self.kw = dict(temp=temp, max_samples=max_samples, max_views=max_views, min_pixels=min_pixels, form=form)
-    def predict(self): self.emb,self.seen = self.model.proj_head(self.feats.maps),(self.x,self.y)
-    def score(self): return pixel_contrast(self.emb.float(), self.y, self.pred.detach().argmax(1), return_n=True, **self.kw)
+    def predict(self):
+        f = self.feats.finest
+        self.emb,self.seen = self.model.proj_head(f.maps),(f.cut(self.x),f.cut(self.y))
+    def score(self):
+        pred = self.feats.finest.cut(self.pred).detach().argmax(1)
+        return pixel_contrast(self.emb.float(), self.seen[1], pred, return_n=True, **self.kw)
 
 # %% ../nbs/10_callbacks.ipynb #1c383cd3
 @patch
@@ -214,11 +237,9 @@ class TargetPixelContrast(PixelContrast):
     def prepare(self): self.y_sure = self.mean_teacher.sure(self.target if self.steps>=self.target_start else 2.)
     def predict(self):
         super().predict()
-        (z,f),src = self.model(self.x_t),self.feats
-        f,src = getattr(f, 'finest', f),getattr(src, 'finest', src)
-        cut,cut_s = getattr(f, 'cut', noop),getattr(src, 'cut', noop)
-        self.e_t,self.p_t,self.p_s = self.model.proj_head(f.maps),cut(z).argmax(1),cut_s(self.pred).argmax(1)
-        self.seen_t = cut(self.x_t),cut(self.y_sure)
+        z,f = self.model(self.x_t)
+        f,self.p_s = f.finest,self.feats.finest.cut(self.pred).argmax(1)
+        self.e_t,self.p_t,self.seen_t = self.model.proj_head(f.maps),f.cut(z).argmax(1),(f.cut(self.x_t),f.cut(self.y_sure))
     def score(self):
         e,y,p = [torch.cat(o) for o in ((self.emb,self.e_t), (self.seen[1],self.seen_t[1]), (self.p_s,self.p_t))]
         return pixel_contrast(e.float(), y, p, return_n=True, **self.kw)
@@ -284,5 +305,16 @@ class FeatureDistance(LossTerm):
         super().before_fit()
         if self.frozen is None: self.frozen = deepcopy(getattr(self.model, 'backbone', self.model)).eval().requires_grad_(False)
     def predict(self):
-        with torch.no_grad(): self.f0 = getattr(self.frozen, 'maps', self.frozen)(self.x)[-1]
+        self.seen,self.f = (self.x,self.y),self.feats.maps[-1].detach()
+        x = getattr(self.model, 'context', noop)(self.x)
+        with torch.no_grad(): self.f0 = getattr(self.frozen, 'maps', self.frozen)(x)[-1]
     def score(self): return feat_dist(self.feats.maps[-1].float(), self.f0.float(), self.y, self.classes, self.min_ratio),self.y.numel()
+
+# %% ../nbs/10_callbacks.ipynb #a684ecee
+@patch
+def show(self:FeatureDistance, n:int=2):
+    "The last source images, their labels, and how far each cell of a thing has moved: bright is far"
+    x,y = (o[:n] for o in self.seen)
+    d = (self.f[:n].float()-self.f0[:n].float()).norm(dim=1)
+    d = F.interpolate(d[:,None], y.shape[-2:], mode='nearest')[:,0]*torch.isin(y, torch.as_tensor(self.classes, device=y.device))
+    return _show([*zip(x, y, d/d.max().clamp(min=1e-8))], ('source', 'label', 'moved'))

@@ -4,34 +4,32 @@
 
 # %% ../nbs/09_checkpoints.ipynb #c81e728d
 from __future__ import annotations
-import json, os, zlib
+import json, io, os
+from importlib import import_module
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
-from safetensors import safe_open, SafetensorError
 from safetensors.torch import save as to_bytes
 from . import __version__
-from .labels import LabelSpace
-from .models import light, segformer, daformer, deeplabv2
+from .labels import LabelSpace, space as known_space
+from .names import from_hf, to_hf, to_official, looks_like, as_call
+from .weights import Report, checksum, read, convert, load_into, load_state, load_official, load_pretrained, train_heads
 
 # %% auto #0
-__all__ = ['inference_state', 'space_of', 'save', 'load_into', 'read', 'load']
+__all__ = ['inference_state', 'space_of', 'save', 'classes_of', 'load', 'save_official', 'save_hf', 'Report', 'read', 'load_into',
+           'load_official', 'load_pretrained', 'from_hf', 'to_hf']
+
+# %% ../nbs/09_checkpoints.ipynb #ck100001
+_all_ = ['Report', 'read', 'load_into', 'load_official', 'load_pretrained', 'from_hf', 'to_hf']
 
 # %% ../nbs/09_checkpoints.ipynb #e4da3b7f
-_heads = ('proj_head.', 'project.')
-
 def inference_state(
     net:nn.Module # Any net
 )->dict: # Name of each weight and buffer, and a copy of it on the CPU
     "The weights of `net` without the heads that only training needs"
-    return {k:v.detach().to('cpu', copy=True).contiguous() for k,v in net.state_dict().items() if not k.startswith(_heads)}
+    return {k:v.detach().to('cpu', copy=True).contiguous() for k,v in net.state_dict().items() if not k.startswith(train_heads)}
 
 # %% ../nbs/09_checkpoints.ipynb #45c48cce
-def _crc(state):
-    c = 0
-    for k in sorted(state): c = zlib.crc32(state[k].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(k.encode(), c))
-    return c
-
 def _json(k, v):
     def plain(o): return o.tolist() if hasattr(o, 'tolist') else str(o) if isinstance(o, Path) else json.JSONEncoder().default(o)
     try: return json.dumps(v, default=plain)
@@ -49,6 +47,16 @@ def space_of(
     return LabelSpace(codes=meta['codes'], palette=meta['palette'], **meta['space']) if 'codes' in meta else None
 
 # %% ../nbs/09_checkpoints.ipynb #6512bd43
+def _write(file, data):
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tmp = file.with_name(f'.{file.name}.{os.getpid()}')
+    try:
+        tmp.write_bytes(data)
+        os.replace(tmp, file)
+    finally: tmp.unlink(missing_ok=True)
+    return file
+
 def save(
     file:str|Path, # Where to, by custom with the ending `.safetensors`; folders are made
     net:nn.Module, # Student or teacher
@@ -57,83 +65,91 @@ def save(
     **meta # What else should be remembered: numbers, text, lists, dicts, arrays
 )->Path: # `file`; raises `ValueError` when `meta` holds something else
     "Write the inference net, with all that is needed to use it, to one file"
-    file,state = Path(file),inference_state(net)
+    state = inference_state(net)
     meta = dict(pipa_format=1, spec=spec or getattr(net, 'spec', None), **_space_meta(space),
-                versions=dict(pipa=__version__, torch=str(torch.__version__)), crc=_crc(state)) | meta
-    meta = {k:_json(k, v) for k,v in meta.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_name(f'.{file.name}.{os.getpid()}')
-    try:
-        tmp.write_bytes(to_bytes(state, meta))
-        os.replace(tmp, file)
-    finally: tmp.unlink(missing_ok=True)
-    return file
-
-# %% ../nbs/09_checkpoints.ipynb #9bf31c7f
-def _few(names, n=3): return ', '.join(list(names)[:n]) + (f' … ({len(names)} in all)' if len(names)>n else '')
-
-def load_into(
-    net:nn.Module, # Changed in place
-    state:dict # Tensors by name
-)->nn.Module: # The same net; raises `ValueError` and leaves it as it was when the two don't fit
-    "Copy weights into a net, all of them or none"
-    own = net.state_dict()
-    bad = {'missing': [k for k in own if k not in state and not k.startswith(_heads)],
-           'unexpected': [k for k in state if k not in own and not k.startswith(_heads)],
-           'of another shape': [f'{k} ({tuple(v.shape)}, the net has {tuple(own[k].shape)})' for k,v in state.items()
-                                if k in own and own[k].shape!=v.shape]}
-    bad = [f'{k}: {_few(v)}' for k,v in bad.items() if v]
-    if bad: raise ValueError(f"These weights are not those of this net; {'; '.join(bad)}.")
-    net.load_state_dict(state, strict=False)
-    return net
-
-# %% ../nbs/09_checkpoints.ipynb #1f0e3dad
-_cure = "copy it again, or save it again with `pipa.checkpoints.save`"
-
-def read(
-    file:str|Path # Safetensors file
-)->tuple: # Tensors by name, and the header as a dict
-    "Read a file without building anything; raises `FileNotFoundError` or `ValueError` with a sentence"
-    file = Path(file)
-    if not file.is_file(): raise FileNotFoundError(f"There is no file `{file}`: check the path; checkpoints end in `.safetensors`.")
-    with open(file, 'rb') as f: start = f.read(2)
-    if start in (b'PK', b'\x80\x02', b'\x80\x04'): raise ValueError(
-        f"`{file}` is a pickle, which may run any program when opened, so it is not opened: have its author save it as safetensors.")
-    try:
-        with safe_open(file, 'pt', device='cpu') as f: head,state = f.metadata() or {},{k:f.get_tensor(k) for k in f.keys()}
-        meta = {k:json.loads(v) for k,v in head.items()} if 'pipa_format' in head else head
-    except (SafetensorError, ValueError, OSError) as e:
-        raise ValueError(f"`{file}` is not a safetensors file, or is damaged or cut off ({e}): {_cure}.") from None
-    if meta.get('crc', None) not in (None, _crc(state)):
-        raise ValueError(f"`{file}` is damaged, its weights are not those that were written: {_cure}.")
-    return state,meta
+                versions=dict(pipa=__version__, torch=str(torch.__version__)), crc=checksum(state)) | meta
+    return _write(file, to_bytes(state, {k:_json(k, v) for k,v in meta.items()}))
 
 # %% ../nbs/09_checkpoints.ipynb #3c59dc04
-_makers = {f.__name__:f for f in (light, segformer, daformer, deeplabv2)}
+_homes = dict(light='models', segformer='models', daformer='models', deeplabv2='models', hrda='hrda')
+
+def _make(spec):
+    kwargs = dict(spec); make = kwargs.pop('make', None)
+    with torch.random.fork_rng(devices=[]): return getattr(import_module(f'pipa.{_homes[make]}'), make)(**kwargs)
 
 def _build(file, meta):
     spec = meta.get('spec')
-    if 'pipa_format' not in meta: raise ValueError(
-        f"`{file}` holds weights that `pipa` didn't write, so it doesn't say what net they are for: build the net and give it as `net=`.")
     if not spec: raise ValueError(f"`{file}` is of a net that `pipa` can't build, such as an adapted one: build the net and give it as `net=`.")
-    kwargs = dict(spec); make = kwargs.pop('make', None)
-    try:
-        with torch.random.fork_rng(devices=[]): return _makers[make](**kwargs)
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(
+    try: return _make(spec)
+    except (KeyError, TypeError, ValueError, AttributeError) as e: raise ValueError(
         f"`{file}` asks for the net {spec}, which pipa {__version__} can't build ({e!r}): it was written by pipa "
         f"{meta.get('versions', {}).get('pipa', '?')}; update, or build the net and give it as `net=`.") from None
 
+# %% ../nbs/09_checkpoints.ipynb #ck100003
+def classes_of(
+    meta:dict # What `read` found beside somebody's weights
+)->LabelSpace|None: # None if it doesn't say
+    "The classes that mmseg or Hugging Face wrote down"
+    m = meta.get('meta', {}) if isinstance(meta.get('meta', {}), dict) else {}
+    m = m.get('dataset_meta', m)
+    ids = meta.get('config', {}).get('id2label', {})
+    codes = [*(m.get('CLASSES') or m.get('classes') or [ids[k] for k in sorted(ids, key=int)])]
+    if not codes or codes[0]=='LABEL_0' or len({*codes})<len(codes): return None
+    for o in ('cityscapes', 'camvid'):
+        if [*map(str.lower, codes)]==known_space(o).codes: return known_space(o)
+    palette = m.get('PALETTE') or m.get('palette')
+    return LabelSpace('own', codes, palette if isinstance(palette, (list, tuple)) and len(palette)==len(codes) else None)
+
+def _foreign(file, state, meta, net, which):
+    "Net and header for a file that `save` didn't write"
+    spec = looks_like(convert(state, which)[0])
+    if net is None and spec.get('make') not in _homes: raise ValueError(
+        f"`{file}` holds weights that `pipa` didn't write, and they look like {as_call(spec)}: build a net for them and give it as `net=`.")
+    net = _make(spec) if net is None else net
+    load_state(net, state, which, file=file)
+    space = classes_of(meta)
+    return net,dict(spec=spec, which=which, **_space_meta(space if space and space.n==spec.get('n_out') else None))
+
 # %% ../nbs/09_checkpoints.ipynb #b6d767d2
 def load(
-    file:str|Path, # From `save`
+    file:str|Path, # From `save`, from other people, or a folder; see `read`
     device='cpu', # Where the net goes
-    net:nn.Module|None=None # A net of your own for these weights; by default the file says which one to build
+    net:nn.Module|None=None, # A net of your own for these weights; by default the file says which one to build
+    which:str|None=None # 'student' or 'teacher', of a folder of `pipa_train` or another file that has both; default student
 )->tuple: # The net in evaluation mode, and a dict of all that was saved beside it
     "Rebuild a net from its file alone"
-    state,meta = read(file)
-    if meta.get('pipa_format', 1)!=1: raise ValueError(
-        f"`{file}` has format {meta['pipa_format']} and this is pipa {__version__}, which knows format 1: update pipa.")
-    net = _build(file, meta) if net is None else net
-    try: load_into(net, state)
-    except ValueError as e: raise ValueError(f"`{file}` doesn't fit the net. {e}") from None
+    state,meta = read(file, which or 'student')
+    if 'pipa_format' not in meta: net,meta = _foreign(file, state, meta, net, which or 'student')
+    else:
+        if meta['pipa_format']!=1: raise ValueError(
+            f"`{file}` has format {meta['pipa_format']} and this is pipa {__version__}, which knows format 1: update pipa.")
+        if which and which!=meta.get('which', which): raise ValueError(f"`{file}` holds the {meta['which']} alone: the {which} has a file of its own.")
+        net = _build(file, meta) if net is None else net
+        try: load_into(net, state)
+        except ValueError as e: raise ValueError(f"`{file}` doesn't fit the net. {e}") from None
     return net.to(device).eval(),meta
+
+# %% ../nbs/09_checkpoints.ipynb #ck100008
+def save_official(
+    file:str|Path, # Where to, by custom with the ending `.pth`
+    net:nn.Module, # Any net of this library
+    space:LabelSpace|None=None # What the classes are
+)->Path: # `file`
+    "Write a net for the repositories of the papers"
+    meta = dict(CLASSES=tuple(space.codes), PALETTE=np.asarray(space.palette).tolist()) if space else {}
+    torch.save(dict(state_dict=to_official(inference_state(net)), meta=meta), b := io.BytesIO())
+    return _write(file, b.getvalue())
+
+def save_hf(
+    folder:str|Path, # Where to; made
+    net:nn.Module, # A `segformer` with a Mix Transformer; another net raises a `ValueError`
+    space:LabelSpace|None=None # What the classes are
+)->Path: # `folder`
+    "Write a SegFormer for transformers"
+    folder,state,codes = Path(folder),to_hf(inference_state(net)),space.codes if space else [f'class {i}' for i in range(net.n_out)]
+    config = dict(model_type='segformer', architectures=['SegformerForSemanticSegmentation'], hidden_sizes=list(net.widths),
+        depths=list(net.backbone.depths), decoder_hidden_size=net.decode_head.dim, num_attention_heads=[1,2,5,8],
+        id2label=dict(enumerate(codes)), label2id={v:k for k,v in enumerate(codes)})
+    _write(folder/'config.json', json.dumps(config, indent=1).encode())
+    _write(folder/'model.safetensors', to_bytes(state, dict(format='pt')))
+    return folder

@@ -15,18 +15,20 @@ import pandas as pd, torch
 from fastcore.script import call_parse, store_true, anno_parser
 from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
+from fastcore.script import Param
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from .data import minicity, folder, codes_space, uda_dls, write_file
 from .learner import uda_learner, method_cbs, host_terms, method_name
-from .checkpoints import save, load, space_of
+from .checkpoints import save, load, space_of, save_hf, save_official, load_official
 from .metrics import iou, miou, iou_table, Validator
-from . import data, show, infer
+from . import check, data, show, infer
 
 # %% auto #0
 __all__ = ['switches', 'parse_size', 'domains', 'named_domains', 'versions', 'new_folder', 'Before', 'write_run', 'measures',
-           'sentences', 'plain_log', 'parse_range', 'parse_switches', 'method_args', 'data_args', 'fit_args', 'adapt',
-           'train', 'pipa_train', 'settings', 'unusual', 'pipa_predict', 'plan', 'add_row', 'pipa_study']
+           'sentences', 'plain_log', 'parse_range', 'parse_switches', 'method_args', 'data_args', 'net_args',
+           'fit_args', 'adapt', 'train', 'pipa_train', 'settings', 'unusual', 'pipa_predict', 'pipa_convert', 'plan',
+           'add_row', 'pipa_study', 'pipa_check']
 
 # %% ../nbs/31_cli.ipynb #e4da3b7f
 def parse_size(
@@ -119,8 +121,8 @@ def write_run(
     "Write weights, tables and pictures of a fitted learner"
     sp,ms = learn.dls.space,{m.name:m for m in learn.metrics}
     meta = dict(space=sp, size=config['size'], method=config['method'])
-    save(out/'weights.safetensors', learn.model, **meta)
-    if 'teacher_miou' in ms: save(out/'teacher.safetensors', learn.mean_teacher.teacher, **meta)
+    save(out/'weights.safetensors', learn.model, which='student', **meta)
+    if 'teacher_miou' in ms: save(out/'teacher.safetensors', learn.mean_teacher.teacher, which='teacher', **meta)
     cm = ms['miou'].cm.cpu()
     iou_table(cm, sp.codes).to_csv(out/'classes.csv', index=False)
     b = before.batch
@@ -142,7 +144,7 @@ def measures(
 def sentences():
     "Turn an error about an argument or a file into one line"
     try: yield
-    except (ValueError, FileNotFoundError, KeyError, NotImplementedError) as e:
+    except (ValueError, FileNotFoundError, KeyError, NotImplementedError, ImportError) as e:
         if os.environ.get('PIPA_DEBUG'): raise
         sys.exit(f'pipa: {e.args[0] if len(e.args)==1 else e}')
 
@@ -180,7 +182,7 @@ def parse_switches(
     "Read switches"
     o = dict(switches)
     for k,_,v in (p.partition('=') for p in text.split()):
-        if k not in o or not v: raise ValueError(f"There is no switch `{k}={v}`: write one of {', '.join(f'{a}={b}' for a,b in switches.items())}.")
+        if k not in o or not v: raise ValueError(f"There is no switch `{k}={v}`: those are {', '.join(switches)}.")
         t = type(switches[k])
         o[k] = v.lower() in ('1', 'true', 'yes') if t is bool else t(v)
     return o
@@ -201,6 +203,7 @@ def method_args(
         return kw | dict(released=True, pixel=pixel, patch=dict(patch, scale=scale), teacher=teacher)
     return kw | dict(crop=parse_size(o.crop), pixel=dict(pixel, min_pixels=8, max_views=50), patch=dict(patch, thresh=.6))
 
+# %% ../nbs/31_cli.ipynb #f61602c3
 def data_args(
     o, # The arguments of `pipa_train`
     src, # Source `Domain`
@@ -209,6 +212,14 @@ def data_args(
     "The arguments of a command as those of `uda_dls`"
     if not o.preset: return dict(bs=o.bs, size=parse_size(o.size), zoom=(1.,o.zoom), rcs_temp=o.rcs or None)
     return data.preset(o.preset, src, tgt)
+
+def net_args(
+    o # The arguments of `pipa_train`
+)->dict:
+    "The arguments of a command as those for the net of `uda_learner`: the host `hrda` brings its own"
+    model = 'hrda' if 'hrda' in host_terms(o.method)[0].split('+') else o.net
+    small = {} if model!='hrda' or o.preset else dict(crop=tuple(n//2 for n in parse_size(o.size)), dim=128)
+    return dict(model=model, net=small, hidden=None if o.preset else 128)
 
 def fit_args(
     o # The arguments of `pipa_train`
@@ -230,8 +241,8 @@ def adapt(
     o.size = 'x'.join(map(str, views['size']))
     dls = uda_dls(src, tgt, val, n=o.steps*views['bs'], num_workers=o.workers, **views)
     before = Before(dls.valid)
-    learn = uda_learner(dls, o.net, o.method, o.arch, lr=o.lr, hidden=None if o.preset else 128, things=src.space.things,
-                        cbs=[before, CSVLogger('metrics.csv')], n_unlabelled=o.unlabelled, **method_args(o))
+    learn = uda_learner(dls, method=o.method, arch=o.arch, pretrained=o.pretrained, lr=o.lr, things=src.space.things,
+                        cbs=[before, CSVLogger('metrics.csv')], n_unlabelled=o.unlabelled, **net_args(o), **method_args(o))
     learn.path = out = new_folder(out)
     text = json.dumps(dict(o, versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]])), indent=1)
     write_file(out/'config.json', lambda f: f.write(text.encode()))
@@ -256,17 +267,20 @@ def train(
     return out
 
 # %% ../nbs/31_cli.ipynb #1f0e3dad
+_start = Param('Start from ImageNet weights, or from those of a file if one is named', str, nargs='?', const=True)
+
 @call_parse
 def pipa_train(
-    method:str='pipa', # source, minent, advseg, advent, fda, self_training, daformer, mic, pixel, patch, pipa, oracle; or a+b
+    method:str='pipa', # source, minent, advseg, advent, fda, self_training, daformer, hrda, mic, pixel, patch, pipa, oracle; or a+b
     data:str='minicity', # minicity, a pair such as gta:cityscapes, or a folder with codes.txt, source/images, source/masks, target/images, valid/images, valid/masks
     seed:int=0, # Seed of everything random
     epochs:int=5, # Validations; training is cut into so many epochs
     steps:int=260, # Steps in an epoch
     bs:int=4, # Source images, and target images, in a batch
     size:str='128x256', # Height x width that the net sees, multiples of 32
-    net:str='light', # Net: light, segformer or daformer
-    arch:str='mit_b0', # Encoder: mit_b0 to mit_b5
+    net:str='light', # Net: light, segformer, daformer or hrda
+    arch:str='mit_b0', # Encoder: mit_b0 to mit_b5, or lite0
+    pretrained:_start=False, # Start from ImageNet weights? Alone, or with a file
     lr:float=2e-3, # Learning rate of the encoder; heads have twice as much
     alpha:float=.97, # Decay of the teacher
     trust:str='pixel', # Trust in pseudo-labels: one for the batch (as published), each image or each pixel
@@ -335,6 +349,33 @@ def pipa_predict(
         where = dict(mode='slide', crop=hw) if slide else dict(size=hw)
         n,bad = infer.predict_folder(net, images, out, space_of(meta), alpha=alpha, **where)
         if bad: raise ValueError(f'{len(bad)} of {n} images could not be read, see above.')
+
+# %% ../nbs/31_cli.ipynb #cv000002
+_endings = dict(safetensors='.safetensors', hf='_hf', official='_official.pth')
+
+@call_parse
+def pipa_convert(
+    file:str, # File of weights, or a folder with one: of pipa, SegFormer, DAFormer, HRDA, MIC, PiPa or Hugging Face
+    to:str='safetensors', # safetensors (for pipa), hf (a folder for transformers) or official (a file for the papers' code)
+    out:str=None, # Where to; default beside FILE, with the ending .safetensors, _hf or _official.pth
+    which:str=None, # student or teacher, of a file or folder that has both; default student
+    classes:str=None, # What the classes are: cityscapes, camvid, or a text file with one name a line; default what FILE says
+    size:str=None, # Height x width at which the net is to be used, such as 512x1024; default what FILE says
+):
+    "Turn weights of other people into a file for pipa, or ours into theirs, and say what went where"
+    with sentences():
+        if to not in _endings: raise ValueError(f"`--to {to}`: choose one of {', '.join(_endings)}.")
+        net,meta = load(file, which=which)
+        dest = Path(out) if out else Path(file).with_name(Path(file).stem+_endings[to])
+        if dest.exists() and dest.samefile(file): raise ValueError(f"`{dest}` is the file that is read: name another one with --out.")
+        sp = codes_space(classes) if classes else space_of(meta)
+        if sp and sp.n!=net.n_out: raise ValueError(f"The net has {net.n_out} classes and `--classes {classes}` names {sp.n}.")
+        if size: meta['size'] = 'x'.join(map(str, parse_size(size)))
+        print(load_official(file, net, which or 'student'))
+        rest = {k:v for k,v in meta.items() if k not in ('pipa_format', 'codes', 'palette', 'space', 'versions', 'crc')}
+        if to=='safetensors': save(dest, net, sp, **rest)
+        else: (save_hf if to=='hf' else save_official)(dest, net, sp)
+        print(f'Written: {dest}')
 
 # %% ../nbs/31_cli.ipynb #14f802e1
 def _with(args, v):
@@ -416,3 +457,19 @@ def pipa_study(
             (name,_),out,code = f.result()
             if code: print(f"{' with seed '.join(name.split('_seed', 1))} failed, see {out}.log")
             else: add_row(table, json.loads((out/'row.json').read_text()))
+
+# %% ../nbs/31_cli.ipynb #c4ec0002
+@call_parse
+def pipa_check(
+    data:str, # gta, synthia, cityscapes, acdc, dark_zurich, bdd100k, mapillary, camvid (with :val for a split); a folder as for pipa_train; or a folder of images
+    masks:str=None, # Folder of masks, when DATA is a folder of images
+    codes:str=None, # What the masks mean: a text file with a class name a line, or the name of a known label space
+    root:str=None, # Folder of a published set; default its name in the data root
+    out:str='check', # Folder for tables and pictures
+    workers:int=None, # Processes; default one a core, 0 for none
+):
+    "Look at a data set before training: what is wrong, what is strange, how often each class occurs, and a sheet of pictures"
+    with sentences():
+        found = check.report(check.domains_of(data, masks, codes, root), out, n_workers=workers)
+        print(f'In {Path(out).resolve()}: ' + ', '.join(sorted(p.name for p in Path(out).iterdir())))
+        if (found.level=='wrong').any(): sys.exit('pipa: training would refuse this data, see above.')

@@ -4,283 +4,288 @@
 
 # %% ../nbs/08_data.ipynb #c81e728d
 from __future__ import annotations
-import hashlib, json, os
-from dataclasses import dataclass, replace
-from pathlib import Path
+import random, shutil
 import numpy as np, torch
-from PIL import Image, UnidentifiedImageError
+from pathlib import Path
+from PIL import Image
 from fastai.torch_basics import *
 from fastai.data.core import Datasets, DataLoaders, TfmdDL
+from fastai.data.load import _loaders
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.vision.core import PILImage, imagenet_stats
-from .labels import LabelSpace, label_space, space
-from . import minicity as city
+from .domains import *
+from .layouts import *
+from .rare import *
 
 # %% auto #0
-__all__ = ['Domain', 'codes_space', 'folder', 'data_root', 'minicity', 'read_image', 'read_mask', 'class_counts', 'write_file',
-           'rare_class_probs', 'images_with', 'view_box', 'cut', 'source_view', 'PairSet', 'PairDL', 'Fit', 'MaskOf',
-           'EvalDL', 'eval_dl', 'uda_dls']
+__all__ = ['mean_color', 'resized', 'view_box', 'cut', 'source_view', 'trusted', 'kept', 'copies_size', 'PairSet', 'PairDL',
+           'ZeroPad', 'Fit', 'MaskOf', 'EvalDL', 'eval_dl', 'uda_dls', 'preset', '_exts', 'Domain', 'folder',
+           'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia', 'cityscapes', 'acdc', 'dark_zurich',
+           'bdd100k', 'mapillary', 'camvid', 'minicity', 'class_counts', 'rare_class_probs', 'images_with',
+           'write_file']
 
-# %% ../nbs/08_data.ipynb #e4da3b7f
-@dataclass
-class Domain:
-    "Images of one domain, with their masks where labels exist"
-    images:list # Paths of the images
-    masks:list|None # Path of the mask of each image, or None for an unlabelled domain
-    space:LabelSpace # What the numbers in the masks mean
-    name:str='' # How the domain is called in messages and figures
-
-    def __len__(self): return len(self.images)
-    def unlabelled(self): return replace(self, masks=None)
-    def take(self, idxs): return replace(self, images=[self.images[i] for i in idxs],
-                                         masks=self.masks and [self.masks[i] for i in idxs])
-
-# %% ../nbs/08_data.ipynb #8f14e45f
-_exts = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff'}
-
-def _pictures(path):
-    path = Path(path).expanduser()
-    if not path.is_dir(): raise FileNotFoundError(f"`{path}` is not a folder: give the folder that holds the pictures.")
-    files = {p.relative_to(path).with_suffix('').as_posix(): p for p in sorted(path.rglob('*'))
-             if p.suffix.lower() in _exts and not p.name.startswith('.')}
-    if not files: raise FileNotFoundError(f"No picture ({', '.join(sorted(_exts))}) in `{path}`: is it the right folder?")
-    return files
-
-# %% ../nbs/08_data.ipynb #c9f0f895
-def codes_space(
-    codes, # A `LabelSpace`, the name of a known one, a list of class names, or a text file with one name a line (or the name of a known space)
-)->LabelSpace:
-    "The label space that `codes` means"
-    if isinstance(codes, LabelSpace): return codes
-    if isinstance(codes, (str, Path)) and Path(codes).is_file():
-        codes = [l.strip() for l in Path(codes).read_text(encoding='utf8').splitlines() if l.strip()]
-        if len(codes)==1: codes = codes[0]
-    if isinstance(codes, str): return space(codes)
-    known = next((o for o in map(space, ('camvid', 'cityscapes')) if o.codes==[*codes]), None)
-    return label_space(codes, known and known.palette, things=known.things if known else ())
-
-# %% ../nbs/08_data.ipynb #45c48cce
-def folder(
-    images:str|Path, # Folder of images, searched with its sub-folders
-    masks:str|Path|None=None, # Folder of masks with the same names; None for an unlabelled domain
-    codes='cityscapes', # What the masks mean, see `codes_space`
-    name:str|None=None # Defaults to the name of the image folder's parent
-)->Domain: # Raises `FileNotFoundError` for a folder without pictures or an image without mask
-    "The domain made of a folder of images and, for a source, a folder of masks"
-    xs,sp,name = _pictures(images),codes_space(codes),name or Path(images).resolve().parent.name
-    if masks is None: return Domain(list(xs.values()), None, sp, name)
-    ys = _pictures(masks)
-    lost = [k for k in xs if k not in ys]
-    if lost: raise FileNotFoundError(f"{len(lost)} of {len(xs)} images have no mask in `{masks}`, the first is `{xs[lost[0]]}`: "
-                                     "a mask has the same name as its image (only the ending may differ).")
-    return Domain(list(xs.values()), [ys[k] for k in xs], sp, name)
-
-# %% ../nbs/08_data.ipynb #9bf31c7f
-def data_root()->Path:
-    "Where data sets live: the environment variable `PIPA_DATA`, or the folder `data` where you stand"
-    return Path(os.environ.get('PIPA_DATA', 'data'))
-
-def minicity(
-    domain:str='game', # 'game' (source) or 'real' (target)
-    split:str='train', # 'train' or 'val': disjoint ranges of seeds
-    n:int|None=None, # How many scenes; defaults to 400 for training, 100 for validation
-    size:tuple=(128,256), # Height and width of the rendered images
-    root:str|Path|None=None, # Data root, see `data_root`
-    labels:bool|None=None # With masks? By default all but the target's training split
-)->Domain:
-    "One split of the built-in benchmark, rendered on first use"
-    if labels is None: labels = not (domain=='real' and split=='train')
-    n = n or dict(train=400, val=100)[split]
-    images,masks = city.cache(root or data_root(), domain, split, n=n, size=size, oracle=labels)
-    return Domain(images, masks if labels else None, space('minicity'), f'MiniCity {domain}')
-
-# %% ../nbs/08_data.ipynb #70efdf2e
-def read_image(
-    path # Of a picture; raises `ValueError` with its name when it can't be read
-)->Image.Image: # RGB
-    "Read a picture as RGB"
-    try: return Image.open(path).convert('RGB')
-    except (OSError, UnidentifiedImageError, SyntaxError) as e:
-        if isinstance(e, FileNotFoundError): raise
-        raise ValueError(f"`{path}` can't be read as a picture ({e}): it may be cut off; copy or make it again.") from None
-
-# %% ../nbs/08_data.ipynb #6f4922f4
-def read_mask(
-    path, # A single-channel picture of class numbers
-    space:LabelSpace # Turns its numbers into train ids
-)->np.ndarray: # `h x w`, uint8 train ids, `space.ignore` where there is no class
-    "Read a mask and translate it to train ids"
-    try: y = np.array(Image.open(path))
-    except (OSError, UnidentifiedImageError, SyntaxError) as e:
-        if isinstance(e, FileNotFoundError): raise
-        raise ValueError(f"`{path}` can't be read as a mask ({e}): it may be cut off; copy or make it again.") from None
-    if y.ndim!=2: raise ValueError(f"`{path}` has {y.shape[-1]} channels, a mask has one: it was saved in colour. "
-                                   "Save the class numbers as a grey or palette PNG.")
-    _check_values(y, path, space)
-    return space.encode(y)
-
-# %% ../nbs/08_data.ipynb #1f0e3dad
-def _check_values(y, path, space):
-    if [*space.ids]!=[*range(space.n)]: return
-    odd = np.setdiff1d(np.unique(y), [*space.ids, *space.void])
-    if not len(odd): return
-    hint = "It looks like a 0/255 mask: divide it by 255" if odd.tolist()==[255] or set(np.unique(y))=={0,255} else \
-           "List every class in `codes`, or give the label space a translation (`ids`) that sends the others to 255"
-    raise ValueError(f"`{path}` holds the value {odd[0]}, but `{space.name}` has the classes 0-{space.n-1} and {space.ignore} "
-                     f"for pixels to ignore. {hint}.")
-
-# %% ../nbs/08_data.ipynb #b6d767d2
-def _count(path_space):
-    path,sp = path_space
-    return np.bincount(read_mask(path, sp).ravel(), minlength=256)[:sp.n]
-
-def _stamp(domain):
-    s = [(str(Path(p).resolve()), *[getattr(os.stat(p), o) for o in ('st_size', 'st_mtime_ns')]) for p in domain.masks]
-    return hashlib.sha256(json.dumps([s, sorted(domain.space.ids.items()), domain.space.n]).encode()).hexdigest()[:20]
-
-def _check_binary(domain, counts):
-    if domain.space.n<2 or counts[:,1:].any(): return
-    white = next((m for m in domain.masks if (np.array(Image.open(m))==255).any()), None)
-    if white: raise ValueError(f"The masks of `{domain.name}` hold nothing but 0 and 255, `{white}` for one, and 255 means pixels to ignore. "
-                               "Write class 1 as 1: divide the masks by 255.")
-
-# %% ../nbs/08_data.ipynb #37693cfc
-def class_counts(
-    domain:Domain, # A labelled domain
-    cache:str|Path|None=None, # Folder of the cache; defaults to `~/.cache/pipa`
-    n_workers:int|None=None # Processes; defaults to the number of cores, 0 for none
-)->np.ndarray: # `images x classes`, pixels of each class in each image, int64
-    "Count the pixels of each class in each mask, once"
-    if domain.masks is None: raise ValueError(f"The domain `{domain.name}` has no masks, so its classes can't be counted.")
-    file = Path(cache or Path(os.environ.get('XDG_CACHE_HOME', Path.home()/'.cache'))/'pipa')/f'{_stamp(domain)}.npy'
-    if file.exists(): return np.load(file, allow_pickle=False)
-    todo = [(p, domain.space) for p in domain.masks]
-    if n_workers is None: n_workers = 0 if len(todo)<200 else defaults.cpus
-    counts = np.stack(parallel(_count, todo, n_workers=n_workers, progress=True, chunksize=16) if n_workers else [_count(o) for o in todo])
-    _check_binary(domain, counts)
-    write_file(file, lambda f: np.save(f, counts))
-    return counts
-
-# %% ../nbs/08_data.ipynb #1ff1de77
-def write_file(
-    file:Path, # Where to
-    write # Called with an open binary file
-):
-    "Write a file whole or not at all: beside its place first, then renamed"
-    file = Path(file); tmp = file.with_name(f'.{file.name}.{os.getpid()}')
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, 'wb') as f: write(f)
-        os.replace(tmp, file)
-    finally: tmp.unlink(missing_ok=True)
-
-# %% ../nbs/08_data.ipynb #02e74f10
-def rare_class_probs(
-    freq, # Share (or number) of pixels of each class, `n` values
-    temp:float=.01 # Temperature; the published value
-)->np.ndarray: # Probability of each class, sums to 1; 0 for a class that doesn't occur
-    "How often each class is asked for"
-    f = np.asarray(freq, float)
-    if not f.sum()>0: raise ValueError("No class has a pixel: are all masks empty (255)?")
-    z = np.where(f>0, (1-f/f.sum())/temp, -np.inf)
-    p = np.exp(z-z.max())
-    return p/p.sum()
-
-# %% ../nbs/08_data.ipynb #c16a5320
-def images_with(
-    counts:np.ndarray, # `images x classes`, from `class_counts`
-    min_share:float=.0015 # Share of an image's labelled pixels; 3000 of 1914 x 1052 in the paper
-)->list: # For each class the indices of the images that have it
-    "Which images have enough of each class"
-    share = counts/counts.sum(1, keepdims=True).clip(1)
-    return [np.flatnonzero(s>min_share) if (s>min_share).any() else np.flatnonzero(s>0) for s in share.T]
+# %% ../nbs/08_data.ipynb #e7f36003
+_all_ = ['_exts', 'Domain', 'folder', 'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia', 'cityscapes', 'acdc', 'dark_zurich',
+    'bdd100k', 'mapillary', 'camvid', 'minicity', 'class_counts', 'rare_class_probs', 'images_with', 'write_file']
 
 # %% ../nbs/08_data.ipynb #e369853d
+def resized(
+    hw:tuple, # Height and width of an image
+    to:tuple # Two sides, in any order, that bound the result
+)->tuple: # Height and width, the aspect kept
+    "The size that an image really gets (DAFormer): the longer side is bounded by the longer, the shorter by the shorter"
+    s = min(max(to)/max(hw), min(to)/min(hw))
+    return tuple(int(o*s+.5) for o in hw)
+
+# %% ../nbs/08_data.ipynb #f3b7c049
 def view_box(
     hw:tuple, # Height and width of the image
     size:tuple, # Height and width of the view
     rng:np.random.Generator, # Source of randomness
-    zoom:tuple=(1.,1.) # Range of the zoom; 1 is the smallest image that covers `size`
-)->tuple: # Left, top, right, bottom in the image, float pixels
+    zoom:tuple=(1.,1.), # Range of the zoom; 1 is the smallest image that covers `size`
+    resize:tuple|None=None # Bring the image to this size first, see `resized`; then there's no zoom
+)->tuple: # Left, top, right, bottom in the image, float pixels; beyond its right and bottom there's padding
     "Draw the box of the image that a view shows"
     (H,W),(h,w) = hw,size
+    if resize:
+        RH,RW = resized(hw, resize)
+        y,x = int(rng.integers(max(RH-h, 0)+1)),int(rng.integers(max(RW-w, 0)+1))
+        return x*W/RW,y*H/RH,(x+w)*W/RW,(y+h)*H/RH
     s = max(h/H, w/W)*rng.uniform(*zoom)
     bh,bw = min(h/s, H),min(w/s, W)
     x,y = rng.uniform(0, W-bw),rng.uniform(0, H-bh)
     return x,y,x+bw,y+bh
 
 # %% ../nbs/08_data.ipynb #1c383cd3
+mean_color = tuple(round(255*o) for o in imagenet_stats[0])
+
+def _near(a, box):
+    "The part of an array around `box`, with what a filter needs at its rim, and the box in it"
+    m = [int(max(1, (box[i+2]-box[i])/n))+4 for i,n in enumerate(a.shape[1::-1])]
+    x,y = (max(0, int(box[i])-m[i]) for i in (0,1))
+    o = a[y:int(box[3])+m[1], x:int(box[2])+m[0]]
+    return Image.fromarray(np.ascontiguousarray(o)),(box[0]-x, box[1]-y, box[2]-x, box[3]-y)
+
+def _nearest(a, box, size, valid):
+    "Pick the pixel under the middle of each new one; on a border, that after it"
+    def at(n, k, lo, hi, N): return np.floor(lo+(np.arange(k)+.5)*(hi-lo)/n+1e-6).astype(int).clip(0, N-1)
+    rows,cols = (at(size[i], valid[i], box[1-i], box[3-i], a.shape[i]) for i in (0,1))
+    return np.asarray(a[rows[0]:rows[-1]+1])[rows-rows[0]][:,cols]
+
+# %% ../nbs/08_data.ipynb #34a2ece0
 def cut(
-    img:Image.Image, # Image or mask
+    img, # PIL image or array, image or mask
     box:tuple, # From `view_box`
     size:tuple, # Height and width of the result
     flip:bool=False, # Mirror it?
     mask:bool=False # Nearest neighbour, for masks?
 )->np.ndarray: # `h x w (x 3)`, uint8
     "Cut `box` out of an image and resize it to `size`"
-    o = np.array(img.resize(size[::-1], Image.NEAREST if mask else Image.BILINEAR, box=box))
-    return np.ascontiguousarray(o[:,::-1]) if flip else o
+    (x0,y0,x1,y1),(h,w) = box,size
+    H,W = img.shape[:2] if isinstance(img, np.ndarray) else img.size[::-1]
+    vh,vw = (max(1, round(n*min(1, (N-a)/(b-a)))) for n,N,a,b in ((h,H,y0,y1), (w,W,x0,x1)))
+    if mask or (x1-x0,y1-y0,x0%1,y0%1)==(w,h,0,0): o = _nearest(np.asarray(img), box, size, (vh,vw))
+    else:
+        if isinstance(img, np.ndarray): img,(x0,y0,x1,y1) = _near(img, (x0, y0, min(x1, W), min(y1, H)))
+        o = img.resize((vw,vh), Image.BILINEAR, box=(x0,y0,min(x1, img.width),min(y1, img.height)))
+    o = np.asarray(o)[:,::-1] if flip else np.asarray(o)
+    if (vh,vw)==(h,w): return np.array(o)
+    res = np.full((h,w,*o.shape[2:]), 255 if mask else mean_color if o.ndim==3 else 0, np.uint8)
+    res[:vh,:vw] = o
+    return res
 
 # %% ../nbs/08_data.ipynb #d67d8ab4
 def source_view(
-    img:Image.Image, # Image
+    img, # Image, PIL or array
     y:np.ndarray, # Its train ids
     size:tuple, # Height and width
     rng:np.random.Generator, # Source of randomness
     zoom:tuple=(1.,1.), # See `view_box`
     want:int|None=None, # Class that should be in the view
-    min_crop:float=.0015, # Share of the view that this class should have
-    max_ratio:float=.75, # No class should fill more than this share of the labelled pixels
-    tries:int=10, # Draws before we take what we get
-    ignore:int=255 # Label of pixels without class
+    min_crop:float=.0015, # Share of the view above which it has the class
+    max_ratio:float=.75, # Share of the labelled pixels that no class should reach (DAFormer)
+    tries:int=10, # Draws after the first, before we take what we get (DAFormer)
+    ignore:int=255, # Label of pixels without class
+    resize:tuple|None=None # See `view_box`
 )->tuple: # Image `h x w x 3` and train ids `h x w`, both uint8
     "Cut a view out of a labelled image, with enough of the wanted class where that is possible"
-    m = Image.fromarray(y)
-    for _ in range(tries):
-        box,flip = view_box(y.shape, size, rng, zoom),rng.random()<.5
-        v = cut(m, box, size, flip, mask=True)
-        n = np.bincount(v.ravel(), minlength=256); n[ignore] = 0
-        if (want is None or n[want]>=min_crop*v.size) and n.max()<=max_ratio*max(n.sum(),1): break
-    return cut(img, box, size, flip),v
+    def draw():
+        for _ in range(tries+1):
+            box = view_box(y.shape, size, rng, zoom, resize)
+            v = cut(y, box, size, mask=True)
+            n = np.bincount(v.ravel(), minlength=256); n[ignore] = 0
+            if (n>0).sum()>1 and n.max()<max_ratio*n.sum(): break
+        return box,v,n
+    for _ in range(tries+1):
+        box,v,n = draw()
+        if want is None or n[want]>min_crop*v.size: break
+    flip = rng.random()<.5
+    return cut(img, box, size, flip),cut(y, box, size, flip, mask=True)
+
+# %% ../nbs/08_data.ipynb #9a4e33ae
+def trusted(
+    box:tuple, # From `view_box`
+    hw:tuple, # Height and width of the image that it lies in
+    size:tuple, # Height and width of the view
+    margin:tuple # Shares of the height at top and bottom, of the width at left and right
+)->np.ndarray: # `h x w`, uint8: 1 where a pseudo-label may be trusted
+    "Mark the pixels of a view that lie in no margin of the image, nor in the padding"
+    def inside(n, N, a, b, lo, hi):
+        at = a+(np.arange(n)+.5)*(b-a)/n
+        return (at>=lo*N) & (at<(1-hi)*N)
+    (H,W),(h,w),(x0,y0,x1,y1),(top,bottom,left,right) = hw,size,box,margin
+    return np.outer(inside(h, H, y0, y1, top, bottom), inside(w, W, x0, x1, left, right)).astype(np.uint8)
+
+# %% ../nbs/08_data.ipynb #2ee0b55a
+def kept(
+    path, # File that the array is made from
+    home, # Folder of the copies
+    make, # Makes the array of the path
+    *key # Whatever else it depends on
+)->np.memmap: # The array, on disk
+    "Make an array once, and find it on disk from then on"
+    file = Path(home)/f'{stamp([path], *key)}.npy'
+    if not file.exists():
+        a = make(path)
+        write_file(file, lambda f: np.save(f, a))
+    return np.load(file, mmap_mode='r')
+
+def copies_size(
+    domain:Domain, # Images, with or without masks
+    resize:tuple|None=None # Size that images are brought to, see `resized`; None: their own
+)->int: # Bytes, judged by the first image
+    "Room that copies of a domain take"
+    with Image.open(domain.images[0]) as o: hw = o.size[::-1]
+    return int(len(domain)*np.prod(resized(hw, resize) if resize else hw)*(4 if domain.masks else 3))
 
 # %% ../nbs/08_data.ipynb #a1d0c6e8
 class PairSet:
     "Source and target side by side; an item is made from a ticket `(source index, wanted class, target index, seed)`"
     n_inp = 1
-    def __init__(self, source, target, size, zoom=(1.,1.), zoom_t=None, min_crop=.0015):
-        store_attr(); self.zoom_t = zoom_t or zoom
+    def __init__(self,
+        source:Domain, # With masks
+        target:Domain, # Its masks, if any, are dropped here
+        size:tuple, # Height and width of a view
+        zoom:tuple=(1.,1.), # Zoom of source views, see `view_box`
+        zoom_t:tuple|None=None, # Zoom of target views; defaults to `zoom`
+        resize:tuple|None=None, # Size that source images are brought to first, see `resized`
+        resize_t:tuple|None=None, # The same for target images; defaults to `resize`
+        min_crop:float=.0015, # Share of the view above which it has the wanted class
+        max_ratio:float=.75, # Share of the labelled pixels that no class should reach (DAFormer)
+        margin:tuple|None=None, # Of the target, see `trusted`; adds a fourth element to a pair
+        copies:str|Path|None=None, # Folder for resized copies, see above; None for none
+        draft:bool=False # Decode a target JPEG at 1/2, 1/4 or 1/8 where that is enough for `resize_t`
+    ):
+        store_attr(); self.target = target.unlabelled()
+        self.zoom_t,self.resize_t = zoom_t or zoom,resize_t or resize
     def __len__(self): return len(self.source)
-    def __getitem__(self, ticket):
-        i,c,j,seed = ticket if isinstance(ticket, tuple) else (ticket, None, ticket%len(self.target), ticket)
-        rng,s = np.random.default_rng(seed),self.source
-        img,y = read_image(s.images[i]),read_mask(s.masks[i], s.space)
-        if img.size[::-1]!=y.shape: raise ValueError(
-            f"`{s.images[i]}` is {img.height}x{img.width}, but its mask `{s.masks[i]}` is {y.shape[0]}x{y.shape[1]}: bring both to one size.")
-        x,y = source_view(img, y, self.size, rng, self.zoom, c, self.min_crop)
-        t = read_image(self.target.images[j])
-        x_t = cut(t, view_box(t.size[::-1], self.size, rng, self.zoom_t), self.size, rng.random()<.5)
-        return TensorImage(torch.from_numpy(x).permute(2,0,1)), TensorMask(torch.from_numpy(y)), TensorImage(torch.from_numpy(x_t).permute(2,0,1))
+
+# %% ../nbs/08_data.ipynb #c795f0d7
+def _small(o, resize, mask=False):
+    H,W = o.shape if mask else o.size[::-1]
+    return cut(o, (0,0,W,H), resized((H,W), resize) if resize else (H,W), mask=mask)
+
+@patch
+def _image(self:PairSet, path, resize, draft=False):
+    if self.copies: return kept(path, self.copies, lambda p: _small(read_image(p), resize), resize, 'image')
+    if not (draft and resize): return read_image(path)
+    with Image.open(path) as o: return read_image(path, resized(o.size[::-1], resize))
+
+@patch
+def _mask(self:PairSet, path):
+    sp = self.source.space
+    if not self.copies: return read_mask(path, sp)
+    return kept(path, self.copies, lambda p: _small(read_mask(p, sp), self.resize, True), self.resize, 'mask', sorted(sp.ids.items()))
+
+def _tensor(o, cls): return cls(torch.from_numpy(o).movedim(-1, 0) if o.ndim==3 else torch.from_numpy(o))
+
+def _hw(o): return o.shape[:2] if isinstance(o, np.ndarray) else o.size[::-1]
+
+# %% ../nbs/08_data.ipynb #dd66f367
+@patch
+def source_part(self:PairSet, i, want, rng):
+    "Image and labels of a view of source image `i`, with the wanted class if there is one"
+    xs,ys = self.source.images[i],self.source.masks[i]
+    img,y = self._image(xs, self.resize),self._mask(ys)
+    if _hw(img)!=y.shape: raise ValueError(size_complaint(xs, _hw(img), ys, y.shape))
+    x,y = source_view(img, y, self.size, rng, self.zoom, want, self.min_crop, self.max_ratio, resize=self.resize)
+    return _tensor(x, TensorImage),_tensor(y, TensorMask)
+
+@patch
+def target_part(self:PairSet, j, rng):
+    "A view of target image `j`, and where it may be trusted if there's a margin"
+    img = self._image(self.target.images[j], self.resize_t, self.draft)
+    box,flip = view_box(_hw(img), self.size, rng, self.zoom_t, self.resize_t),rng.random()<.5
+    x = _tensor(cut(img, box, self.size, flip), TensorImage)
+    if self.margin is None: return (x,)
+    v = trusted(box, _hw(img), self.size, self.margin)
+    return x,_tensor(np.ascontiguousarray(v[:,::-1]) if flip else v, TensorMask)
+
+@patch
+def __getitem__(self:PairSet, ticket):
+    i,c,j,seed = ticket if isinstance(ticket, tuple) else (ticket, None, ticket%len(self.target), ticket)
+    rng = np.random.default_rng(seed)
+    return *self.source_part(i, c, rng),*self.target_part(j, rng)
 
 # %% ../nbs/08_data.ipynb #17e62166
 class PairDL(TfmdDL):
-    "Batches `(x_s, y_s, x_t)`; an epoch has `n` pairs, whatever the size of the data sets"
-    def __init__(self, dataset=None, bs=4, n_pairs=None, probs=None, having=None, **kwargs):
-        super().__init__(dataset, bs=bs, drop_last=True, **{**kwargs, 'n':n_pairs or kwargs.get('n')})
-        self.n_pairs,self.probs,self.having = n_pairs,probs,having
+    "Batches `(x_s, y_s, x_t)`; an epoch has `n_pairs`, whatever the size of the data sets"
+    def __init__(self, dataset=None, bs=4, n_pairs=None, probs=None, having=None, seed=None, drawn=0, shard=(0,1), **kwargs):
+        n = n_pairs or kwargs.get('n') or len(dataset)
+        super().__init__(dataset, bs=bs, **{**kwargs, 'drop_last':True, 'n':n//shard[1]})
+        self.n_pairs,self.probs,self.having,self.drawn,self.shard = n_pairs,probs,having,drawn,shard
+        self.seed = random.getrandbits(63) if seed is None else seed
+        self.pool,self.first = None,torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def new(self, dataset=None, cls=None, **kwargs):
-        return super().new(dataset, cls, **{**dict(n_pairs=self.n_pairs, probs=self.probs, having=self.having), **kwargs})
+        kept = {o: getattr(self, o) for o in ('n_pairs', 'probs', 'having', 'seed', 'shard')}
+        return super().new(dataset, cls, **{**kept, 'persistent_workers':self.fake_l.persistent_workers, **kwargs})
 
+    def ticket(self, k):
+        rng = np.random.default_rng((self.seed, k))
+        c = None if self.probs is None else int(rng.choice(len(self.probs), p=self.probs))
+        i = int(rng.integers(len(self.dataset.source)) if c is None else rng.choice(self.having[c]))
+        return i,c,int(rng.integers(len(self.dataset.target))),int(rng.integers(2**63))
+
+    def numbers(self, k): return range(k+self.shard[0], k+self.n*self.shard[1], self.shard[1])
     def get_idxs(self):
-        rng = np.random.default_rng(self.rng.getrandbits(64))
-        s,t = len(self.dataset.source),len(self.dataset.target)
-        def ticket():
-            c = None if self.probs is None else int(rng.choice(len(self.probs), p=self.probs))
-            i = int(rng.integers(s) if c is None else rng.choice(self.having[c]))
-            return i,c,int(rng.integers(t)),int(rng.integers(2**63))
-        return [ticket() for _ in range(self.n)]
+        k,self.drawn = self.drawn,self.drawn+self.n*self.shard[1]
+        return [*self.numbers(k)]
 
-    def create_item(self, ticket): return self.dataset[ticket if ticket is not None else 0]
+    def create_item(self, k): return self.dataset[self.ticket(k or 0)]
+
+# %% ../nbs/08_data.ipynb #4a3fc5ec
+@patch
+def __iter__(self:PairDL):
+    if not (self.fake_l.persistent_workers and self.fake_l.num_workers):
+        yield from super(PairDL, self).__iter__(); return
+    self.before_iter()
+    self.first.fill_(self.drawn); self.get_idxs()
+    if self.pool is None: self.pool = _loaders[0](self.fake_l)
+    else: self.pool._reset(self.fake_l)
+    for b in self.pool:
+        b = tuple(b)
+        yield self.after_batch(b if self.device is None else to_device(b, self.device))
+    self.after_iter()
+
+@patch
+def sample(self:PairDL):
+    if not (self.fake_l.persistent_workers and self.fake_l.num_workers): return super(PairDL, self).sample()
+    numbers = self.numbers(int(self.first))   # now, not when the first item is asked for
+    return (k for i,k in enumerate(numbers) if i//self.bs%self.num_workers==self.offs)
+
+# %% ../nbs/08_data.ipynb #e83093eb
+class ZeroPad(Transform):
+    "Set pixels of the mean colour to zero, once they are normalised"
+    order = Normalize.order+1
+    def __init__(self):
+        mean,std = (torch.tensor(o)[:,None,None] for o in imagenet_stats)
+        self.fill = (torch.tensor(mean_color)[:,None,None]/255-mean)/std
+    def encodes(self, o:TensorImage):
+        pad = ((o-self.fill.to(o.device)).abs()<1e-4).all(-3, keepdim=True)
+        return o.masked_fill(pad, 0)
+
+def _after_batch(pad=False): return [IntToFloatTensor(), Normalize.from_stats(*imagenet_stats, cuda=False)] + [ZeroPad()]*pad
 
 # %% ../nbs/08_data.ipynb #6c8349cc
 class Fit(Transform):
@@ -311,9 +316,23 @@ def eval_dl(
     ds = Datasets([Path(o) for o in domain.images], tfms=[[PILImage.create, Fit(size), ToTensor()], [MaskOf(domain)]], n_inp=1)
     return EvalDL(ds, bs=bs, device=device, num_workers=num_workers, after_batch=_after_batch())
 
-def _after_batch(): return [IntToFloatTensor(), Normalize.from_stats(*imagenet_stats, cuda=False)]
-
 # %% ../nbs/08_data.ipynb #642e92ef
+def _fit_together(source, target, valid, n, bs, shard):
+    if source.masks is None: raise ValueError(f"The source domain `{source.name}` has no masks: adaptation starts from labels.")
+    for d,what in ((source, 'source'), (target, 'target')):
+        if not len(d): raise ValueError(f"The {what} domain `{d.name}` has no image.")
+    if valid.space.codes!=source.space.codes: raise ValueError(
+        f"Source and validation name different classes ({source.space.codes} and {valid.space.codes}): a score needs one label space.")
+    if n//shard[1]<bs: raise ValueError(f"An epoch of {n} pairs has no batch of {bs}: make `n` larger; images may come more than once.")
+
+def _room(pairs):
+    home = Path(pairs.copies); home.mkdir(parents=True, exist_ok=True)
+    need = copies_size(pairs.source, pairs.resize)+copies_size(pairs.target, pairs.resize_t) - sum(p.stat().st_size for p in home.glob('*.npy'))
+    free = shutil.disk_usage(home).free
+    if need>free: raise ValueError(f"Resized copies need {need/1e9:.1f} GB more, but `{home}` has {free/1e9:.1f} GB free: give another folder, or `copies=None`.")
+
+# %% ../nbs/08_data.ipynb #c00618a9
+@delegates(PairSet.__init__, but=['source','target','size'])
 def uda_dls(
     source:Domain, # Labelled images
     target:Domain, # Images of the other domain; masks, if it has any, are dropped here
@@ -321,25 +340,47 @@ def uda_dls(
     bs:int=4, # Pairs in a batch
     size:tuple=(128,256), # Height and width of a view
     n:int|None=None, # Pairs in an epoch; defaults to the number of source images
-    zoom:tuple=(1.,1.), # Zoom of source views, see `view_box`
-    zoom_t:tuple|None=None, # Zoom of target views; defaults to `zoom`
     rcs_temp:float|None=.01, # Temperature of rare class sampling (DAFormer); None for even sampling
     min_share:float=.0015, # See `images_with`
+    min_pixels:int|None=None, # Pixels in place of the share (3000 in DAFormer)
+    min_crop_ratio:float|None=None, # `min_crop` is that times `min_pixels`, or `min_share` (DAFormer .5, HRDA 2)
     bs_valid:int|None=None, # Images in a validation batch; defaults to `bs`
+    seed:int|None=None, # Of all draws; None takes one from Python's `random`, which `set_seed` sets
     device=None, # Defaults to fastai's `default_device()`
-    num_workers:int=0 # Worker processes
+    num_workers:int=0, # Worker processes
+    persistent_workers:bool=False, # Keep the workers between epochs
+    shard:tuple=(0,1), # This process and the number of processes, unless `DistributedDL` shares the pairs out
+    **kwargs # To `PairSet`
 )->DataLoaders: # `train` yields `(x_s, y_s, x_t)`, `valid` yields `(x, y)`
     "Pair loaders of a source and a target domain"
-    if source.masks is None: raise ValueError(f"The source domain `{source.name}` has no masks: adaptation starts from labels.")
-    if target.space.codes!=source.space.codes and target.masks is not None: target = target.unlabelled()
-    valid,device = valid or source,device or default_device()
-    if valid.space.codes!=source.space.codes: raise ValueError(
-        f"Source and validation name different classes ({source.space.codes} and {valid.space.codes}): a score needs one label space.")
-    if (n or len(source))<bs: raise ValueError(f"An epoch of {n or len(source)} pairs has no batch of {bs}: make `n` larger; images may come more than once.")
+    valid,device,n = valid or source,device or default_device(),n or len(source)
+    _fit_together(source, target, valid, n, bs, shard)
     counts = class_counts(source)
-    kw = {} if rcs_temp is None else dict(probs=rare_class_probs(counts.sum(0), rcs_temp), having=images_with(counts, min_share))
-    train = PairDL(PairSet(source, target.unlabelled(), size, zoom, zoom_t, min_share), bs=bs, n_pairs=n or len(source), device=device,
-                   num_workers=num_workers, after_batch=_after_batch(), **kw)
+    if min_crop_ratio is None: kwargs.setdefault('min_crop', min_share)
+    else: kwargs['min_crop'] = min_crop_ratio*(min_share if min_pixels is None else min_pixels/(size[0]*size[1]))
+    draw = {} if rcs_temp is None else dict(probs=rare_class_probs(counts.sum(0), rcs_temp), having=images_with(counts, min_share, min_pixels))
+    pairs = PairSet(source, target, size, **kwargs)
+    if pairs.copies: _room(pairs)
+    train = PairDL(pairs, bs=bs, n_pairs=n, seed=seed, device=device, num_workers=num_workers, persistent_workers=persistent_workers, shard=shard,
+                   pin_memory=torch.device(device).type=='cuda', after_batch=_after_batch(pairs.resize is not None or pairs.resize_t is not None), **draw)
     dls = DataLoaders(train, eval_dl(valid, size, bs_valid or bs, device, num_workers), device=device)
     dls.space,dls.vocab,dls.c,dls.counts = source.space,source.space.codes,source.space.n,counts
     return dls
+
+# %% ../nbs/08_data.ipynb #949fe746
+def preset(
+    paper:str, # 'daformer', 'pipa_daformer', 'hrda' or 'pipa_hrda'
+    source:Domain|None=None, # SYNTHIA is resized to another height than GTA
+    target:Domain|None=None # ACDC and Dark Zurich have no margin
+)->dict: # Arguments of `uda_dls`
+    "Sizes, sampling and margins as they were published"
+    hrda = dict(size=(1024,1024), resize=(1440,2560), resize_t=(1024,2048), rcs_temp=.01, min_crop_ratio=2.,
+                margin=(30/1024, 240/1024, 30/2048, 30/2048))
+    known = dict(daformer=dict(size=(512,512), resize=(720,1280), resize_t=(512,1024), rcs_temp=.01, min_crop_ratio=.5, margin=(15/512, 120/512, 0, 0)),
+        pipa_daformer=dict(size=(640,640), resize=(720,1280), resize_t=(640,1280), rcs_temp=.1, min_crop_ratio=.5, margin=(15/640, 120/640, 0, 0)),
+        hrda=hrda, pipa_hrda=hrda)
+    if paper not in known: raise ValueError(f"There is no preset `{paper}`: choose one of {', '.join(known)}.")
+    o = dict(known[paper], bs=2, min_pixels=3000)
+    if source is not None and source.space.name=='synthia': o['resize'] = tuple(d*19//18 if d<o['resize'][1] else d for d in o['resize'])
+    if target is not None and target.name.startswith(('ACDC', 'Dark Zurich')): o['margin'] = None
+    return o

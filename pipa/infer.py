@@ -5,21 +5,24 @@
 # %% ../nbs/21_infer.ipynb #c81e728d
 from __future__ import annotations
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise, product
 from pathlib import Path
-import numpy as np, torch
+import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torch import nn, Tensor
 from PIL import Image, ImageOps
 from fastprogress.fastprogress import progress_bar
 from fastcore.meta import delegates
 from fastai.vision.core import imagenet_stats
+from .labels import cityscapes
 from .models import get_logits, resize
 from .data import Domain, read_image, read_mask, write_file, _exts
-from .metrics import confusion
+from .metrics import confusion, iou, iou_table
 
 # %% auto #0
-__all__ = ['as_image', 'fit_size', 'to_input', 'windows', 'slide', 'whole', 'best_class', 'evaluating', 'logits', 'predict',
-           'evaluate', 'overlay', 'find_images', 'predict_folder']
+__all__ = ['as_image', 'fit_size', 'pixels', 'normalise', 'to_input', 'windows', 'whole', 'slide_bands', 'slide', 'label_rows',
+           'best_class', 'evaluating', 'looking', 'in_bands', 'logits', 'predict', 'evaluate', 'class_table',
+           'mean_table', 'overlay', 'raw_ids', 'find_images', 'predict_folder']
 
 # %% ../nbs/21_infer.ipynb #8f14e45f
 def as_image(
@@ -27,7 +30,9 @@ def as_image(
 )->Image.Image: # RGB; raises `ValueError` for an unreadable file, `TypeError` for something that isn't a picture
     "Any kind of picture as an upright RGB image"
     if isinstance(image, (str,Path)): image = read_image(image)
-    if isinstance(image, Image.Image): return ImageOps.exif_transpose(image).convert('RGB')
+    if isinstance(image, Image.Image):
+        image = ImageOps.exif_transpose(image)
+        return image if image.mode=='RGB' else image.convert('RGB')
     a = np.asarray(image)
     if a.dtype==np.uint8 and (a.ndim==2 or a.ndim==3 and a.shape[-1] in (3,4)) and a.size: return Image.fromarray(a).convert('RGB')
     raise TypeError(f"A picture is a path, a PIL image, or a uint8 array of shape H×W×3, not {a.dtype} of shape {a.shape}: "
@@ -44,23 +49,36 @@ def fit_size(
     s = max(h/hw[0], w/hw[1])
     return tuple(max(32, 32*round(o*s/32)) for o in hw)
 
+def pixels(
+    image:Image.Image, # RGB
+    hw:tuple # Height and width for the net
+)->Tensor: # 1×3×H×W, uint8
+    "An image as bytes, resized if need be"
+    if hw!=image.size[::-1]: image = image.resize(hw[::-1], Image.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2,0,1)[None]
+
+# %% ../nbs/21_infer.ipynb #6512bd44
+def normalise(
+    x:Tensor # Images as bytes, B×3×H×W
+)->Tensor: # B×3×H×W, float32, with ImageNet's mean and standard deviation
+    "Bytes as the numbers that a net wants"
+    mean,std = (torch.tensor(o, device=x.device)[:,None,None] for o in imagenet_stats)
+    return (x/255-mean)/std
+
 def to_input(
     image:Image.Image, # RGB
     hw:tuple, # Height and width for the net
     device=None # Where to
 )->Tensor: # 1×3×H×W, normalised with ImageNet's mean and standard deviation
     "An image as the tensor that a net wants"
-    if hw!=image.size[::-1]: image = image.resize(hw[::-1], Image.BILINEAR)
-    mean,std = (torch.tensor(o, device=device)[:,None,None] for o in imagenet_stats)
-    x = torch.from_numpy(np.array(image)).to(device).permute(2,0,1)[None]
-    return (x/255-mean)/std
+    return normalise(pixels(image, hw).to(device))
 
 # %% ../nbs/21_infer.ipynb #aab32389
 def windows(
     hw:tuple, # Height and width of the image
     crop:tuple, # Height and width of a window, each at most the image's
     stride:tuple # Steps down and to the right, each at most the window's side
-)->list: # `(top, left)` of each window
+)->list: # `(top, left)` of each window, from top to bottom
     "Where windows of size `crop` go so that they cover the image"
     def starts(n, c, s): return sorted({min(i, n-c) for i in range(0, n-c+s, s)})
     return [(t,l) for t in starts(hw[0], crop[0], stride[0]) for l in starts(hw[1], crop[1], stride[1])]
@@ -77,7 +95,37 @@ def _windows(hw, crop, stride):
     crop = tuple(min(o) for o in zip(crop, hw))
     return crop,windows(hw, crop, stride)
 
+# %% ../nbs/21_infer.ipynb #6f4922f5
+def whole(
+    net:nn.Module, # Images to logits, in evaluation mode
+    x:Tensor, # Images, B×3×H×W
+    flip:bool=False # Average with what the net says about the mirror image?
+)->Tensor: # B×K×H×W, float32
+    "Logits in one piece, at the size of `x`; any net that `pipa.models.get_logits` understands will do"
+    z = resize(get_logits(net(x)).float(), x.shape[-2:])
+    return (z+whole(net, x.flip(-1)).flip(-1))/2 if flip else z
+
 # %% ../nbs/21_infer.ipynb #6f4922f4
+def slide_bands(
+    net:nn.Module, # Images to logits, in evaluation mode
+    x:Tensor, # Images, B×3×H×W
+    crop:tuple|int=512, # Height and width of a window
+    stride:tuple|int|None=None, # Steps; by default half a window (HRDA)
+    bs:int=4 # Windows that go through the net together
+): # Yields `(top, logits)` from top to bottom: first row of the band, and mean logits, B×K×n×W, float32
+    "Logits from overlapping windows, in bands of rows as soon as they are finished"
+    (H,W),((h,w),ws) = x.shape[-2:],_windows(tuple(x.shape[-2:]), crop, stride)
+    cuts,strips = sorted({o for t,_ in ws for o in (t, t+h)}),{}
+    for i in range(0, len(ws), bs):
+        some,end = ws[i:i+bs],ws[i+bs][0] if i+bs<len(ws) else H
+        zs = whole(net, torch.cat([x[..., t:t+h, l:l+w] for t,l in some])).chunk(len(some))
+        for ((t,l),z),(a,b) in product(zip(some, zs), pairwise(cuts)):
+            if not t<=a<t+h: continue
+            if a not in strips: strips[a] = z.new_zeros(*z.shape[:2], b-a, W),z.new_zeros(b-a, W)
+            strips[a][0][..., l:l+w] += z[..., a-t:b-t, :]; strips[a][1][:, l:l+w] += 1
+        for a in sorted(o for o in strips if o<end): z,n = strips.pop(a); yield a,z.div_(n)
+
+# %% ../nbs/21_infer.ipynb #6f4922f9
 def slide(
     net:nn.Module, # Images to logits, in evaluation mode
     x:Tensor, # Images, B×3×H×W
@@ -86,36 +134,48 @@ def slide(
     bs:int=4 # Windows that go through the net together
 )->Tensor: # Mean logits, B×K×H×W, float32
     "Logits from overlapping windows"
-    (h,w),ws = _windows(tuple(x.shape[-2:]), crop, stride)
-    z,n = None,x.new_zeros(x.shape[-2:], dtype=torch.float32)
-    for i in range(0, len(ws), bs):
-        some = ws[i:i+bs]
-        zs = whole(net, torch.cat([x[..., t:t+h, l:l+w] for t,l in some])).chunk(len(some))
-        if z is None: z = zs[0].new_zeros(len(x), zs[0].shape[1], *x.shape[-2:])
-        for (t,l),o in zip(some, zs): z[..., t:t+h, l:l+w] += o; n[t:t+h, l:l+w] += 1
-    return z.div_(n)
+    out = None
+    for top,z in slide_bands(net, x, crop, stride, bs):
+        if out is None: out = z.new_empty(*z.shape[:2], *x.shape[-2:])
+        out[..., top:top+z.shape[-2], :] = z
+    return out
 
-def whole(
-    net:nn.Module, # Images to logits, in evaluation mode
-    x:Tensor # Images, B×3×H×W
-)->Tensor: # B×K×H×W, float32
-    "Logits in one piece, at the size of `x`; any net that `pipa.models.get_logits` understands will do"
-    return resize(get_logits(net(x)).float(), x.shape[-2:])
+# %% ../nbs/21_infer.ipynb #1ff1de76
+def _between(h, H):
+    "For each of `H` rows: the two of `h` rows that it lies between, and how near it is to the second"
+    s = ((torch.arange(H, dtype=torch.float64)+.5)*h/H-.5).clamp(0, h-1)
+    a = s.long()
+    return a,(a+1).clamp(max=h-1),(s-a).float()[:,None]
+
+def label_rows(
+    bands, # `(top, logits)` from top to bottom, such as `slide_bands` gives: B×K×n×w, h rows in all
+    h:int, # Rows of all bands together
+    hw:tuple, # Height and width to reach
+    n:int=2**20 # Logits that are enlarged together
+)->Tensor: # B×H×W, uint8 (int64 from 256 classes on)
+    "The class with the highest logit at each pixel of an enlarged map, from logits that come band by band"
+    (a,b,w),lab,done = _between(h, hw[0]),None,0
+    for top,z in bands:
+        if z.shape[1]==0: raise ValueError("There are no classes to choose from: the net gave logits without channels.")
+        if lab is None: lab = z.new_empty(len(z), *hw, dtype=torch.uint8 if z.shape[1]<256 else torch.int64)
+        ready,step = int((b<top+z.shape[-2]).sum()),max(1, n//(z.shape[1]*max(hw[1], z.shape[-1])))
+        for i in range(done, ready, step):
+            s = slice(i, min(i+step, ready)); lo = int(a[s][0])
+            rows = z[..., max(lo-top, 0):int(b[s][-1])+1-top, :]
+            if lo<top: rows = torch.cat([last, rows], -2)
+            rows = rows[..., a[s]-lo, :] if h==hw[0] else torch.lerp(rows[..., a[s]-lo, :], rows[..., b[s]-lo, :], w[s].to(z))
+            lab[:,s] = resize(rows, (rows.shape[-2], hw[1])).max(1).indices
+        last,done = z[..., -1:, :].clone(),ready
+    return lab
 
 # %% ../nbs/21_infer.ipynb #1ff1de77
 def best_class(
     z:Tensor, # Logits, K×h×w
     hw:tuple, # Height and width to reach
-    n:int=4 # Classes that are enlarged together
+    n:int=2**20 # Logits that are enlarged together
 )->Tensor: # H×W, uint8 (int64 from 256 classes on)
     "The class with the highest logit at each pixel of an enlarged map"
-    if z.shape[0]==0: raise ValueError("There are no classes to choose from: the net gave logits without channels.")
-    best,lab = None,None
-    for k in range(0, len(z), n):
-        v,i = resize(z[None,k:k+n], hw)[0].max(0)
-        i = (i+k).to(torch.uint8 if len(z)<256 else torch.int64)
-        best,lab = (v,i) if best is None else (torch.maximum(best, v), torch.where(v>best, i, lab))
-    return lab
+    return label_rows([(0,z[None])], z.shape[-2], hw, n)[0]
 
 # %% ../nbs/21_infer.ipynb #02e74f10
 @contextmanager
@@ -133,24 +193,59 @@ def _device(net, device):
     if device is not None: net.to(device)
     return next((o.device for o in net.parameters()), torch.device('cpu'))
 
-# %% ../nbs/21_infer.ipynb #33e75ff0
-def logits(
+@contextmanager
+def looking(
     model:nn.Module, # Any net, see `pipa.models.get_logits`
-    image, # Path, PIL image or uint8 array
-    size:tuple|int|None=None, # Height and width that the image is resized to cover; None keeps its own
+    flip:bool=False, # Average with what it says about the mirror image?
+    amp=False, # Mixed precision: True for what suits the device, or a `torch.dtype`
+    device=None # Moves the net there; by default it stays where it is
+): # Yields a function from bytes, B×3×H×W, to logits, B×K×H×W, float32
+    "Ready a net to be asked about images"
+    dev = _device(model, device)
+    auto = torch.autocast(dev.type, amp if isinstance(amp, torch.dtype) else None) if amp else nullcontext()
+    with evaluating(model) as net, auto: yield lambda x: whole(net, normalise(x.to(dev)), flip)
+
+# %% ../nbs/21_infer.ipynb #33e75ff0
+def in_bands(
+    net, # Bytes to logits, from `looking`
+    x:Tensor, # Images as bytes, B×3×H×W
     mode:str='whole', # 'whole', or 'slide' for windows
     crop:tuple|int=512, # With 'slide': height and width of a window
     stride:tuple|int|None=None, # With 'slide': steps; by default half a window (HRDA)
     bs:int=4, # With 'slide': windows that go through the net together
-    device=None # Moves the net there; by default it stays where it is
+    space=None # `LabelSpace` that the logits should fit; another number of classes is an error
+): # Yields `(top, logits)`, see `slide_bands`
+    "Logits whole or by windows, in bands of rows"
+    if mode not in ('whole', 'slide'): raise ValueError(f"There is no mode `{mode}`: choose `whole` or `slide`.")
+    for top,z in slide_bands(net, x, crop, stride, bs) if mode=='slide' else [(0,whole(net, x))]:
+        if space is not None and z.shape[1]!=space.n: raise ValueError(
+            f"The net has {z.shape[1]} classes and `{space.name}` has {space.n}: use the label space that the net was trained with.")
+        yield top,z
+
+# %% ../nbs/21_infer.ipynb #33e75ff1
+@delegates(in_bands, but='space')
+def logits(
+    model:nn.Module, # Any net, see `pipa.models.get_logits`
+    image, # Path, PIL image or uint8 array
+    size:tuple|int|None=None, # Height and width that the image is resized to cover; None keeps its own
+    flip:bool=False, # Average with what the net says about the mirror image?
+    amp=False, # Mixed precision: True for what suits the device, or a `torch.dtype`
+    device=None, # Moves the net there; by default it stays where it is
+    **kwargs # To `in_bands`
 )->Tensor: # K×h×w at the size that the net saw, float32, on the net's device
     "What the net says about a picture"
-    if mode not in ('whole', 'slide'): raise ValueError(f"There is no mode `{mode}`: choose `whole` or `slide`.")
     image = as_image(image)
-    x = to_input(image, fit_size(image.size[::-1], size), _device(model, device))
-    with evaluating(model) as net: return (whole(net, x) if mode=='whole' else slide(net, x, crop, stride, bs))[0]
+    with looking(model, flip, amp, device) as net:
+        return torch.cat([z for _,z in in_bands(net, pixels(image, fit_size(image.size[::-1], size)), **kwargs)], -2)[0]
 
 # %% ../nbs/21_infer.ipynb #6ea9ab1b
+def _label(model, images, size=None, flip=False, amp=False, device=None, **kwargs):
+    "Label maps of PIL images that have one size, B×H×W"
+    hw = images[0].size[::-1]
+    xs = [pixels(o, fit_size(hw, size)) for o in images]
+    x = torch.cat(xs) if len(xs)>1 else xs[0]
+    with looking(model, flip, amp, device) as net: return label_rows(in_bands(net, x, **kwargs), x.shape[-2], hw).cpu()
+
 @delegates(logits)
 def predict(
     model:nn.Module, # Any net, see `pipa.models.get_logits`
@@ -160,34 +255,72 @@ def predict(
     **kwargs # To `logits`
 )->np.ndarray: # H×W train ids at the image's own size, uint8 (int64 from 256 classes on)
     "Label every pixel of a picture"
-    image = as_image(image)
-    z = logits(model, image, size, **kwargs)
-    if space is not None and len(z)!=space.n: raise ValueError(
-        f"The net has {len(z)} classes and `{space.name}` has {space.n}: use the label space that the net was trained with.")
-    return best_class(z, image.size[::-1]).cpu().numpy()
+    return _label(model, [as_image(image)], size, space=space, **kwargs)[0].numpy()
 
-# %% ../nbs/21_infer.ipynb #1c383cd3
+# %% ../nbs/21_infer.ipynb #1c383cd2
 def _bar(xs, progress): return progress_bar(xs, leave=False) if progress and len(xs) else xs
 
+def _batches(domain, bs, progress):
+    "Lists of `(image, train ids)` of one size, in the order of the domain"
+    some = []
+    for image,mask in _bar(list(zip(domain.images, domain.masks)), progress):
+        x,y = read_image(image),read_mask(mask, domain.space)
+        if x.size[::-1]!=y.shape: raise ValueError(
+            f"`{image}` has {x.height}×{x.width} pixels and its mask `{mask}` has {y.shape[0]}×{y.shape[1]}: they don't belong together.")
+        if some and (len(some)>=bs or some[0][0].size!=x.size): yield some; some = []
+        some.append((x,y))
+    if some: yield some
+
+# %% ../nbs/21_infer.ipynb #1c383cd3
 @delegates(predict, but='space')
 def evaluate(
     model:nn.Module, # Any net, see `pipa.models.get_logits`
     domain:Domain, # Labelled images
     size:tuple|int|None=None, # Height and width that images are resized to cover
     progress:bool=True, # Show a progress bar?
+    mode:str='whole', # 'whole', or 'slide' for windows
+    bs:int=4, # Images of one size, or windows, that go through the net together
     **kwargs # To `predict`
 )->Tensor: # K×K, int64: pixels of true class (row) and predicted class (column), ignored pixels left out
     "Compare predictions with the masks of a domain, at the size of the masks"
     if domain.masks is None: raise ValueError(f"The domain `{domain.name}` has no masks: a score needs them.")
-    cm = torch.zeros(domain.space.n, domain.space.n, dtype=torch.int64)
-    for image,mask in _bar(list(zip(domain.images, domain.masks)), progress):
-        y = read_mask(mask, domain.space)
-        p = predict(model, np.asarray(read_image(image)), size, domain.space, **kwargs)
-        if p.shape!=y.shape: raise ValueError(f"`{image}` has {p.shape} pixels and its mask `{mask}` has {y.shape}: they don't belong together.")
-        cm += confusion(torch.from_numpy(p), torch.from_numpy(y), domain.space.n, domain.space.ignore)
+    sp = domain.space
+    cm = torch.zeros(sp.n, sp.n, dtype=torch.int64)
+    for some in _batches(domain, bs if mode=='whole' else 1, progress):
+        ps = _label(model, [x for x,_ in some], size, mode=mode, bs=bs, space=sp, **kwargs)
+        for p,(_,y) in zip(ps, some):
+            for a,b in zip(p.flatten().split(2**20), torch.from_numpy(y).flatten().split(2**20)): cm += confusion(a, b, sp.n, sp.ignore)
     return cm
 
+# %% ../nbs/21_infer.ipynb #a5bfc9e2
+def _acc(cm): return cm.diag().double()/cm.sum(1)
+
+def class_table(
+    cm:Tensor, # Confusion matrix K×K, see `evaluate`
+    space # Its `LabelSpace`
+)->pd.DataFrame: # A row a class: IoU and accuracy in [0,1] (NaN where undefined), pixels that are and that were predicted
+    "How each class was found"
+    cm = cm.cpu()
+    t = iou_table(cm, space.codes).assign(acc=_acc(cm).numpy(), pixels=cm.sum(1).numpy(), predicted=cm.sum(0).numpy())
+    return t[['class', 'iou', 'acc', 'pixels', 'predicted', 'share', 'note']]
+
+def mean_table(
+    cm:Tensor, # Confusion matrix K×K, see `evaluate`
+    space # Its `LabelSpace`; each of its `subsets` gets a row
+)->pd.DataFrame: # A row a mean: IoU and accuracy in [0,1], how many classes they are the mean of, and who was left out
+    "Means over all classes and over the named subsets"
+    v,acc = iou(cm.cpu()),_acc(cm.cpu())
+    def row(name, ids):
+        ids,out = list(ids),', '.join(space.codes[i] for i in ids if v[i].isnan())
+        return dict(mean=name, iou=float(v[ids].nanmean()), acc=float(acc[ids].nanmean()), classes=int((~v[ids].isnan()).sum()), absent=out)
+    return pd.DataFrame([row('miou', range(space.n))] + [row(k, ids) for k,ids in space.subsets.items()])
+
 # %% ../nbs/21_infer.ipynb #d67d8ab4
+def _paint(y, space):
+    "Train ids, H×W uint8, as an RGB image: three bytes a pixel and nothing in between"
+    im = Image.fromarray(y); im.putpalette(space.color(np.arange(256)).ravel().tolist())
+    return im.convert('RGB')
+
 def overlay(
     image, # Any picture, see `as_image`
     y:np.ndarray, # Train ids, H×W; resized to the picture (nearest pixel) if need be
@@ -197,8 +330,21 @@ def overlay(
     "A picture with its label map laid over it"
     image,y = as_image(image),np.asarray(y).astype(np.uint8)
     if y.shape!=image.size[::-1]: y = np.array(Image.fromarray(y).resize(image.size, Image.NEAREST))
-    mixed = Image.blend(image, Image.fromarray(space.color(y)), alpha)
-    return np.where((y<space.n)[...,None], mixed, image)
+    known = Image.fromarray((y<space.n).astype(np.uint8)*255)
+    return np.array(Image.composite(Image.blend(image, _paint(y, space), alpha), image, known))
+
+# %% ../nbs/21_infer.ipynb #3416a761
+def raw_ids(
+    y:np.ndarray, # Train ids, any shape, uint8
+    space # `LabelSpace` of the net
+)->np.ndarray: # Same shape, uint8; raises `ValueError` when a class has no number that fits
+    "Train ids as the numbers in a data set's files: Cityscapes' own for its 19 classes"
+    if space.codes==cityscapes.codes: space = cityscapes
+    table = np.full(256, space.ignore)
+    for raw,train in sorted(space.ids.items(), reverse=True): table[train] = raw
+    lost = [space.codes[i] for i in range(space.n) if i not in space.ids.values() or not 0<=table[i]<256]
+    if lost: raise ValueError(f"`{space.name}` has no raw id in 0..255 for {', '.join(lost)}: only train ids can be written.")
+    return table.astype(np.uint8)[y]
 
 # %% ../nbs/21_infer.ipynb #17e62166
 def find_images(
@@ -217,7 +363,12 @@ def find_images(
     n = Counter(p.with_suffix('') for p in files)
     return {(p if n[p.with_suffix('')]>1 else p.with_suffix('')).as_posix(): images/p for p in files}
 
-# %% ../nbs/21_infer.ipynb #f7177163
+# %% ../nbs/21_infer.ipynb #17e62167
+def _results(image, y, space, ids, alpha):
+    "Pictures to write for one label map, by the end of their names"
+    if ids=='raw': return {'': raw_ids(y, space)}
+    return dict(_labels=y, _color=np.array(_paint(y, space)), _overlay=overlay(image, y, space, alpha))
+
 def _save_png(file, a): write_file(file, lambda f: Image.fromarray(a).save(f, 'png'))
 
 @delegates(predict)
@@ -227,19 +378,19 @@ def predict_folder(
     out:str|Path, # Where results go, in the same sub-folders
     space, # `LabelSpace` of the net
     size:tuple|int|None=None, # Height and width that images are resized to cover
+    ids:str='train', # 'train' for three pictures with train ids; 'raw' for one of the same name with `raw_ids`, for a server
     alpha:float=.5, # Strength of the colours in overlays
     progress:bool=True, # Show a progress bar?
     **kwargs # To `predict`
 )->tuple: # How many pictures there were, and the reason for each that couldn't be read, by name
-    "Write `_labels.png` (train ids), `_color.png` and `_overlay.png` for each picture"
+    "Write `_labels.png` (train ids), `_color.png` and `_overlay.png` for each picture, or raw ids alone"
+    if ids not in ('train', 'raw'): raise ValueError(f"There are no `{ids}` ids: choose `train` or `raw`.")
     files,out,failed = find_images(images, out),Path(out).expanduser(),{}
     for name,file in _bar(files.items(), progress):
         try: image = as_image(file)
         except (ValueError, OSError, Image.DecompressionBombError) as e:
             failed[name] = str(e) if str(file) in str(e) else f'`{file}`: {e}'
             print(failed[name]); continue
-        y = predict(model, image, size, space, **kwargs)
-        for k,a in dict(labels=y, color=space.color(y), overlay=overlay(image, y, space, alpha)).items():
-            _save_png(out/f'{name}_{k}.png', a)
+        for k,a in _results(image, predict(model, image, size, space, **kwargs), space, ids, alpha).items(): _save_png(out/f'{name}{k}.png', a)
     if failed: print(f"{len(failed)} of {len(files)} pictures could not be read.")
     return len(files),failed

@@ -8,8 +8,8 @@ import difflib, numpy as np
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['cityscapes', 'gta', 'synthia', 'camvid', 'minicity', 'oklab', 'color_distances', 'distinct_colors', 'LabelSpace',
-           'space', 'label_space']
+__all__ = ['cityscapes', 'gta', 'synthia', 'camvid', 'minicity', 'camvid32', 'camvid_colors', 'oklab', 'color_distances',
+           'distinct_colors', 'LabelSpace', 'pack', 'mapillary_space', 'space', 'label_space']
 
 # %% ../nbs/00_labels.ipynb #e4da3b7f
 _cone = np.array([[.4122214708,.5363325363,.0514459929], [.2119034982,.6806995451,.1073969566], [.0883024619,.2817188376,.6299787005]])
@@ -101,9 +101,34 @@ def encode(
     if mask.dtype.kind not in 'iub': raise TypeError(f'mask holds {mask.dtype}: ids are integers, so read the file without scaling')
     if mask.dtype==np.uint8: return self.encode(np.arange(256))[mask]
     lo,hi = min(self.ids, default=0)-1, max(self.ids, default=0)+1
+    if hi-lo > 1<<16: return self._search(mask)
     table = np.full(hi-lo+1, self.ignore, np.uint8)
     table[np.array(list(self.ids), int)-lo] = list(self.ids.values())
     return table[np.clip(mask.astype(np.int64), lo, hi)-lo]
+
+# %% ../nbs/00_labels.ipynb #40e2f92d
+@patch
+def _search(self:LabelSpace, mask):
+    raw = np.array(sorted(self.ids), np.int64)
+    i = np.searchsorted(raw, mask).clip(0, len(raw)-1)
+    return np.where(raw[i]==mask, np.array([self.ids[k] for k in raw.tolist()], np.uint8)[i], np.uint8(self.ignore))
+
+def pack(
+    rgb, # Colours in 0..255, `... x 3`
+)->np.ndarray: # `...`, int32
+    "One number for each colour, `0xRRGGBB`"
+    return np.asarray(rgb).astype(np.int32)@np.array([1<<16, 1<<8, 1], np.int32)
+
+# %% ../nbs/00_labels.ipynb #b280e74d
+@patch
+def known(
+    self:LabelSpace,
+    raw, # Raw ids, any shape
+)->np.ndarray: # Bool, same shape
+    "Which raw ids may a file of this space hold?"
+    named = [*self.ids, *self.void]
+    open_ = self.void=={self.ignore} and sorted(self.ids)!=[*range(self.n)]
+    return np.full(np.shape(raw), True) if open_ else np.isin(raw, named)
 
 # %% ../nbs/00_labels.ipynb #3c59dc04
 @patch
@@ -141,8 +166,10 @@ _names = ['road','sidewalk','building','wall','fence','pole','traffic light','tr
 _colors = np.array([
     [128,64,128], [244,35,232], [70,70,70], [102,102,156], [190,153,153], [153,153,153], [250,170,30], [220,220,0], [107,142,35],
     [152,251,152], [70,130,180], [220,20,60], [255,0,0], [0,0,142], [0,0,70], [0,60,100], [0,80,100], [0,0,230], [119,11,32]])
-_city = {raw:i for i,raw in enumerate((7,8,11,12,13,17,19,20,21,22,23,24,25,26,27,28,31,32,33))}
-_synthia = {raw:i for i,raw in enumerate((3,4,2,21,5,7,15,9,6,16,1,10,17,8,18,19,20,12,11))}
+_city = {raw:255 for raw in range(-1, 34)} | {
+    raw:i for i,raw in enumerate((7,8,11,12,13,17,19,20,21,22,23,24,25,26,27,28,31,32,33))}
+_synthia = {raw:255 for raw in (0,13,14,22)} | {
+    raw:i for i,raw in enumerate((3,4,2,21,5,7,15,9,6,16,1,10,17,8,18,19,20,12,11))}
 _things = (6,7,11,12,13,14,15,16,17,18)
 _16 = [i for i in range(19) if i not in (9,14,16)]
 
@@ -157,6 +184,42 @@ _colors11 = [[87,153,219], [93,85,54], [198,188,185], [128,64,128], [255,115,243
 
 camvid = LabelSpace('camvid', _codes11, _colors11, {**{i:i for i in range(11)}, 11:255}, things=(6,8,9,10))
 minicity = LabelSpace('minicity', _codes11, _colors11, things=(6,8,9,10))
+
+# %% ../nbs/00_labels.ipynb #325851d3
+_camvid32 = dict(line.split('=') for line in '''Animal=408040:9 Archway=c00080:1 Bicyclist=0080c0:10 Bridge=008040:1
+    Building=800000:1 Car=400080:8 CartLuggagePram=4000c0:9 Child=c08040:9 Column_Pole=c0c080:2 Fence=404080:7 LaneMkgsDriv=8000c0:3
+    LaneMkgsNonDriv=c00040:3 Misc_Text=808040:6 MotorcycleScooter=c000c0:10 OtherMoving=804040:8 ParkingBlock=40c080:4
+    Pedestrian=404000:9 Road=804080:3 RoadShoulder=8080c0:4 Sidewalk=0000c0:4 SignSymbol=c08080:6 Sky=808080:0
+    SUVPickupTruck=4080c0:8 TrafficCone=000040:2 TrafficLight=004040:6 Train=c04080:8 Tree=808000:5 Truck_Bus=c080c0:8
+    Tunnel=400040:1 VegetationMisc=c0c000:5 Void=000000:255 Wall=40c000:1'''.split())
+_painted = [(int(o[:6], 16), int(o[7:])) for o in _camvid32.values()]
+
+camvid32 = LabelSpace('camvid', _codes11, _colors11, {i:c for i,(_,c) in enumerate(_painted)}, things=camvid.things)
+camvid_colors = LabelSpace('camvid', _codes11, _colors11, dict(_painted), things=camvid.things)
+
+# %% ../nbs/00_labels.ipynb #46269c2d
+_vistas = {k:v for k,vs in dict(void='construction--flat--parking construction--flat--rail-track construction--flat--driveway',
+    road='construction--flat--road construction--flat--service-lane construction--flat--parking-aisle construction--flat--crosswalk-plain '
+         'marking object--manhole object--pothole object--catch-basin', building='construction--structure--building construction--structure--garage',
+    sidewalk='construction--flat--sidewalk construction--flat--bike-lane construction--flat--curb-cut construction--flat--pedestrian-area '
+             'construction--flat--traffic-island construction--barrier--curb', wall='construction--barrier--wall',
+    fence='construction--barrier--fence', pole='object--support--pole object--support--utility-pole', sky='nature--sky',
+    **{'traffic light':'object--traffic-light', 'traffic sign':'object--traffic-sign--front object--traffic-sign--direction-front '
+       'object--traffic-sign--information-parking object--traffic-sign--temporary-front'}, vegetation='nature--vegetation',
+    terrain='nature--terrain', person='human--person', rider='human--rider', car='object--vehicle--car', truck='object--vehicle--truck',
+    bus='object--vehicle--bus', train='object--vehicle--on-rails', motorcycle='object--vehicle--motorcycle',
+    bicycle='object--vehicle--bicycle').items() for k,v in [(o, k) for o in vs.split()]}
+
+def _group(name, groups): return groups.get(max((k for k in groups if (name+'--').startswith(k+'--')), key=len, default=None))
+
+def mapillary_space(
+    names:list, # Names of the labels in the order of their ids, from `config.json`
+)->LabelSpace: # The 19 classes of Cityscapes
+    "Group the labels of Mapillary Vistas by their names"
+    ids = {i: cityscapes.codes.index(g) if (g := _group(str(o), _vistas)) in cityscapes.codes else 255 for i,o in enumerate(names)}
+    found = set(ids.values())-{255}
+    if len(found)<10: raise ValueError(f'of {len(names)} names only {len(found)} classes could be made: are these the labels of Mapillary Vistas?')
+    return LabelSpace('cityscapes', cityscapes.codes, cityscapes.palette, ids, things=cityscapes.things)
 
 # %% ../nbs/00_labels.ipynb #d67d8ab4
 def space(

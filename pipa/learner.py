@@ -12,7 +12,9 @@ from fastai.optimizer import OptimWrapper
 from fastai.callback.schedule import ParamScheduler
 from .losses import weighted_ce
 from .metrics import MIoU, TeacherMIoU, TermColumn, validators
+from .checkpoints import load_pretrained
 from .models import light, segformer, daformer
+from .hrda import hrda
 from .callbacks import *
 from .baselines import MinEnt, AdvSeg, AdvEnt, FDA, MIC
 
@@ -51,7 +53,7 @@ def _host(name, method, base, start, things, more):
     "The callbacks of one host"
     hosts = dict(source=lambda: [], oracle=lambda: [], minent=lambda: [MinEnt(start=start, **more)],
                  advseg=lambda: [AdvSeg(start=start, **more)], advent=lambda: [AdvEnt(start=start, **more)],
-                 fda=lambda: _fda(start, **more), self_training=lambda: base,
+                 fda=lambda: _fda(start, **more), self_training=lambda: base, hrda=lambda: base,
                  daformer=lambda: base+[FeatureDistance(things)], mic=lambda: base+[MIC(start=start, **more)])
     if name not in hosts:
         raise ValueError(f"There is no method `{method}`: choose one of {', '.join(hosts)}, pixel, patch or pipa,"
@@ -168,18 +170,21 @@ def target_dl(
     return dls.test_dl([ims[i] for i in np.linspace(0, len(ims)-1, min(n, len(ims))).round().astype(int)])
 
 # %% ../nbs/20_learner.ipynb #b6d767d2
-nets = dict(light=light, segformer=segformer, daformer=daformer)
+nets = dict(light=light, segformer=segformer, daformer=daformer, hrda=hrda)
 
 def make_net(
-    model, # A name such as 'light', 'segformer' or 'daformer', or any net
+    model, # A name such as 'light', 'segformer', 'daformer' or 'hrda', or any net
     n_out:int, # Number of classes
     arch:str='mit_b0', # Encoder, when `model` is a name
-    **kwargs # To the net's factory
+    pretrained:bool|str=False, # Start from ImageNet weights? `True`, or a file, see `load_pretrained`
+    **kwargs # To the net's factory, such as `frozen` for a pretrained 'lite0' (default True)
 )->nn.Module:
     "A net by name, or the net itself"
-    if isinstance(model, nn.Module): return model
+    if isinstance(model, nn.Module): return load_pretrained(model, pretrained) if pretrained else model
     if model not in nets: raise ValueError(f"There is no net `{model}`: choose one of {', '.join(nets)}, or give a net of your own (see `pipa.models.adapt`).")
-    return nets[model](arch, n_out=n_out, **kwargs)
+    if pretrained and arch=='lite0': kwargs = dict(frozen=True) | kwargs
+    net = nets[model](arch, n_out=n_out, **kwargs)
+    return load_pretrained(net, pretrained) if pretrained else net
 
 # %% ../nbs/20_learner.ipynb #37693cfc
 @delegates(method_cbs)
@@ -188,8 +193,10 @@ def uda_learner(
     model='light', # A name from `nets`, or any net (see `pipa.models.adapt`)
     method='pipa', # A name, see `method_cbs`, or a list of callbacks
     arch:str='mit_b0', # Encoder, when `model` is a name
+    pretrained:bool|str=False, # Start from ImageNet weights? `True`, or a file, see `load_pretrained`
     lr:float=6e-5, # Rate of the encoder (DAFormer)
     wd:float=.01, # Weight decay (DAFormer)
+    net:dict=None, # More arguments for the net's factory when `model` is a name, such as `dict(crop=(64,128))` for 'hrda'
     hidden:int|None=None, # Width of the pixel head, see `add_heads`
     n_unlabelled:int=0, # Target images for columns of label-free scores, see `validators`; 0: no such columns
     metrics=None, # More metrics
@@ -198,7 +205,7 @@ def uda_learner(
     **kwargs # To `method_cbs`
 )->Learner:
     "A learner that adapts `model` from the source to the target of `dls`"
-    net = make_net(model, dls.c, arch).to(dls.device)
+    net = make_net(model, dls.c, arch, pretrained, **(net or {})).to(dls.device)
     parts = method_cbs(method, **kwargs) if isinstance(method, str) else [Pair()] + [cb for cb in L(method) if not isinstance(cb, Pair)]
     if any(isinstance(cb, (PixelContrast, PatchContrast)) for cb in parts): add_heads(net, hidden=hidden)
     has_teacher = any(isinstance(cb, MeanTeacher) for cb in parts)

@@ -12,21 +12,42 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torchvision.models import resnet101
 from fastcore.meta import delegates
-from .mit import mit
+from .mit import mit, mit_sizes
+from .lite import lite
 
 # %% auto #0
-__all__ = ['Feats', 'resize', 'mix_maps', 'ConvBN', 'SepConvBN', 'SepASPP', 'Embed', 'DAFormerHead', 'SegFormerHead', 'SegNet',
-           'daformer', 'segformer', 'light', 'ResNetV1c', 'DeepLabHead', 'deeplabv2', 'ProjHead', 'PatchHead',
-           'get_logits', 'get_layer', 'run_with', 'Adapter', 'adapt']
+__all__ = ['Feats', 'Detail', 'resize', 'mix_maps', 'ConvBN', 'SepConvBN', 'SepASPP', 'Embed', 'DAFormerHead', 'SegFormerHead',
+           'SegNet', 'encoder', 'daformer', 'segformer', 'light', 'ResNetV1c', 'DeepLabHead', 'deeplabv2', 'ProjHead',
+           'PatchHead', 'get_logits', 'get_layer', 'run_with', 'Adapter', 'adapt']
 
 # %% ../nbs/05_models.ipynb #e4da3b7f
 class Feats(tuple):
     "What a net saw on the way to its logits"
     def __new__(cls,
-                maps:list,        # Encoder maps, fine to coarse, each B×C×h×w; or a pair of them and `fused`
-                fused:Tensor=None # The decoder's feature before its classifier, B×D×h×w
-    ): return super().__new__(cls, maps if fused is None else (maps,fused))
+                maps:list,         # Encoder maps, fine to coarse, each B×C×h×w; or a list of all that follows, too
+                fused:Tensor=None, # The decoder's feature before its classifier, B×D×h×w
+                detail:Detail=None # A closer look at a part of the images, where the net takes one
+    ): return super().__new__(cls, maps if fused is None else (maps,fused) if detail is None else (maps,fused,detail))
     maps,fused = (property(itemgetter(i)) for i in (0,1))
+    detail = property(lambda self: self[2] if len(self)>2 else None)
+    finest = property(lambda self: self.detail or self)
+
+    def cut(self, y): return y
+
+class Detail(tuple):
+    "A closer look at one part of the images"
+    def __new__(cls,
+                maps:list,         # Encoder maps of that part, fine to coarse; or a list of all that follows, too
+                logits:Tensor=None,# Logits of that part alone, B×K×h×w
+                box:Tensor=None,   # Its top, bottom, left and right, as shares of the image's height and width
+                w:Tensor=None      # Share of its own loss in the whole loss, 0..1
+    ): return super().__new__(cls, maps if logits is None else (maps,logits,box,w))
+    maps,logits,box,w = (property(itemgetter(i)) for i in range(4))
+
+    def cut(self, y):
+        h,w = y.shape[-2:]
+        t,b,l,r = (round(o*n) for o,n in zip(self.box.tolist(), (h,h,w,w)))
+        return y[..., t:b, l:r]
 
 # %% ../nbs/05_models.ipynb #45c48cce
 def resize(x:Tensor,   # Map, B×C×h×w
@@ -165,33 +186,44 @@ class SegNet(nn.Module):
         logits = self.decode_head.classify(fused)
         return (logits, Feats(maps, fused)) if self.training else resize(logits, x.shape[-2:])
 
+# %% ../nbs/05_models.ipynb #lite1001
+@delegates(mit, but='arch')
+def encoder(
+    arch:str='mit_b0', # `'mit_b0'` … `'mit_b5'` or `'lite0'`; another name raises a `ValueError`
+    **kwargs
+)->nn.Module: # Encoder with random weights and its `widths`
+    "Encoder named `arch`"
+    names = {**dict.fromkeys(mit_sizes, mit), 'lite0':lite}
+    if arch not in names: raise ValueError(f"No encoder is named {arch!r}: choose one of {', '.join(names)}.")
+    return names[arch](arch, **kwargs)
+
 # %% ../nbs/05_models.ipynb #c16a5320
 def _net(make, head, arch, n_out, dim, **kwargs):
     named = isinstance(arch, str)
-    encoder = mit(arch, **kwargs) if named else arch
+    body = encoder(arch, **kwargs) if named else arch
     spec = dict(make=make, arch=arch, n_out=n_out, dim=dim, **kwargs) if named else None
-    return SegNet(encoder, head(encoder.widths, n_out, dim), spec)
+    return SegNet(body, head(body.widths, n_out, dim), spec)
 
 @delegates(mit, but='arch')
-def daformer(arch:str='mit_b5', # Name of a `mit`, or an encoder with `widths`
+def daformer(arch:str='mit_b5', # Name of an `encoder`, or one of your own with `widths`
              n_out:int=19,      # Number of classes
              dim:int=256,       # Channels of the decoder (DAFormer: 256)
              **kwargs
 )->SegNet: # Net with random weights
-    "MiT encoder and DAFormer head"
+    "Encoder and DAFormer head"
     return _net('daformer', DAFormerHead, arch, n_out, dim, **kwargs)
 
 @delegates(mit, but='arch')
-def segformer(arch:str='mit_b0', # Name of a `mit`, or an encoder with `widths`
+def segformer(arch:str='mit_b0', # Name of an `encoder`, or one of your own with `widths`
               n_out:int=19,      # Number of classes
               dim:int=256,       # Channels of the decoder (SegFormer-B0, B1: 256; B2-B5: 768)
               **kwargs
 )->SegNet: # Net with random weights
-    "MiT encoder and SegFormer head"
+    "Encoder and SegFormer head"
     return _net('segformer', SegFormerHead, arch, n_out, dim, **kwargs)
 
 @delegates(mit, but='arch')
-def light(arch:str='mit_b0', # Name of a `mit`, or an encoder with `widths`
+def light(arch:str='mit_b0', # Name of an `encoder`, or one of your own with `widths`
           n_out:int=11,      # Number of classes (CamVid and the built-in city: 11)
           **kwargs
 )->SegNet: # Net with random weights

@@ -19,8 +19,8 @@ from .learner import host_terms
 
 # %% auto #0
 __all__ = ['methods', 'Fig', 'denorm', 'rgb', 'add_legend', 'grid', 'paint', 'show_seg', 'show_pair', 'result_picture',
-           'show_batch', 'show_results', 'curves', 'iou_bars', 'read_results', 'usual', 'results_table',
-           'results_markdown', 'results_picture']
+           'show_batch', 'show_results', 'curves', 'iou_bars', 'confusion_picture', 'read_results', 'usual',
+           'results_table', 'results_markdown', 'results_picture']
 
 # %% ../nbs/22_show.ipynb #e4da3b7f
 class Fig(Figure):
@@ -115,7 +115,7 @@ def show_pair(
     alpha:float=.6 # Strength of the colours
 )->Fig:
     "Source image, its labels, and the target image beside it"
-    x_s,y_s,x_t = [o[:max_n] for o in batch]
+    x_s,y_s,x_t = [o[:max_n] for o in batch[:3]]
     rows = [[a, paint(a, y, space, alpha), t] for a,y,t in zip(x_s, y_s, x_t)]
     return add_legend(grid(rows, ['source', 'its labels', 'target']), list(y_s), space)
 
@@ -212,6 +212,26 @@ def iou_bars(
     ax.set(xlabel='', ylabel='IoU, points', ylim=(0,100)); ax.tick_params(axis='x', rotation=35)
     ax.legend(title='mean', fontsize=8, ncols=3, loc='lower left', bbox_to_anchor=(0,1), frameon=False)
     sns.despine(ax=ax)
+    return fig
+
+# %% ../nbs/22_show.ipynb #182be0d1
+def confusion_picture(
+    cm:Tensor, # Confusion matrix K×K (rows truth), see `pipa.infer.evaluate`
+    space # Its `LabelSpace`
+)->Fig: # K rows of shares in percent of the true class, and the IoU of each in points
+    "What was taken for what"
+    cm,codes,k = torch.as_tensor(cm).cpu(),space.codes,len(cm)
+    if k!=space.n: raise ValueError(f"The matrix has {k} classes and `{space.name}` has {space.n}: they don't belong together.")
+    share,v = 100*(cm/cm.sum(1, keepdim=True)).numpy(),100*iou(cm).numpy()[:,None]
+    fig = Fig(figsize=(2.6+.42*k, 1.6+.34*k))
+    axs = fig.subplots(1, 2, width_ratios=[k, 1.3])
+    def text(a, least): return [['' if not o>=least else f'{o:.0f}' for o in row] for row in a]
+    kw = dict(cmap='Blues', vmin=0, vmax=100, cbar=False, fmt='', linewidths=.5, linecolor='w', annot_kws=dict(size=8))
+    sns.heatmap(share, annot=text(share, .5), ax=axs[0], xticklabels=codes, yticklabels=codes, **kw)
+    sns.heatmap(v, annot=text(v, 0), ax=axs[1], xticklabels=['IoU'], yticklabels=[], **kw|dict(cmap='Greens'))
+    for ax in axs: ax.set_facecolor('.85'); ax.tick_params(length=0, labelsize=9)
+    axs[0].tick_params(axis='x', rotation=90); axs[0].tick_params(axis='y', rotation=0)
+    axs[0].set(xlabel='predicted', ylabel='truth', title='percent of the true class'); axs[1].set_title(f'mean\n{100*miou(cm):.1f}', fontsize=9)
     return fig
 
 # %% ../nbs/22_show.ipynb #1c383cd3

@@ -1,5 +1,5 @@
 "Checkpoints: what goes in comes out, and what is broken says so"
-import json, pickle, stat
+import json, stat
 from copy import deepcopy
 import numpy as np, pytest, torch
 from safetensors import safe_open
@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from pipa import checkpoints as ck
 from pipa.labels import label_space, space
-from pipa.models import light, segformer, daformer, adapt, ProjHead, PatchHead
+from pipa.mit import mit
+from pipa.models import light, segformer, daformer, deeplabv2, adapt, ProjHead, PatchHead
 
 def net_of(n=3, seed=0, heads=True):
     torch.manual_seed(seed)
@@ -117,24 +118,15 @@ def test_missing_foreign_and_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match='no.such'): ck.load(tmp_path/'no.such')
     with pytest.raises(FileNotFoundError): ck.load(tmp_path)
     save_file({'w': torch.zeros(2)}, tmp_path/'f', {'format': 'pt'})
-    with pytest.raises(ValueError, match="didn't write.*net="): ck.load(tmp_path/'f')
-    (tmp_path/'t').write_text('hello '*100)
-    with pytest.raises(ValueError, match='not a safetensors file'): ck.load(tmp_path/'t')
+    with pytest.raises(ValueError, match="didn't write.*nothing that is known.*net="): ck.load(tmp_path/'f')
+    save_file(mit('mit_b0').state_dict(), tmp_path/'e')
+    with pytest.raises(ValueError, match=r"look like mit\('mit_b0'\)"): ck.load(tmp_path/'e')
 
 def test_foreign_weights_for_a_known_net(tmp_path, net):
     save_file(ck.inference_state(net), tmp_path/'f', {'format': 'pt'})
     other,meta = ck.load(tmp_path/'f', net=net_of(seed=5, heads=False))
-    assert same(other.state_dict(), ck.inference_state(net)) and meta=={'format': 'pt'}
-
-class Bomb:
-    def __reduce__(self): return (pytest.fail, ('a pickle was opened',))
-
-@pytest.mark.parametrize('protocol', range(2, 6))
-def test_pickles_are_never_opened(tmp_path, protocol):
-    (tmp_path/'p').write_bytes(pickle.dumps(Bomb(), protocol))
-    with pytest.raises(ValueError): ck.load(tmp_path/'p')
-    torch.save(Bomb(), tmp_path/'z', pickle_protocol=protocol)
-    with pytest.raises(ValueError, match='is a pickle'): ck.load(tmp_path/'z')
+    assert same(other.state_dict(), ck.inference_state(net)) and meta=={'spec': net.spec, 'which': 'student'}
+    assert same(ck.load(tmp_path/'f')[0].state_dict(), ck.inference_state(net))
 
 @pytest.mark.parametrize('spec', [dict(make='deepcopy', x=1), dict(make='os.system'), dict(make='light', arch='mit_b9'), dict(make='light', banana=1), dict(arch='mit_b0')])
 def test_unknown_spec(net, tmp_path, spec):
@@ -155,6 +147,77 @@ def test_adapted_net(tmp_path):
     with pytest.raises(ValueError, match='net='): ck.load(file)
     b,_ = ck.load(file, net=own())
     assert same(b.state_dict(), ck.inference_state(a))
+
+# student and teacher
+
+def test_folder_of_a_run(net, tmp_path):
+    teacher = net_of(seed=9)
+    ck.save(tmp_path/'weights.safetensors', net, which='student'); ck.save(tmp_path/'teacher.safetensors', teacher, which='teacher')
+    for which,want in ((None,net), ('student',net), ('teacher',teacher)):
+        assert same(ck.load(tmp_path, which=which)[0].state_dict(), ck.inference_state(want))
+        if which: assert ck.load_official(tmp_path, net_of(seed=4, heads=False), which).ok
+    again = net_of(seed=4, heads=False); ck.load_official(tmp_path, again, 'teacher')
+    assert same(again.state_dict(), ck.inference_state(teacher))
+    with pytest.raises(ValueError, match='holds the student alone'): ck.load(tmp_path/'weights.safetensors', which='teacher')
+    assert ck.load(ck.save(tmp_path/'old', net), which='student')[1]['spec']==net.spec
+
+# nets of other people
+
+def three_nets(nets, file, **meta):
+    torch.save(dict(state_dict={f'{o}.{k}':v for o,n in nets.items() for k,v in n.state_dict().items()}, meta=meta), file)
+    return file
+
+def test_a_published_file_is_rebuilt_from_its_name_alone(tmp_path):
+    a,b = [daformer('mit_b0', 19, 16) for _ in range(2)]
+    f = three_nets(dict(model=a, ema_model=b), tmp_path/'x.pth', CLASSES=tuple(space('cityscapes').codes), PALETTE=[[1,2,3]]*19)
+    for which,want in ((None,a), ('student',a), ('teacher',b)):
+        again,meta = ck.load(f, which=which)
+        assert same(again.state_dict(), want.state_dict()) and not again.training and meta['which']==(which or 'student')
+    sp = ck.space_of(meta)
+    assert sp.name=='cityscapes' and sp.things and np.array_equal(sp.palette, space('cityscapes').palette)
+    with pytest.raises(ValueError, match='There is no imnet'): ck.load(f, which='imnet')
+    meta.pop('space')
+    assert json.dumps({k:v for k,v in meta.items()})   # may go into a header again
+
+@pytest.mark.parametrize('meta,codes', [({}, None), (dict(CLASSES=('a','b')), ['a','b']), (dict(dataset_meta=dict(classes=['a','b'], palette=[[1,2,3],[4,5,6]])), ['a','b']),
+    (dict(CLASSES=('a','a')), None), (dict(CLASSES=('a','b','c')), None), (dict(CLASSES=('a','b'), PALETTE='red'), ['a','b']), (dict(CLASSES=None), None)])
+def test_classes_that_others_wrote(meta, codes, tmp_path):
+    net,m = ck.load(three_nets(dict(model=light(n_out=2)), tmp_path/'x.pth', **meta))
+    sp = ck.space_of(m)
+    assert (sp and sp.codes)==codes
+    if 'dataset_meta' in meta: assert sp.palette.tolist()==[[1,2,3],[4,5,6]]
+
+@pytest.mark.parametrize('make', [lambda: segformer('mit_b0', 3, 16), lambda: light('mit_b1', n_out=3), lambda: daformer('mit_b0', 3, 8), lambda: light('lite0', n_out=3), lambda: deeplabv2(3)])
+def test_out_and_in_again_for_every_net(make, tmp_path):
+    net = make(); space3 = label_space(['a','b','c'])
+    for f in (ck.save_official(tmp_path/'d'/'x.pth', net, space3), ck.save(tmp_path/'y', net, space3)):
+        again,meta = ck.load(f)
+        assert same(again.state_dict(), net.state_dict()) and ck.space_of(meta).codes==['a','b','c'] and np.array_equal(ck.space_of(meta).palette, space3.palette)
+
+def test_transformers_opens_our_folder(tmp_path):
+    tf = pytest.importorskip('transformers', reason='transformers is the oracle of this test')
+    net = light('mit_b0', n_out=3, drop_path=0.).eval()
+    ck.save_hf(tmp_path/'hf', net, label_space(['a','b','c']))
+    hf,info = tf.SegformerForSemanticSegmentation.from_pretrained(tmp_path/'hf', output_loading_info=True); hf.eval()
+    assert not any(info[k] for k in ('missing_keys','unexpected_keys','mismatched_keys')) and hf.config.id2label=={0:'a', 1:'b', 2:'c'}
+    for n,m in hf.named_modules():
+        if isinstance(m, nn.LayerNorm) and 'patch_embeddings' not in n and 'sequence_reduction' not in n: m.eps = 1e-6
+    x = torch.randn(1,3,64,96)
+    with torch.no_grad(): torch.testing.assert_close(net.decode_head(net.backbone(x)), hf(x).logits, atol=2e-5, rtol=1e-5)
+    hf.save_pretrained(tmp_path/'again')
+    again,meta = ck.load(tmp_path/'again')
+    assert same(again.state_dict(), net.state_dict()) and ck.space_of(meta).codes==['a','b','c']
+
+def test_no_place_at_transformers(tmp_path):
+    for net in (daformer('mit_b0', 3, 8), light('lite0', n_out=3)):
+        with pytest.raises(ValueError, match='only `segformer`'): ck.save_hf(tmp_path/'x', net)
+    assert not (tmp_path/'x').exists()
+
+def test_half_a_write_leaves_nothing(net, tmp_path, monkeypatch):
+    monkeypatch.setattr(ck.os, 'replace', lambda *a: (_ for _ in ()).throw(OSError('No space left on device')))
+    for f in (ck.save_official, ck.save_hf):
+        with pytest.raises(OSError): f(tmp_path/'x', net_of(heads=False))
+    assert not [o for o in tmp_path.rglob('*') if o.is_file()]
 
 # load_into
 

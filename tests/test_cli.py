@@ -276,6 +276,12 @@ def test_host_under_terms(data):
     assert all(o in r['settings'].split() for o in ('balanced=True', 'target=0.05', 'buffers=copy', 'form=paper', 'iou=.2:1', 'w_host=0.5', 'crop=64x64'))
     assert not [o for o in r['settings'].split() if o.split('=')[0] in ('method','terms','data','seed','epochs','unlabelled')]
 
+def test_hrda_as_a_host(data):
+    "The name brings the net, with a detail box of half the image"
+    cli.pipa_train('hrda+mic', str(data), terms='pixel', out='o', **opts)
+    r,net = json.loads(Path('o/row.json').read_text()),load('o/weights.safetensors')[0]
+    assert (r['method'], r['host'], r['terms'])==('hrda+mic+pixel', 'hrda+mic', 'pixel') and type(net).__name__=='HRDANet' and tuple(net.crop)==(32,32)
+
 def test_discriminating_host_without_teacher(data):
     cli.pipa_train('advent', str(data), out='o', **opts)
     assert [*pd.read_csv('o/metrics.csv')][3:-1]==['pair','adv_ent','miou'] and 'entropy' not in json.loads(Path('o/row.json').read_text())

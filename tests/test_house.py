@@ -94,10 +94,11 @@ def test_version():
 
 # --- arrows go down ---------------------------------------------------------------------------------------------------------------------
 # What a module may import from pipa; modules that aren't named may import whatever has a lower number.
-layers = dict(labels='', losses='', mix='', metrics='', mit='', models='mit', hrda='models', minicity='labels', data='labels minicity',
-              checkpoints='models hrda labels', callbacks='mix losses models', baselines='callbacks mix losses models')
-leaves = 'labels losses mix mit models hrda minicity'.split()
-number = {re.sub(r'^\d+_', '', p.stem):p.stem[:2] for p in nbs}
+layers = dict(labels='', losses='', mix='', metrics='', mit='', lite='', models='mit lite', hrda='models', minicity='labels', domains='labels',
+              rare='labels domains', layouts='labels domains minicity', data='labels domains rare layouts', names='mit lite', weights='lite names',
+              checkpoints='models hrda weights names labels', callbacks='mix losses models', baselines='callbacks mix losses models')
+leaves = 'labels losses mix mit lite models hrda minicity'.split()
+number = {re.sub(r'^\d+[a-z]?_', '', p.stem):p.stem[:2] for p in nbs}
 
 def imports(mod):
     "Dotted names that a module imports, at the top or inside a function"

@@ -1,13 +1,15 @@
 "Inference: sizes, windows, scores and folders against slow and simple oracles"
-import os
+import os, subprocess, sys
 import numpy as np, pytest, torch, torch.nn.functional as F
 from PIL import Image
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import confusion_matrix, jaccard_score, recall_score
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from pipa import infer as I
 from pipa.data import Domain, eval_dl
-from pipa.labels import label_space, space
+from pipa.labels import LabelSpace, label_space, space
 from pipa.models import light
+from pipa.show import confusion_picture
 
 @pytest.fixture(scope='module')
 def net():
@@ -51,6 +53,45 @@ def test_slide_needs_one_canvas_and_full_batches():
     I.slide(net, torch.randn(1,3,96,96), 32, 32, bs=4)
     assert [s[0] for s in net.seen]==[4,4,1] and {s[1:] for s in net.seen}=={(3,32,32)}
 
+class Edgy(nn.Module):
+    "Sees the edge of its window: what a pixel gets depends on where the window is"
+    def __init__(self, k=3): super().__init__(); torch.manual_seed(1); self.c = nn.Conv2d(3, k, 9, padding=4)
+    def forward(self, x): return self.c(x).cumsum(-1).cumsum(-2)/100
+
+def by_hand(net, x, crop, stride):
+    "Sliding as the published evaluation does it, in double precision: a window at the end is moved back, a large one is cut"
+    (H,W),(h,w),(sh,sw) = x.shape[-2:],crop,stride
+    z,n = 0,np.zeros((H,W))
+    for i in range(max(H-h+sh-1, 0)//sh+1):
+        for j in range(max(W-w+sw-1, 0)//sw+1):
+            y2,x2 = min(i*sh+h, H),min(j*sw+w, W)
+            y1,x1 = max(y2-h, 0),max(x2-w, 0)
+            with torch.no_grad(): o = net(x[..., y1:y2, x1:x2]).double()
+            z = z+F.pad(o, (x1, W-x2, y1, H-y2))
+            n[y1:y2,x1:x2] += 1
+    return z/torch.from_numpy(n)
+
+@pytest.mark.parametrize('hw', [(64,64), (63,130), (31,33), (32,100), (100,32), (47,48), (1,200), (20,20)], ids=str)
+@pytest.mark.parametrize('crop,stride,bs', [((48,64),(24,32),4), ((32,32),(32,32),3), ((64,32),(17,31),1), ((48,64),(48,1),50)], ids=str)
+def test_slide_as_published_for_any_size(hw, crop, stride, bs):
+    net,x = Edgy(),torch.randn(2,3,*hw, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        z,want = I.slide(net, x, crop, stride, bs=bs),by_hand(net, x, crop, stride)
+        bands = [*I.slide_bands(net, x, crop, stride, bs)]
+    assert torch.allclose(z.double(), want, atol=1e-4) and z.dtype==torch.float32
+    assert [t for t,_ in bands]==[0, *np.cumsum([o.shape[-2] for _,o in bands])[:-1]] and torch.equal(torch.cat([o for _,o in bands], -2), z)
+
+@pytest.mark.parametrize('hw', [(20,90), (90,20), (33,35), (1,1), (64,65)], ids=str)
+@pytest.mark.parametrize('size', [None, 64, (96,32)])
+def test_predict_by_windows_for_any_size(hw, size):
+    net,img = Edgy(),picture(*hw)
+    x = I.to_input(Image.fromarray(img), I.fit_size(hw, size))
+    z = F.interpolate(by_hand(net, x, (48,64), (24,32)), hw, mode='bilinear')[0]
+    y = I.predict(net, img, size, mode='slide', crop=(48,64))
+    top = z.topk(2, 0).values
+    assert y.shape==hw and ((torch.from_numpy(y).long()==z.argmax(0)) | (top[0]-top[1]<1e-4)).all()
+    assert (top[0]-top[1]<1e-4).float().mean()<.05 or hw==(1,1)
+
 @pytest.mark.parametrize('kw', [dict(crop=16), dict(crop=64, stride=65), dict(crop=64, stride=0), dict(crop=(64,32), stride=(32,64))])
 def test_impossible_windows(kw):
     with pytest.raises(ValueError): I.slide(Pixel(), torch.randn(1,3,96,96), **kw)
@@ -82,6 +123,19 @@ def test_best_class(k, hw):
     z = torch.randn(k,9,14)
     assert torch.equal(I.best_class(z, hw).long(), F.interpolate(z[None], hw, mode='bilinear')[0].argmax(0))
     assert I.best_class(torch.zeros(k,9,14), hw).max()==0
+
+@pytest.mark.parametrize('hw', [(9,14), (9,30), (50,14), (23,31), (4,5), (1,1), (9,7)], ids=str)
+@pytest.mark.parametrize('cuts', [[], [1], [8], [2,3,7], [*range(1,9)]], ids=str)
+@pytest.mark.parametrize('n', [1, 700, 2**20])
+def test_label_rows_band_by_band(hw, cuts, n):
+    z = torch.randn(2,5,9,14, generator=torch.Generator().manual_seed(len(cuts)))
+    bands = [(a, z[..., a:b, :].clone()) for a,b in zip([0]+cuts, cuts+[9])]
+    big = F.interpolate(z.double(), hw, mode='bilinear')
+    y,top = I.label_rows(iter(bands), 9, hw, n),big.topk(2, 1).values
+    assert y.dtype==torch.uint8 and y.shape==(2,*hw) and ((y.long()==big.argmax(1)) | (top[:,0]-top[:,1]<1e-5)).all()
+
+def test_no_classes():
+    with pytest.raises(ValueError, match='no classes'): I.best_class(torch.zeros(0,4,4), (8,8))
 
 def test_best_class_of_many(): assert I.best_class(torch.arange(300.)[:,None,None].expand(-1,2,2), (4,4)).unique().tolist()==[299]
 
@@ -138,6 +192,71 @@ def test_wrong_space_and_mode(net):
     with pytest.raises(ValueError, match='no mode'): I.predict(net, picture(32,32), mode='both')
     I.predict(net, picture(32,32), space=space('minicity'))
 
+# amp, flip, memory
+
+class Asked(Pixel):
+    "Remembers the type in which it calculated"
+    def forward(self, x): z = self.c(x); self.seen.append(z.dtype); return z
+
+@pytest.mark.parametrize('amp,dtype', [(False,torch.float32), (True,torch.bfloat16), (torch.bfloat16,torch.bfloat16)])
+@pytest.mark.parametrize('kw', [dict(), dict(mode='slide', crop=32)])
+def test_amp(amp, dtype, kw):
+    net,img = Asked(),picture(64, 80)
+    z = I.logits(net, img, amp=amp, **kw)
+    assert set(net.seen)=={dtype} and z.dtype==torch.float32 and not torch.is_autocast_enabled('cpu')
+    assert (z-I.logits(net, img, **kw)).abs().max()<(.1 if amp else 1e-7)
+    assert I.predict(net, img, amp=amp, **kw).dtype==np.uint8
+
+def test_amp_of_somebody_else_is_left_alone():
+    net = Asked()
+    with torch.autocast('cpu', torch.bfloat16): I.predict(net, picture(32,32))
+    assert net.seen==[torch.bfloat16]
+
+def test_flip_is_the_mean_with_the_mirror(net):
+    img = picture(64, 96)
+    x = I.to_input(Image.fromarray(img), (64,96))
+    with torch.no_grad(): want = (net(x)+net(x.flip(-1)).flip(-1))/2
+    assert torch.allclose(I.logits(net, img, flip=True), want[0], atol=1e-5)
+    a = I.logits(net, img[:,::-1].copy(), mode='slide', crop=32, flip=True).flip(-1)
+    assert torch.allclose(a, I.logits(net, img, mode='slide', crop=32, flip=True), atol=1e-4)
+
+class Largest(TorchDispatchMode):
+    "Size of the largest float tensor that was made"
+    n = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.is_floating_point(): self.n = max(self.n, out.numel())
+        return out
+
+@pytest.mark.parametrize('kw', [dict(mode='slide', crop=32, bs=2), dict(mode='slide', crop=64, stride=64), dict(mode='slide', crop=(32,64), stride=20, flip=True)], ids=str)
+@pytest.mark.parametrize('size', [None, 'double'])
+def test_floats_dont_grow_with_the_image(kw, size):
+    def largest(h):
+        with Largest() as seen: y = I.predict(Pixel(19), picture(h, 96), (h*2,192) if size else None, **kw)
+        assert y.shape==(h,96)
+        return seen.n
+    a,b = largest(192),largest(480)
+    assert a==b<19*192*96*(4 if size else 1)
+
+@pytest.mark.slow
+def test_memory_of_a_large_photo():
+    if not os.path.exists('/proc/self/clear_refs'): pytest.skip('the peak is read from /proc')
+    code = """
+import numpy as np, torch
+from torch import nn
+from pipa.infer import predict
+def kb(k): return int(next(l for l in open('/proc/self/status') if l.startswith(k)).split()[1])
+net = nn.Conv2d(3, 19, 4, 4)
+predict(net, np.zeros((300,300,3), np.uint8), mode='slide', crop=256)
+img = np.zeros((4000,6000,3), np.uint8)
+open('/proc/self/clear_refs', 'w').write('5')
+before = kb('VmRSS')
+predict(net, img, mode='slide', crop=256, stride=256)
+print((kb('VmHWM')-before)//1024)"""
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=280)
+    assert p.returncode==0, p.stderr
+    assert int(p.stdout.split()[-1]) < 19*4000*6000*4/2**20/3
+
 # evaluate
 
 def folder_of(tmp_path, sizes, sp, seed=0):
@@ -159,6 +278,58 @@ def test_evaluate_all_ignored_and_empty(tmp_path, net):
     Image.fromarray(np.full((32,32), 255, np.uint8)).save(dom.masks[0])
     assert I.evaluate(net, dom, progress=False).sum()==0 and I.evaluate(net, dom.take([]), progress=False).shape==(11,11)
 
+def test_evaluate_takes_images_of_one_size_together(tmp_path):
+    sp,net = label_space(['a','b','c']),Pixel()
+    dom = folder_of(tmp_path, [(40,50)]*5+[(50,40)]*2+[(40,50)], sp)
+    cm = I.evaluate(net, dom, 64, bs=3, progress=False)
+    assert [s[0] for s in net.seen]==[3,2,2,1] and torch.equal(cm, I.evaluate(net, dom, 64, bs=1, progress=False))
+    assert torch.equal(I.evaluate(net, dom, 64, mode='slide', crop=96, bs=2, progress=True), cm)
+
+def test_evaluate_reads_images_as_they_are_stored(tmp_path):
+    sp,net = label_space(['a','b','c']),Pixel()
+    dom = folder_of(tmp_path, [(32,48)], sp)
+    exif = Image.Exif(); exif[0x0112] = 6
+    img = Image.open(dom.images[0]); img.load()
+    want = I.evaluate(net, dom, progress=False)
+    img.save(dom.images[0], exif=exif)
+    assert I.predict(net, dom.images[0]).shape==(48,32) and torch.equal(I.evaluate(net, dom, progress=False), want)
+
+def test_tables_are_sklearn():
+    sp,rng = space('synthia'),np.random.default_rng(0)
+    have = [i for i in range(19) if i not in (9,14,16)]
+    y = rng.choice(have, 4000); p = np.where(rng.random(4000)<.6, y, rng.choice(have, 4000)); y[y==18] = 17
+    cm = torch.from_numpy(confusion_matrix(y, p, labels=range(19)))
+    t,m = I.class_table(cm, sp),I.mean_table(cm, sp).set_index('mean')
+    iou = jaccard_score(y, p, labels=have, average=None, zero_division=0); acc = recall_score(y, p, labels=have[:-1], average=None)
+    np.testing.assert_allclose(t.iou[have], iou); np.testing.assert_allclose(t.acc[have[:-1]], acc)
+    assert t['class'].tolist()==sp.codes and t.pixels.tolist()==np.bincount(y, minlength=19).tolist() and t.predicted.tolist()==np.bincount(p, minlength=19).tolist()
+    assert t.iou[18]==0 and np.isnan(t.acc[18]) and t.note[18].startswith('predicted, but absent') and t.iou[[9,14,16]].isna().all()
+    np.testing.assert_allclose(m.iou['miou'], iou.mean()); np.testing.assert_allclose(m.iou['miou16'], iou.mean())
+    thirteen = [i for i in have if i not in (3,4,5)]
+    np.testing.assert_allclose(m.iou['miou13'], np.mean([iou[have.index(i)] for i in thirteen]))
+    np.testing.assert_allclose(m.acc['miou13'], np.mean([acc[have.index(i)] for i in thirteen[:-1]]))
+    assert m.classes.tolist()==[16,16,13] and m.absent['miou']=='terrain, truck, train' and m.absent['miou16']==''
+
+def test_tables_of_nothing():
+    sp = label_space(['a','b'])
+    t,m = I.class_table(torch.zeros(2,2).long(), sp),I.mean_table(torch.zeros(2,2).long(), sp)
+    assert t.iou.isna().all() and t.pixels.sum()==0 and m.classes[0]==0 and np.isnan(m.iou[0]) and m.absent[0]=='a, b'
+
+def test_confusion_picture_of_nineteen():
+    sp,rng = space('cityscapes'),np.random.default_rng(0)
+    cm = torch.from_numpy(rng.integers(0, 99, (19,19))+np.diag(np.full(19, 1000))); cm[16] = 0; cm[:,16] = 0
+    fig = confusion_picture(cm, sp)
+    left,right = fig.axes[:2]
+    drawn = left.collections[0].get_array().reshape(19,19)
+    np.testing.assert_allclose(drawn[0].sum(), 100, rtol=1e-5)
+    assert drawn.mask[16].all() and drawn.mask.sum()==19 and right.collections[0].get_array().mask.sum()==1
+    assert [t.get_text() for t in left.get_yticklabels()]==sp.codes==[t.get_text() for t in left.get_xticklabels()]
+    fig.canvas.draw()
+    boxes = [t.get_window_extent() for t in left.get_yticklabels()]
+    assert all(a.y0>=b.y1-1 for a,b in zip(boxes, boxes[1:])), 'names of classes overlap'
+    cell = left.get_window_extent().width/19
+    assert all(t.get_window_extent().width<cell for t in left.texts if t.get_text()), 'a number is wider than its field'
+
 def test_evaluate_refuses(tmp_path, net):
     sp = space('minicity'); dom = folder_of(tmp_path, [(32,32)], sp)
     with pytest.raises(ValueError, match='no masks'): I.evaluate(net, dom.unlabelled())
@@ -178,6 +349,30 @@ def test_overlay():
             assert np.abs(out[i,j]-want).max()<=1
     assert np.array_equal(I.overlay(img, np.array([[0,1]]), sp, 1.), sp.color(np.array([[0,1]]).repeat(6,0).repeat(4,1)))
     assert I.overlay(img, y.astype(np.int64), sp).dtype==np.uint8
+
+@pytest.mark.parametrize('name', ['cityscapes', 'gta', 'synthia'])
+def test_raw_ids_are_those_of_the_server(name):
+    y = np.random.default_rng(0).integers(0, 19, (7,9)).astype(np.uint8)
+    raw = I.raw_ids(y, space(name))
+    assert raw.dtype==np.uint8 and np.array_equal(space('cityscapes').encode(raw), y)
+    table = dict(road=7, sidewalk=8, building=11, wall=12, fence=13, pole=17, person=24, rider=25, car=26, truck=27, bus=28, train=31, motorcycle=32, bicycle=33)
+    for k,v in table.items(): assert I.raw_ids(np.uint8([space(name).codes.index(k)]), space(name))[0]==v
+
+def test_raw_ids_of_other_spaces():
+    assert np.array_equal(I.raw_ids(np.arange(11, dtype=np.uint8), space('minicity')), np.arange(11))
+    with pytest.raises(ValueError, match='no raw id in 0..255 for b'): I.raw_ids(np.uint8([0]), LabelSpace('x', ['a','b'], ids={1:0, 300:1}))
+    with pytest.raises(ValueError, match='for a'): I.raw_ids(np.uint8([0]), LabelSpace('x', ['a','b'], ids={1:1}))
+
+def test_folder_for_a_server(tmp_path):
+    root = tmp_path/'bilder \u00fc'; (root/'berlin').mkdir(parents=True)
+    for o in ('berlin/b_000_leftImg8bit.png', '\u6771\u4eac.jpg'): Image.fromarray(picture(40,50)).save(root/o)
+    net = Pixel(19)
+    assert I.predict_folder(net, root, tmp_path/'out', space('gta'), 32, ids='raw', progress=False)==(2, {})
+    assert sorted(p.relative_to(tmp_path/'out').as_posix() for p in (tmp_path/'out').rglob('*') if p.is_file())==['berlin/b_000_leftImg8bit.png', '\u6771\u4eac.png']
+    im = Image.open(tmp_path/'out/berlin/b_000_leftImg8bit.png')
+    assert im.mode=='L' and im.size==(50,40) and np.array_equal(space('cityscapes').encode(np.array(im)), I.predict(net, picture(40,50), 32))
+    with pytest.raises(ValueError, match='no `id` ids'): I.predict_folder(net, root, tmp_path/'o', space('gta'), ids='id')
+    assert not (tmp_path/'o').exists()
 
 def test_predict_folder(tmp_path, net, capsys):
     sp = space('minicity'); root = tmp_path/'in'; (root/'x'/'y').mkdir(parents=True)

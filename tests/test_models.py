@@ -1,5 +1,5 @@
 "Nets, heads and the adapter against golden figures, the slow way, transformers' head, and other people's nets."
-import json, pickle
+import json, math, pickle
 from copy import deepcopy
 from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F
@@ -241,6 +241,77 @@ def test_deeplab_keys_and_count():
     assert [b.conv2.dilation[0] for b in l3] == [1]+[2]*22 and [b.conv2.dilation[0] for b in l4] == [2,4,4]
     assert [getattr(net.backbone, f'layer{i}')[0].conv2.stride[0] for i in range(1,5)] == [1,2,1,1]
     assert all(b.conv1.stride==(1,1) for i in range(1,5) for b in getattr(net.backbone, f'layer{i}'))
+
+def published_deeplab(n_out=19):
+    "Keys and shapes as the page of the published net tells them"
+    def bn(k, c): return {f'{k}.{o}':[c] for o in ('weight','bias','running_mean','running_var')} | {f'{k}.num_batches_tracked':[]}
+    want = {}
+    for i,(a,b) in zip((0,3,6), ((3,32),(32,32),(32,64))):
+        want |= {f'backbone.stem.{i}.weight':[b,a,3,3]} | bn(f'backbone.stem.{i+1}', b)
+    c_in = 64
+    for s,(n,c) in enumerate(zip((3,4,23,3), (64,128,256,512)), 1):
+        for j in range(n):
+            k = f'backbone.layer{s}.{j}'
+            for m,(a,b,side) in enumerate(((c_in,c,1), (c,c,3), (c,4*c,1)), 1):
+                want |= {f'{k}.conv{m}.weight':[b,a,side,side]} | bn(f'{k}.bn{m}', b)
+            if j==0: want |= {f'{k}.downsample.0.weight':[4*c,c_in,1,1]} | bn(f'{k}.downsample.1', 4*c)
+            c_in = 4*c
+    for i in (0,1): want |= {f'decode_head.aspp_modules.{i}.conv.weight':[n_out,2048,3,3], f'decode_head.aspp_modules.{i}.conv.bias':[n_out]}
+    return want
+
+@pytest.mark.parametrize('n_out', [19,7])
+def test_deeplab_keys_and_shapes(n_out):
+    with torch.device('meta'): net = deeplabv2(n_out)
+    want = published_deeplab(n_out)
+    assert {k:list(v.shape) for k,v in net.state_dict().items()} == want
+    learned = [v for k,v in want.items() if not k.endswith(('running_mean','running_var','num_batches_tracked'))]
+    assert sum(p.numel() for p in net.parameters()) == sum(math.prod(v) for v in learned)
+
+def slow_deeplab(sd, x):
+    "The published net: strides (1,2,1,1), dilations (1,1,2,4), half of it in a stage's first block"
+    def cbn(k, b, x, **kw):
+        r = [sd[f'{b}.{o}'] for o in ('running_mean','running_var','weight','bias')]
+        return F.batch_norm(F.conv2d(x, sd[f'{k}.weight'], **kw), *r)
+    stem = 'backbone.stem'
+    for i,s in zip((0,3,6), (2,1,1)): x = F.relu(cbn(f'{stem}.{i}', f'{stem}.{i+1}', x, stride=s, padding=1))
+    x,maps = F.max_pool2d(x, 3, 2, 1),[]
+    for l,(n,s,d) in enumerate(zip((3,4,23,3), (1,2,1,1), (1,1,2,4)), 1):
+        for j in range(n):
+            k,s_j,d_j = f'backbone.layer{l}.{j}',s if j==0 else 1,max(d//2, 1) if j==0 else d
+            y = F.relu(cbn(f'{k}.conv1', f'{k}.bn1', x))
+            y = F.relu(cbn(f'{k}.conv2', f'{k}.bn2', y, stride=s_j, padding=d_j, dilation=d_j))
+            y = cbn(f'{k}.conv3', f'{k}.bn3', y)
+            x = F.relu(y + (cbn(f'{k}.downsample.0', f'{k}.downsample.1', x, stride=s_j) if j==0 else x))
+        maps.append(x)
+    def head(i, d):
+        k = f'decode_head.aspp_modules.{i}.conv'
+        return F.conv2d(x, sd[f'{k}.weight'], sd[f'{k}.bias'], padding=d, dilation=d)
+    return maps,head(0, 6)+head(1, 12)
+
+@torch.no_grad()
+@pytest.mark.parametrize('size', [(32,48), (43,61)])
+def test_deeplab_is_the_published_net(size):
+    net = rule_load(deeplabv2(5)).double().eval()
+    for m in net.modules():
+        if getattr(m, 'bn3', None) is not None: m.bn3.weight.mul_(.3)   # 33 blocks shall not blow up
+    x = inp('deeplab', (1,3,*size)).double()
+    maps,logits = slow_deeplab(net.state_dict(), x)
+    for a,b,s,c in zip(net.backbone(x), maps, (4,8,8,8), (256,512,1024,2048)):
+        assert tuple(a.shape)==(1,c,*(-(-n//s) for n in size)) and a.isfinite().all()
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(net.decode_head(net.backbone(x)), logits, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(net(x), resize(logits, size), atol=1e-9, rtol=1e-9)
+    first = net.backbone.layer4[0].conv2
+    first.dilation = first.padding = 4,4
+    assert not torch.allclose(net(x), resize(logits, size), atol=1e-3), 'without contraction it is another net'
+
+@torch.no_grad()
+def test_deeplab_norms_learn_in_training():
+    net = deeplabv2(3).train()
+    before = net.backbone.layer4[2].bn3.running_mean.clone()
+    net(torch.randn(2,3,33,49))
+    assert not torch.equal(net.backbone.layer4[2].bn3.running_mean, before)
+    assert all(p.requires_grad for m in net.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
 
 def test_deeplab_runs():
     net,x = deeplabv2(5),torch.randn(2,3,33,49)

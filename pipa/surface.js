@@ -1,0 +1,432 @@
+// One surface for pictures, maps, boxes and points. Traits bring what to show, messages take away what people do.
+// Whatever can be shown without Python (hover, drag, lasso, zoom, opacity) is shown at once; Python's answer follows.
+
+const GAP = 8, TITLE = 17, HANDLE = 9;
+const clamp = (v, a, b) => Math.min(Math.max(v, a), b);
+
+// Bytes arrive as a DataView in a notebook, and as a Uint8Array in an exported page.
+const raw = v => !v ? new Uint8Array(0) : new Uint8Array(v.buffer, v.byteOffset, v.byteLength);
+const floats = v => { const b = raw(v); return new Float32Array(b.buffer.slice(b.byteOffset, b.byteOffset + b.byteLength)); };
+
+function picture(bytes, w, h) {
+  const c = document.createElement('canvas');
+  c.width = w; c.height = h;
+  c.getContext('2d').putImageData(new ImageData(new Uint8ClampedArray(bytes), w, h), 0, 0);
+  return c;
+}
+
+function isDark(el) {
+  const b = document.body, jp = b.dataset.jpThemeLight;
+  if (jp) return jp === 'false';
+  if (b.classList.contains('vscode-light')) return false;
+  if (b.classList.contains('vscode-dark') || b.dataset.vscodeThemeKind === 'vscode-dark') return true;
+  return matchMedia('(prefers-color-scheme: dark)').matches;
+}
+
+// --- messages: one lazy event at a time is under way, of those that wait only the last one counts ---
+function postman(model) {
+  let n = 0, due = 0, since = 0, waiting = null;
+  const post = ev => { due = ++n; since = performance.now(); model.send({ ...ev, n }); };
+  model.on('change:done', () => {
+    if (model.get('done') < due) return;
+    due = 0;
+    if (waiting) { const w = waiting; waiting = null; post(w); }
+  });
+  return (ev, lazy = false) => {
+    if (lazy && due && performance.now() - since < 2000) { waiting = ev; return; }
+    waiting = null;
+    post(ev);
+  };
+}
+
+function render({ model, el }) {
+  const g = k => model.get(k);
+  const send = postman(model);
+  const root = document.createElement('div');
+  root.className = 'pipa-surface';
+  root.setAttribute('role', 'group');
+  root.dataset.lmSuppressShortcuts = 'true';  // JupyterLab shall not move cells while arrow keys move a box
+  root.innerHTML = `<div class="pipa-views"><canvas class="pipa-images" tabindex="0" role="img"></canvas>
+    <div class="pipa-plot"><canvas class="pipa-points" tabindex="0" role="img"></canvas><div class="pipa-legend"></div></div></div>
+    <div class="pipa-status"><span class="pipa-here"></span><span class="pipa-said" role="status" aria-live="polite"></span></div>`;
+  el.append(root);
+  const [images, points, plot, legend, here, said] =
+    ['images', 'points', 'plot', 'legend', 'here', 'said'].map(k => root.querySelector('.pipa-' + k));
+
+  const S = { rects: [], base: [], over: [], heat: [], xy: new Float32Array(0), from: null, born: 0, boxes: [], active: 0, area: null,
+    lasso: null, hover: null, tip: -1, cursor: null, view: { s: 1, x: 0, y: 0 }, drag: null, frames: 0, dirty: false };
+  const color = name => getComputedStyle(root).getPropertyValue(name).trim();
+
+  // --- layout ---
+  function size(canvas, w, h) {
+    const r = window.devicePixelRatio || 1;
+    const W = Math.round(w * r), H = Math.round(h * r);
+    if (canvas.width !== W || canvas.height !== H) { canvas.width = W; canvas.height = H; }
+    canvas.style.width = w + 'px'; canvas.style.height = h + 'px';
+    const ctx = canvas.getContext('2d');
+    ctx.setTransform(r, 0, 0, r, 0, 0);
+    return ctx;
+  }
+
+  function layout() {
+    const total = root.clientWidth, panels = g('panels'), both = panels.length && S.xy.length;
+    if (!total) return;
+    const side = both && total > 640, share = g('share');
+    const W = Math.floor(side ? total * share - GAP : total), cols = Math.max(1, Math.min(g('cols') || 2, panels.length || 1));
+    const cw = Math.min((W - GAP * (cols - 1)) / cols, g('max_width'));
+    S.rects = []; let y = 0;
+    for (let i = 0; i < panels.length; i += cols) {
+      const row = panels.slice(i, i + cols), hs = row.map(p => cw * p.h / p.w);
+      row.forEach((p, j) => S.rects.push({ x: j * (cw + GAP), y: y + TITLE, w: cw, h: hs[j] }));
+      y += TITLE + Math.max(...hs) + GAP;
+    }
+    images.style.display = panels.length ? '' : 'none';
+    S.W = cols * cw + GAP * (cols - 1); S.H = Math.max(y - GAP, 1);
+    images.dataset.rects = JSON.stringify(S.rects.map(r => [r.x, r.y, r.w, r.h].map(v => Math.round(v * 10) / 10)));
+    plot.style.display = S.xy.length ? '' : 'none';
+    S.PW = Math.floor(side ? total - S.W - 2 * GAP - 4 : Math.min(total, 720));
+    plot.style.width = S.PW + 2 + 'px';
+    S.PH = Math.floor(side ? clamp(S.H, 260, 620) : Math.min(S.PW * .75, 460));
+  }
+
+  // --- what arrives ---
+  function cut(bytes, sizes) {
+    let at = 0; const b = raw(bytes);
+    return sizes.map(([w, h]) => { const n = w * h * 4, p = at + n <= b.length && n ? picture(b.subarray(at, at + n), w, h) : null; at += n; return p; });
+  }
+  const loaders = {
+    base() { S.base = cut(g('base'), g('panels').map(p => [p.w, p.h])); },
+    over() { S.over = cut(g('over'), g('panels').map(p => [p.w, p.h])); },
+    heat() {
+      const b = raw(g('heat')), [w, h] = g('heat_size'), lut = raw(g('lut')), [lo, hi] = g('heat_range').map(v => (v + 1) * 127.5);
+      const n = w * h, table = new Uint32Array(256), bytes = new Uint8Array(table.buffer);
+      for (let v = 0; v < 256; v++) {  // below the threshold a veil, above it the colours, all in one table
+        const k = clamp(Math.round((v - lo) / Math.max(hi - lo, 1e-6) * 255), 0, 255) * 4;
+        bytes.set(v < lo ? [0, 0, 0, 150] : [lut[k], lut[k + 1], lut[k + 2], 255], v * 4);
+      }
+      S.heat = [];
+      for (let i = 0; n && (i + 1) * n <= b.length; i++) {
+        const px = new Uint32Array(n);
+        for (let j = 0; j < n; j++) px[j] = table[b[i * n + j]];
+        S.heat.push(picture(new Uint8Array(px.buffer), w, h));
+      }
+    },
+    xy() {
+      const next = floats(g('xy')), calm = matchMedia('(prefers-reduced-motion: reduce)').matches;
+      S.from = !calm && S.xy.length === next.length && next.length ? now() : null;
+      if (S.xy.length !== next.length) S.view = { s: 1, x: 0, y: 0 };
+      S.xy = next; S.born = performance.now(); S.tip = -1;
+    },
+    boxes() { if (!S.drag || S.drag.kind !== 'box') S.boxes = g('boxes').map(b => ({ ...b })); },
+    said() { said.textContent = g('said'); root.classList.toggle('pipa-busy', g('busy')); },
+    legend() {
+      legend.replaceChildren(...g('legend').map((l, i) => {
+        const b = document.createElement('button');
+        b.type = 'button'; b.className = 'pipa-chip'; b.setAttribute('aria-pressed', l.on !== false);
+        b.dataset.name = l.text; b.title = l.on === false ? `show ${l.text}` : `hide ${l.text}`;
+        b.innerHTML = `<i class="${l.shape === 'triangle' ? 'pipa-triangle' : ''}" style="--c:${l.color || 'currentColor'}"></i>`;
+        b.append(l.text);
+        b.onclick = () => send({ type: 'legend', i, text: l.text });
+        return b;
+      }));
+    },
+    label() { root.setAttribute('aria-label', g('label')); images.setAttribute('aria-label', g('label') + ': images'); points.setAttribute('aria-label', g('label') + ': plot'); },
+  };
+
+  // --- points: data to screen and back ---
+  function now() {  // positions at this moment of a move
+    if (!S.from) return S.xy;
+    const t = clamp((performance.now() - S.born) / 500, 0, 1), k = t * t * (3 - 2 * t);
+    if (t >= 1) { S.from = null; return S.xy; }
+    draw();
+    return S.xy.map((v, i) => S.from[i] + (v - S.from[i]) * k);
+  }
+  const fit = () => Math.min(S.PW, S.PH) / 2 * .9 * S.view.s;
+  const aspect = () => S.PW > S.PH ? [S.PW / S.PH, 1] : [1, S.PH / S.PW];
+  const toScreen = (x, y) => { const [a, b] = aspect(), k = fit(); return [S.PW / 2 + (x - S.view.x) * k * a, S.PH / 2 - (y - S.view.y) * k * b]; };
+  const toData = (X, Y) => { const [a, b] = aspect(), k = fit(); return [(X - S.PW / 2) / k / a + S.view.x, (S.PH / 2 - Y) / k / b + S.view.y]; };
+  function nearest(X, Y, within = 9) {
+    const xy = now(), st = raw(g('state')); let best = -1, d2 = within * within;
+    for (let i = 0; i < xy.length / 2; i++) {
+      if (st.length && !st[i]) continue;
+      const [x, y] = toScreen(xy[2 * i], xy[2 * i + 1]), d = (x - X) ** 2 + (y - Y) ** 2;
+      if (d < d2) { d2 = d; best = i; }
+    }
+    return best;
+  }
+
+  // --- drawing ---
+  function outlined(ctx, f, inner, width = 2) {
+    for (const [c, w] of [['rgba(0,0,0,.75)', width + 2], [inner, width]]) { ctx.strokeStyle = c; ctx.lineWidth = w; ctx.beginPath(); f(); ctx.stroke(); }
+  }
+  const mark = (ctx, x, y, r, sign) => {
+    ctx.beginPath(); ctx.arc(x, y, r, 0, 7); ctx.fillStyle = sign < 0 ? '#d55e00' : '#fff'; ctx.fill(); ctx.lineWidth = 1.5; ctx.strokeStyle = '#000'; ctx.stroke();
+    ctx.beginPath(); ctx.moveTo(x - r / 2, y); ctx.lineTo(x + r / 2, y); if (sign > 0) { ctx.moveTo(x, y - r / 2); ctx.lineTo(x, y + r / 2); } ctx.stroke();
+  };
+
+  function drawImages() {
+    const ctx = size(images, S.W, S.H), panels = g('panels');
+    ctx.clearRect(0, 0, S.W, S.H);
+    const px = (i, x, y) => { const r = S.rects[i], p = panels[i]; return [r.x + x / p.w * r.w, r.y + y / p.h * r.h]; };
+    panels.forEach((p, i) => {
+      const r = S.rects[i];
+      ctx.font = '12px ' + color('--pipa-font'); ctx.textBaseline = 'alphabetic';
+      let tx = r.x;
+      if (p.dot) { ctx.fillStyle = p.dot; ctx.beginPath(); ctx.arc(r.x + 4, r.y - 8, 4, 0, 7); ctx.fill(); tx += 12; }
+      ctx.fillStyle = color('--pipa-fg'); ctx.fillText(p.title || '', tx, r.y - 4, r.w - 12);
+      ctx.imageSmoothingEnabled = !p.crisp; ctx.imageSmoothingQuality = 'high';
+      if (S.base[i]) ctx.drawImage(S.base[i], r.x, r.y, r.w, r.h);
+      if (S.over[i] && g('over_alpha') > 0) { ctx.globalAlpha = g('over_alpha'); ctx.imageSmoothingEnabled = false; ctx.drawImage(S.over[i], r.x, r.y, r.w, r.h); }
+      if (S.heat[i] && g('heat_alpha') > 0) { ctx.globalAlpha = g('heat_alpha'); ctx.imageSmoothingEnabled = true; ctx.drawImage(S.heat[i], r.x, r.y, r.w, r.h); }
+      ctx.globalAlpha = 1;
+    });
+    const at = floats(g('at')), st = raw(g('state')), rgb = raw(g('rgb'));
+    for (let i = 0; i < st.length; i++) if (st[i] === 2 && at.length > 3 * i + 2) {  // pixels lit by a selection
+      const [x, y] = px(at[3 * i], at[3 * i + 1], at[3 * i + 2]);
+      ctx.beginPath(); ctx.arc(x, y, 3.4, 0, 7); ctx.fillStyle = `rgb(${rgb[3 * i]},${rgb[3 * i + 1]},${rgb[3 * i + 2]})`; ctx.fill();
+      ctx.lineWidth = 1.2; ctx.strokeStyle = '#fff'; ctx.stroke();
+    }
+    for (const m of g('marks')) if (S.rects[m.panel]) mark(ctx, ...px(m.panel, m.x, m.y), 6, m.sign ?? 1);
+    const meet = overlapOf();
+    if (meet) { const [x, y] = px(meet.panel, meet.x, meet.y), [X, Y] = px(meet.panel, meet.x + meet.w, meet.y + meet.h); ctx.fillStyle = '#ffffff38'; ctx.fillRect(x, y, X - x, Y - y); }
+    S.boxes.forEach((b, i) => {
+      if (!S.rects[b.panel]) return;
+      const [x, y] = px(b.panel, b.x, b.y), [X, Y] = px(b.panel, b.x + b.w, b.y + b.h);
+      outlined(ctx, () => ctx.rect(x, y, X - x, Y - y), b.color || '#fff', i === S.active ? 3 : 2);
+      ctx.font = 'bold 12px ' + color('--pipa-font'); ctx.fillStyle = '#000c'; ctx.fillRect(x, y, 8 + ctx.measureText(b.text || '').width, b.text ? 16 : 0);
+      ctx.fillStyle = b.color || '#fff'; ctx.fillText(b.text || '', x + 4, y + 12);
+      ctx.fillStyle = b.color || '#fff'; ctx.fillRect(X - HANDLE / 2 - 1, Y - HANDLE / 2 - 1, HANDLE, HANDLE);
+    });
+    if (S.area) { const a = S.area, [x, y] = px(a.panel, a.x, a.y), [X, Y] = px(a.panel, a.x + a.w, a.y + a.h); ctx.setLineDash([5, 3]); outlined(ctx, () => ctx.rect(x, y, X - x, Y - y), '#fff', 1.5); ctx.setLineDash([]); }
+    let h = S.hover;
+    if (S.tip >= 0 && at.length > 3 * S.tip + 2) h = { panel: at[3 * S.tip], x: at[3 * S.tip + 1], y: at[3 * S.tip + 2] };
+    if (h && S.rects[h.panel]) {
+      const [x, y] = px(h.panel, h.x, h.y);
+      outlined(ctx, () => { for (const [a, b, c, d] of [[-9, 0, -3, 0], [3, 0, 9, 0], [0, -9, 0, -3], [0, 3, 0, 9]]) { ctx.moveTo(x + a, y + b); ctx.lineTo(x + c, y + d); } }, '#fff', 1.5);
+    }
+  }
+
+  function drawPoints() {
+    const ctx = size(points, S.PW, S.PH), xy = now(), st = raw(g('state')), rgb = raw(g('rgb')), shape = raw(g('shape'));
+    ctx.clearRect(0, 0, S.PW, S.PH);
+    ctx.fillStyle = color('--pipa-field'); ctx.fillRect(0, 0, S.PW, S.PH);
+    const n = xy.length / 2, lit = st.includes(2), r = clamp(5.2 - n / 900, 2.4, 4.4);
+    for (const pass of lit ? [1, 2] : [1]) for (let i = 0; i < n; i++) {
+      const s = st.length ? st[i] : 1;
+      if (s !== pass) continue;
+      const [x, y] = toScreen(xy[2 * i], xy[2 * i + 1]);
+      ctx.globalAlpha = lit && s === 1 ? .16 : .9;
+      ctx.fillStyle = `rgb(${rgb[3 * i]},${rgb[3 * i + 1]},${rgb[3 * i + 2]})`;
+      ctx.beginPath();
+      if (shape[i] === 1) { const R = r * 1.35; ctx.moveTo(x, y - R); ctx.lineTo(x + R * .95, y + R * .75); ctx.lineTo(x - R * .95, y + R * .75); ctx.closePath(); }
+      else ctx.arc(x, y, r, 0, 7);
+      ctx.fill();
+      ctx.globalAlpha *= .6; ctx.lineWidth = .7; ctx.strokeStyle = color('--pipa-edge'); ctx.stroke();
+    }
+    ctx.globalAlpha = 1;
+    for (const t of g('trails')) {
+      ctx.beginPath(); t.xy.forEach(([x, y], i) => ctx[i ? 'lineTo' : 'moveTo'](...toScreen(x, y)));
+      ctx.lineWidth = 2; ctx.strokeStyle = t.color; ctx.lineJoin = 'round'; ctx.stroke();
+    }
+    ctx.font = '600 11px ' + color('--pipa-font'); ctx.textAlign = 'center'; ctx.textBaseline = 'middle';
+    const placed = [];
+    for (const t of g('texts')) {  // names that would lie on each other move down
+      let [x, y] = toScreen(t.x, t.y);
+      const w = ctx.measureText(t.text).width / 2 + 3, hit = () => placed.some(o => Math.abs(o.x - x) < o.w + w && Math.abs(o.y - y) < 13);
+      for (let k = 0; k < 12 && hit(); k++) y += 7;
+      placed.push({ x, y, w });
+      ctx.lineWidth = 3; ctx.lineJoin = 'round'; ctx.strokeStyle = color('--pipa-field'); ctx.strokeText(t.text, x, y);
+      ctx.fillStyle = color('--pipa-fg'); ctx.fillText(t.text, x, y);
+    }
+    ctx.textAlign = 'left'; ctx.textBaseline = 'alphabetic';
+    if (S.lasso) { ctx.beginPath(); S.lasso.forEach(([x, y], i) => ctx[i ? 'lineTo' : 'moveTo'](x, y)); ctx.closePath(); ctx.fillStyle = color('--pipa-veil'); ctx.fill(); ctx.setLineDash([5, 4]); ctx.lineWidth = 1.5; ctx.strokeStyle = color('--pipa-fg'); ctx.stroke(); ctx.setLineDash([]); }
+    drawTip(ctx, xy);
+    ctx.fillStyle = color('--pipa-soft'); ctx.font = '11px ' + color('--pipa-font'); ctx.fillText(g('caption'), 8, S.PH - 8);
+  }
+
+  function drawTip(ctx, xy) {  // the pixel under the mouse: a ring, its surroundings, and what is known of it
+    const i = S.tip;
+    if (i < 0 || 2 * i >= xy.length) return;
+    const [x, y] = toScreen(xy[2 * i], xy[2 * i + 1]), at = floats(g('at')), text = (g('tips')[i] || '').split('\n');
+    outlined(ctx, () => ctx.arc(x, y, 7, 0, 7), '#fff');
+    ctx.font = '11px ' + color('--pipa-font');
+    const T = 84, pic = S.base[at[3 * i]], w = Math.max(pic ? T : 0, ...text.map(t => ctx.measureText(t).width)) + 12, h = (pic ? T + 4 : 0) + 14 * text.length + 10;
+    const X = clamp(x + 14, 2, S.PW - w - 2), Y = clamp(y - h / 2, 2, S.PH - h - 2);
+    ctx.fillStyle = color('--pipa-card'); ctx.strokeStyle = color('--pipa-line'); ctx.lineWidth = 1;
+    ctx.beginPath(); ctx.roundRect(X, Y, w, h, 6); ctx.fill(); ctx.stroke();
+    if (pic) {
+      const k = 14, cx = at[3 * i + 1], cy = at[3 * i + 2];
+      ctx.save(); ctx.beginPath(); ctx.rect(X + 6, Y + 6, T, T); ctx.clip(); ctx.fillStyle = '#000'; ctx.fillRect(X + 6, Y + 6, T, T); ctx.imageSmoothingEnabled = false;
+      ctx.drawImage(pic, cx - k, cy - k, 2 * k, 2 * k, X + 6, Y + 6, T, T); ctx.restore();
+      outlined(ctx, () => ctx.rect(X + 6 + T / 2 - 5, Y + 6 + T / 2 - 5, 10, 10), '#fff', 1);
+    }
+    ctx.fillStyle = color('--pipa-fg');
+    text.forEach((t, j) => ctx.fillText(t, X + 6, Y + (pic ? T + 10 : 4) + 12 + 14 * j - 2));
+  }
+
+  function draw() {
+    if (S.dirty) return;
+    S.dirty = true;
+    requestAnimationFrame(() => {
+      S.dirty = false; layout();
+      if (!root.clientWidth) return;
+      if (g('panels').length) drawImages();
+      if (S.xy.length) drawPoints();
+      root.dataset.frames = ++S.frames;
+    });
+  }
+
+  // --- mouse on images: click, shift-click, drag an area, drag or resize a box ---
+  const where = (e, c) => { const b = c.getBoundingClientRect(); return [e.clientX - b.left, e.clientY - b.top]; };
+  function onPanel(X, Y, stay = null) {
+    const i = stay ?? S.rects.findIndex(r => X >= r.x && X < r.x + r.w && Y >= r.y && Y < r.y + r.h);
+    if (i < 0) return null;
+    const r = S.rects[i], p = g('panels')[i];
+    return { panel: i, x: clamp((X - r.x) / r.w, 0, .9999) * p.w, y: clamp((Y - r.y) / r.h, 0, .9999) * p.h, k: p.w / r.w };
+  }
+  function boxAt(h) {
+    for (const i of [S.active, ...S.boxes.keys()]) {
+      const b = S.boxes[i];
+      if (!b || b.panel !== h.panel) continue;
+      if (Math.abs(h.x - b.x - b.w) < HANDLE * h.k && Math.abs(h.y - b.y - b.h) < HANDLE * h.k) return [i, true];
+      if (h.x >= b.x && h.x <= b.x + b.w && h.y >= b.y && h.y <= b.y + b.h) return [i, false];
+    }
+    return null;
+  }
+  function overlapOf() {  // of two boxes on one image
+    const [a, b] = S.boxes;
+    if (S.boxes.length !== 2 || a.panel !== b.panel) return null;
+    const x = Math.max(a.x, b.x), y = Math.max(a.y, b.y), w = Math.min(a.x + a.w, b.x + b.w) - x, h = Math.min(a.y + a.h, b.y + b.h) - y;
+    return w > 0 && h > 0 ? { panel: a.panel, x, y, w, h, iou: w * h / (a.w * a.h + b.w * b.h - w * h) } : null;
+  }
+  const tell = h => { const m = overlapOf(); here.textContent = S.boxes.length === 2 ? `IoU ${m ? m.iou.toFixed(2) : '0'}` : h ? `${g('panels')[h.panel].title || ''}  x ${Math.floor(h.x)}, y ${Math.floor(h.y)}` : ''; };
+  const flags = e => ({ add: e.ctrlKey || e.metaKey || e.altKey, neg: e.shiftKey });
+  const boxes = final => send({ type: 'box', boxes: S.boxes, active: S.active, final }, !final);
+
+  images.addEventListener('pointerdown', e => {
+    const h = onPanel(...where(e, images));
+    if (!h || e.button) return;
+    images.focus({ preventScroll: true });
+    try { images.setPointerCapture(e.pointerId); } catch {}
+    const b = boxAt(h);
+    if (b) { S.active = b[0]; S.drag = { kind: 'box', at: h, i: b[0], resize: b[1], was: { ...S.boxes[b[0]] } }; }
+    else S.drag = { kind: 'area', at: h, X: e.clientX, Y: e.clientY };
+    draw();
+  });
+  images.addEventListener('pointermove', e => {
+    const [X, Y] = where(e, images), d = S.drag, h = onPanel(X, Y, d ? d.at.panel : null);
+    S.hover = h; tell(h); S.tip = -1;
+    if (d && h && d.kind === 'box') {
+      const p = g('panels')[h.panel], b = S.boxes[d.i], dx = h.x - d.at.x, dy = h.y - d.at.y;
+      if (d.resize) { b.w = clamp(d.was.w + dx, 8, p.w - b.x); b.h = clamp(d.was.h + dy, 8, p.h - b.y); if (g('same_size')) S.boxes.forEach(o => { o.w = b.w; o.h = b.h; o.x = clamp(o.x, 0, p.w - o.w); o.y = clamp(o.y, 0, p.h - o.h); }); }
+      else { b.x = clamp(d.was.x + dx, 0, p.w - b.w); b.y = clamp(d.was.y + dy, 0, p.h - b.h); }
+      boxes(false);
+    } else if (d && h && Math.hypot(e.clientX - d.X, e.clientY - d.Y) > 4) {
+      S.area = { panel: h.panel, x: Math.min(h.x, d.at.x), y: Math.min(h.y, d.at.y), w: Math.abs(h.x - d.at.x), h: Math.abs(h.y - d.at.y) };
+    } else if (!d && g('hover')) send(h ? { type: 'hover', ...h } : { type: 'leave' }, true);
+    const b = h && !d && boxAt(h);
+    images.style.cursor = b ? (b[1] ? 'nwse-resize' : 'move') : h ? 'crosshair' : 'default';
+    draw();
+  });
+  images.addEventListener('pointerup', e => {
+    const d = S.drag, a = S.area;
+    S.drag = S.area = null;
+    if (!d) return;
+    if (d.kind === 'box') boxes(true);
+    else if (a) send({ type: 'area', ...a, ...flags(e) });
+    else { S.cursor = d.at; send({ type: 'click', ...d.at, ...flags(e) }); }
+    draw();
+  });
+  images.addEventListener('pointercancel', () => { S.drag = S.area = null; draw(); });
+  images.addEventListener('pointerleave', () => { if (S.drag) return; S.hover = null; tell(null); if (g('hover')) send({ type: 'leave' }, true); draw(); });
+
+  images.addEventListener('keydown', e => {
+    const arrow = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[e.key], panels = g('panels');
+    const b = S.boxes[S.active];
+    if (b && arrow) {
+      const p = panels[b.panel], k = g('step'), [dx, dy] = [arrow[0] * k, arrow[1] * k];
+      if (e.shiftKey) for (const o of g('same_size') ? S.boxes : [b]) { o.w = clamp(o.w + dx, k, p.w - o.x); o.h = clamp(o.h + dy, k, p.h - o.y); }
+      else { b.x = clamp(b.x + dx, 0, p.w - b.w); b.y = clamp(b.y + dy, 0, p.h - b.h); }
+      boxes(true);
+    } else if (b && (e.key === 'b' || e.key === ' ')) S.active = (S.active + 1) % S.boxes.length;
+    else if (arrow || e.key === 'PageUp' || e.key === 'PageDown') {
+      const c = S.cursor || { panel: 0, x: panels[0].w / 2, y: panels[0].h / 2 }, k = e.shiftKey ? 8 : 1;
+      const i = arrow ? c.panel : (c.panel + (e.key === 'PageDown' ? 1 : panels.length - 1)) % panels.length, p = panels[i];
+      S.cursor = S.hover = { panel: i, x: clamp(c.x + (arrow ? arrow[0] * k : 0), 0, p.w - .001), y: clamp(c.y + (arrow ? arrow[1] * k : 0), 0, p.h - .001) };
+      tell(S.cursor); if (g('hover')) send({ type: 'hover', ...S.cursor }, true);
+    } else if (e.key === 'Enter' && S.cursor) send({ type: 'click', ...S.cursor, ...flags(e) });
+    else if (e.key === 'Backspace' || e.key === 'Delete') send({ type: 'undo' });
+    else if (e.key === 'Escape') send({ type: 'clear' });
+    else return;
+    e.preventDefault(); e.stopPropagation(); draw();
+  });
+
+  // --- mouse on points: lasso, click, wheel to zoom, alt or right button to move ---
+  points.addEventListener('pointerdown', e => {
+    points.focus({ preventScroll: true });
+    try { points.setPointerCapture(e.pointerId); } catch {}
+    const [X, Y] = where(e, points), move = e.altKey || e.button;
+    S.drag = { kind: move ? 'pan' : 'lasso', X, Y, view: { ...S.view } };
+    if (!move) S.lasso = [[X, Y]];
+  });
+  points.addEventListener('pointermove', e => {
+    const [X, Y] = where(e, points), d = S.drag;
+    if (d && d.kind === 'pan') { const [a, b] = toData(d.X, d.Y), [x, y] = toData(X, Y); S.view.x += a - x; S.view.y += b - y; d.X = X; d.Y = Y; }
+    else if (d) { S.lasso.push([X, Y]); S.tip = -1; }
+    else { const i = nearest(X, Y); if (i === S.tip) return; S.tip = i; }
+    draw();
+  });
+  points.addEventListener('pointerup', e => {
+    const d = S.drag, l = S.lasso;
+    S.drag = S.lasso = null;
+    if (!d || d.kind === 'pan') return draw();
+    const far = Math.max(...l.map(([x, y]) => Math.hypot(x - d.X, y - d.Y)));
+    if (far > 5) send({ type: 'lasso', poly: l.map(p => toData(...p)), ...flags(e) });
+    else { const i = nearest(d.X, d.Y); send(i < 0 ? { type: 'clear' } : { type: 'point', i, ...flags(e) }); }
+    draw();
+  });
+  points.addEventListener('pointerleave', () => { if (S.drag) return; S.tip = -1; draw(); });
+  points.addEventListener('contextmenu', e => e.preventDefault());
+  points.addEventListener('dblclick', () => { S.view = { s: 1, x: 0, y: 0 }; draw(); });
+  function zoom(f, X = S.PW / 2, Y = S.PH / 2) {
+    const [x, y] = toData(X, Y); S.view.s = clamp(S.view.s * f, .5, 40);
+    const [a, b] = toData(X, Y); S.view.x += x - a; S.view.y += y - b; draw();
+  }
+  points.addEventListener('wheel', e => {  // only when the plot has the focus: a page shall scroll past it
+    if (document.activeElement !== points && points.getRootNode().activeElement !== points && !e.ctrlKey) return;
+    e.preventDefault(); zoom(Math.exp(-e.deltaY / 400), ...where(e, points));
+  }, { passive: false });
+  points.addEventListener('keydown', e => {
+    const arrow = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[e.key];
+    if (arrow) { S.view.x += arrow[0] * .1 / S.view.s; S.view.y += arrow[1] * .1 / S.view.s; draw(); }
+    else if (e.key === '+' || e.key === '=') zoom(1.25);
+    else if (e.key === '-') zoom(.8);
+    else if (e.key === '0') { S.view = { s: 1, x: 0, y: 0 }; draw(); }
+    else if (e.key === 'Escape') send({ type: 'clear' });
+    else return;
+    e.preventDefault(); e.stopPropagation();
+  });
+
+  // --- life ---
+  const on = (names, f) => names.forEach(k => model.on('change:' + k, f));
+  on(['panels'], () => { loaders.base(); loaders.over(); draw(); });
+  on(['base'], () => { loaders.base(); draw(); });
+  on(['over'], () => { loaders.over(); draw(); });
+  on(['heat', 'heat_size', 'heat_range', 'lut'], () => { loaders.heat(); draw(); });
+  on(['xy'], () => { loaders.xy(); draw(); });
+  on(['boxes'], () => { loaders.boxes(); draw(); });
+  on(['legend'], () => { loaders.legend(); draw(); });
+  on(['said', 'busy'], loaders.said);
+  on(['at', 'state', 'rgb', 'shape', 'tips', 'texts', 'trails', 'marks', 'over_alpha', 'heat_alpha', 'cols', 'share', 'max_width', 'caption'], draw);
+  Object.values(loaders).forEach(f => f());
+  let dark = null;
+  const theme = () => { const d = isDark(root); root.classList.toggle('pipa-dark', d); if (d !== dark) { dark = d; send({ type: 'theme', dark: d }); } draw(); };
+  const resized = new ResizeObserver(draw), themed = new MutationObserver(theme);
+  resized.observe(root);
+  themed.observe(document.body, { attributes: true });
+  matchMedia('(prefers-color-scheme: dark)').addEventListener('change', theme);
+  theme();
+  return () => { resized.disconnect(); themed.disconnect(); matchMedia('(prefers-color-scheme: dark)').removeEventListener('change', theme); };
+}
+
+export default { render };
