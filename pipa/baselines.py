@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 from .losses import weighted_ce
 from .mix import block_mask, strong_augment, imagenet_mean, imagenet_std
 from .models import resize
-from .callbacks import Pair, MeanTeacher, LossTerm, _show
+from .callbacks import MeanTeacher, LossTerm, with_detail, _show
 
 # %% auto #0
 __all__ = ['self_info', 'MinEnt', 'Halve', 'discriminator', 'AdvSeg', 'AdvEnt', 'fda', 'FDA', 'MIC']
@@ -184,8 +184,12 @@ class MIC(LossTerm):
         x = strong_augment(self.x_t, **self.aug)
         block = self.block or max(1, min(x.shape[-2:])//16)
         self.b = x*block_mask(x.shape, self.ratio, block, device=x.device),self.y_t,self.w_t
-    def predict(self): self.z = self.model(self.b[0])[0]
-    def score(self): return weighted_ce(self.z.float(), *self.b[1:]),int((self.b[2]>0).sum())
+    def predict(self):
+        self.z,f = self.model(self.b[0])
+        self.detail = f.detail
+    def score(self):
+        l = with_detail(weighted_ce(self.z.float(), *self.b[1:]), weighted_ce, self.detail, *self.b[1:])
+        return l,int((self.b[2]>0).sum())
 
 @patch
 def show(self:MIC, n:int=2):

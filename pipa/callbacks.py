@@ -237,11 +237,9 @@ class TargetPixelContrast(PixelContrast):
     def prepare(self): self.y_sure = self.mean_teacher.sure(self.target if self.steps>=self.target_start else 2.)
     def predict(self):
         super().predict()
-        (z,f),src = self.model(self.x_t),self.feats
-        f,src = getattr(f, 'finest', f),getattr(src, 'finest', src)
-        cut,cut_s = getattr(f, 'cut', noop),getattr(src, 'cut', noop)
-        self.e_t,self.p_t,self.p_s = self.model.proj_head(f.maps),cut(z).argmax(1),cut_s(self.pred).argmax(1)
-        self.seen_t = cut(self.x_t),cut(self.y_sure)
+        z,f = self.model(self.x_t)
+        f,self.p_s = f.finest,self.feats.finest.cut(self.pred).argmax(1)
+        self.e_t,self.p_t,self.seen_t = self.model.proj_head(f.maps),f.cut(z).argmax(1),(f.cut(self.x_t),f.cut(self.y_sure))
     def score(self):
         e,y,p = [torch.cat(o) for o in ((self.emb,self.e_t), (self.seen[1],self.seen_t[1]), (self.p_s,self.p_t))]
         return pixel_contrast(e.float(), y, p, return_n=True, **self.kw)

@@ -28,10 +28,11 @@ from .metrics import iou, miou, iou_table, pixel_acc, Validator
 from . import check, data, show, infer, export
 
 # %% auto #0
-__all__ = ['parse_size', 'domains', 'named_domains', 'versions', 'new_folder', 'Before', 'write_run', 'measures', 'sentences',
-           'valid_bs', 'plain_log', 'parse_range', 'method_args', 'data_args', 'fit_args', 'adapt', 'pipa_train',
-           'open_net', 'eval_domain', 'write_scores', 'pipa_eval', 'pipa_export', 'settings', 'unusual', 'pipa_predict',
-           'pipa_convert', 'plan', 'add_row', 'pipa_study', 'pipa_check']
+__all__ = ['switches', 'parse_size', 'domains', 'named_domains', 'versions', 'new_folder', 'Before', 'write_run', 'measures',
+           'sentences', 'valid_bs', 'plain_log', 'parse_range', 'parse_switches', 'method_args', 'data_args',
+           'net_args', 'fit_args', 'adapt', 'train', 'pipa_train', 'open_net', 'eval_domain', 'write_scores',
+           'pipa_eval', 'pipa_export', 'settings', 'unusual', 'pipa_predict', 'pipa_convert', 'plan', 'add_row',
+           'pipa_study', 'pipa_check']
 
 # %% ../nbs/31_cli.ipynb #e4da3b7f
 def parse_size(
@@ -190,20 +191,36 @@ def parse_range(
     if not 0<=lo<=hi: raise ValueError(f"`{text}`: a range goes from 0 or more to a number that isn't smaller.")
     return lo,hi
 
+switches = dict(temp=.1, iou='.1:1', samples=1024, n_neg=1600, keep=3, balanced=False, target=0., form='released', buffers='mean')
+
+def parse_switches(
+    text:str # Such as `temp=.05 balanced=1`
+)->dict: # Like `switches`, with these values
+    "Read switches"
+    o = dict(switches)
+    for k,_,v in (p.partition('=') for p in text.split()):
+        if k not in o or not v: raise ValueError(f"There is no switch `{k}={v}`: those are {', '.join(switches)}.")
+        t = type(switches[k])
+        o[k] = v.lower() in ('1', 'true', 'yes') if t is bool else t(v)
+    return o
+
+# %% ../nbs/31_cli.ipynb #9dae7fb1
 def method_args(
     o # The arguments of `pipa_train`
 )->dict:
     "The arguments of a command as those of `method_cbs`"
-    pixel = dict(temp=o.temp, max_samples=o.samples, form=o.form) | (dict(target=o.target) if o.target else {})
-    patch = dict(temp=o.temp, iou=parse_range(o.iou), n_neg=o.n_neg, keep=o.keep, balanced=o.balanced, form=o.form)
+    s = AttrDict(parse_switches(o.switch))
+    pixel = dict(temp=s.temp, max_samples=s.samples, form=s.form) | (dict(target=s.target) if s.target else {})
+    patch = dict(temp=s.temp, iou=parse_range(s.iou), n_neg=s.n_neg, keep=s.keep, balanced=s.balanced, form=s.form)
     kw = dict({k: o[k] for k in ('terms','alpha','thresh','trust','start','w_pixel','w_patch')},
-              teacher=dict(buffers=o.buffers), host={} if o.w_host is None else dict(w=o.w_host))
+              teacher=dict(buffers=s.buffers), host={} if o.w_host is None else dict(w=o.w_host))
     if o.preset:
         scale = (1.28,3.2) if 'daformer' in o.preset else (.8,2.)
-        teacher = dict(buffers=o.buffers, margin=(0,0)) # the loader marks margins
+        teacher = dict(buffers=s.buffers, margin=(0,0)) # the loader marks margins
         return kw | dict(released=True, pixel=pixel, patch=dict(patch, scale=scale), teacher=teacher)
     return kw | dict(crop=parse_size(o.crop), pixel=dict(pixel, min_pixels=8, max_views=50), patch=dict(patch, thresh=.6))
 
+# %% ../nbs/31_cli.ipynb #f61602c3
 def data_args(
     o, # The arguments of `pipa_train`
     src, # Source `Domain`
@@ -212,6 +229,14 @@ def data_args(
     "The arguments of a command as those of `uda_dls`"
     if not o.preset: return dict(bs=o.bs, size=parse_size(o.size), zoom=(1.,o.zoom), rcs_temp=o.rcs or None)
     return data.preset(o.preset, src, tgt)
+
+def net_args(
+    o # The arguments of `pipa_train`
+)->dict:
+    "The arguments of a command as those for the net of `uda_learner`: the host `hrda` brings its own"
+    model = 'hrda' if 'hrda' in host_terms(o.method)[0].split('+') else o.net
+    small = {} if model!='hrda' or o.preset else dict(crop=tuple(n//2 for n in parse_size(o.size)), dim=128)
+    return dict(model=model, net=small, hidden=None if o.preset else 128)
 
 def fit_args(
     o # The arguments of `pipa_train`
@@ -233,8 +258,8 @@ def adapt(
     o.size = 'x'.join(map(str, views['size']))
     dls = uda_dls(src, tgt, val, n=o.steps*views['bs'], num_workers=o.workers, bs_valid=valid_bs(val or src, views['bs']), **views)
     before = Before(dls.valid)
-    learn = uda_learner(dls, o.net, o.method, o.arch, o.pretrained, lr=o.lr, hidden=None if o.preset else 128, things=src.space.things,
-                        cbs=[before, CSVLogger('metrics.csv')], n_unlabelled=o.unlabelled, **method_args(o))
+    learn = uda_learner(dls, method=o.method, arch=o.arch, pretrained=o.pretrained, lr=o.lr, things=src.space.things,
+                        cbs=[before, CSVLogger('metrics.csv')], n_unlabelled=o.unlabelled, **net_args(o), **method_args(o))
     learn.path = out = new_folder(out)
     text = json.dumps(dict(o, versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]])), indent=1)
     write_file(out/'config.json', lambda f: f.write(text.encode()))
@@ -242,19 +267,35 @@ def adapt(
     row = dict(benchmark=o.data, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms)
     return out,row | write_run(out, learn, before, o) | measures(learn)
 
+# %% ../nbs/31_cli.ipynb #9318f921
+def train(
+    out:str=None, # Folder of the run, or None
+    threads:int=0, # CPU threads; 0 leaves it to torch
+    **o # The other arguments of `pipa_train`
+)->Path: # Folder of the run
+    "One run with its row of results in its folder"
+    if threads: torch.set_num_threads(threads)
+    host,terms = host_terms(o['method'], o['terms'])
+    method_cbs(host, terms)
+    name = f"{Path(o['data']).name.replace(':', '_')}_{method_name(host, terms)}_seed{o['seed']}"
+    out,row = adapt(out or f'runs/{name}', **o)
+    row |= dict(settings=unusual(o), command=shlex.join(['pipa_train', *sys.argv[1:]]), version=versions()['pipa'])
+    write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
+    return out
+
 # %% ../nbs/31_cli.ipynb #1f0e3dad
 _start = Param('Start from ImageNet weights, or from those of a file if one is named', str, nargs='?', const=True)
 
 @call_parse
 def pipa_train(
-    method:str='pipa', # source, minent, advseg, advent, fda, self_training, daformer, mic, pixel, patch, pipa, oracle; or a+b
+    method:str='pipa', # source, minent, advseg, advent, fda, self_training, daformer, hrda, mic, pixel, patch, pipa, oracle; or a+b
     data:str='minicity', # minicity, a pair such as gta:cityscapes, or a folder with codes.txt, source/images, source/masks, target/images, valid/images, valid/masks
     seed:int=0, # Seed of everything random
     epochs:int=5, # Validations; training is cut into so many epochs
     steps:int=260, # Steps in an epoch
     bs:int=4, # Source images, and target images, in a batch
     size:str='128x256', # Height x width that the net sees, multiples of 32
-    net:str='light', # Net: light, segformer or daformer
+    net:str='light', # Net: light, segformer, daformer or hrda
     arch:str='mit_b0', # Encoder: mit_b0 to mit_b5, or lite0
     pretrained:_start=False, # Start from ImageNet weights? Alone, or with a file
     lr:float=2e-3, # Learning rate of the encoder; heads have twice as much
@@ -267,15 +308,7 @@ def pipa_train(
     w_patch:float=.1, # Weight of patch contrast
     w_host:float=None, # Weight of the host's own term (minent, advseg, advent, fda, mic); default its paper's
     crop:str='64x128', # Height x width of the two crops of patch contrast
-    iou:str='.1:1', # Least and largest overlap of these crops
-    temp:float=.1, # Temperature of both contrasts
-    samples:int=1024, # Pixels in pixel contrast, at most
-    n_neg:int=1600, # Places of each view that patch contrast remembers
-    keep:int=3, # Steps that it remembers
-    balanced:store_true=False, # Remember as many places of each class
-    target:float=0, # Probability from which target pixels join pixel contrast; 0 leaves them out
-    form:str='released', # Form of both contrasts: released, or paper (the formulas as printed)
-    buffers:str='mean', # The teacher's running statistics: mean, or copy (the student's)
+    switch:str='', # Switches of the terms, such as "temp=.05 balanced=1 form=paper": see `switches`
     preset:str=None, # daformer, pipa_daformer, hrda, pipa_hrda: as published, whatever --size --bs --rcs --zoom --crop say
     rcs:float=.5, # Temperature of rare class sampling; 0 draws source images evenly
     zoom:float=1., # Views are zoomed in by up to this factor
@@ -285,14 +318,8 @@ def pipa_train(
     out:str=None # Folder of the run; default runs/DATA_METHOD_seedN
 ):
     "Adapt a segmenter from a labelled source to an unlabelled target, and write a run folder"
-    o = dict(locals()); o.pop('out'); n = o.pop('threads')
-    if n: torch.set_num_threads(n)
-    with sentences():
-        method_cbs(method, terms)
-        name = f"{Path(data).name.replace(':', '_')}_{method_name(*host_terms(method, terms))}_seed{seed}"
-        out,row = adapt(out or f'runs/{name}', **o)
-        row |= dict(settings=unusual(o), command=shlex.join(['pipa_train', *sys.argv[1:]]), version=versions()['pipa'])
-        write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
+    o = dict(locals())
+    with sentences(): out = train(**o)
     print(pd.read_csv(out/'classes.csv').to_string(index=False))
     print(f'In {out.resolve()}:\n' + '\n'.join(f'  {p.name}' for p in sorted(out.iterdir())))
 
@@ -405,6 +432,8 @@ def pipa_export(
 _elsewhere = 'out threads workers unlabelled pdb xtra'.split()
 def _parser(): return anno_parser(pipa_train.__wrapped__, 'pipa_train')
 
+def _flat(o): return {k:v for k,v in o.items() if k!='switch'} | parse_switches(o.get('switch', ''))
+
 def settings(
     command:str|list, # Command or its arguments, as `pipa_train --method=mic`
     strict:bool=True # Exit with a sentence at arguments that aren't known? Otherwise they are passed over
@@ -413,7 +442,7 @@ def settings(
     args = [o for o in (shlex.split(command) if isinstance(command, str) else command) if o!='pipa_train']
     p = _parser()
     o = p.parse_args(args) if strict else p.parse_known_args(args)[0]
-    o = {k:v for k,v in vars(o).items() if k not in _elsewhere}
+    o = _flat({k:v for k,v in vars(o).items() if k not in _elsewhere})
     o['host'],o['terms'] = host_terms(o.pop('method'), o['terms'])
     return o
 
@@ -421,7 +450,7 @@ def unusual(
     o:dict # Arguments of `pipa_train`
 )->str: # Such as `w_patch=0.01 crop=64x64`
     "The settings that aren't the default, but for what has a column of its own"
-    usual = vars(_parser().parse_args([]))
+    o,usual = _flat(o),_flat(vars(_parser().parse_args([])))
     for k in (*_elsewhere, 'method', 'terms', 'data', 'seed', 'epochs'): usual.pop(k, None)
     return ' '.join(f'{k}={v}' for k,v in o.items() if k in usual and v!=usual[k])
 
@@ -475,6 +504,23 @@ def pipa_convert(
         else: (save_hf if to=='hf' else save_official)(dest, net, sp)
         print(f'Written: {dest}')
 
+# %% ../nbs/31_cli.ipynb #14f802e1
+def _with(args, v):
+    "Arguments with one more setting, `k=v`, which may be a switch"
+    if not v: return args
+    if v.split('=')[0] not in switches: return args + [f'--{v}']
+    return args + [f'--switch={_parser().parse_args(args).switch} {v}'.replace('= ', '=')]
+
+def _key(o): return tuple(sorted((k, str(v)) for k,v in o.items()))
+
+def _keys(table):
+    "The settings of each row; where there is no command, the defaults"
+    if not Path(table).exists(): return set()
+    rows = pd.read_csv(table).to_dict('records')
+    columns = lambda r: ' '.join(f'--{k}={r[k]}' for k in ('method','seed','epochs') if k in r)
+    command = lambda r: r['command'] if isinstance(r.get('command'), str) else ''
+    return {_key(settings(f'{columns(r)} {command(r)}', strict=False)) for r in rows}
+
 # %% ../nbs/31_cli.ipynb #651a4ce2
 def plan(
     methods:str, # Methods, separated by commas, see `host_terms`
@@ -492,19 +538,9 @@ def plan(
     for s in seeds.split(','):
         for m in (method_name(*o) for o in pairs):
             for v in vary:
-                args = [f'--method={m}', f'--seed={int(s)}', *more] + ([f'--{v}'] if v else [])
+                args = _with([f'--method={m}', f'--seed={int(s)}', *more], v)
                 runs.setdefault(_key(settings(args)), (f'{m}_seed{int(s)}' + (f'_{v}' if v else ''), args))
     return list(runs.values())
-
-def _key(o): return tuple(sorted((k, str(v)) for k,v in o.items()))
-
-def _keys(table):
-    "The settings of each row; where there is no command, the defaults"
-    if not Path(table).exists(): return set()
-    rows = pd.read_csv(table).to_dict('records')
-    columns = lambda r: ' '.join(f'--{k}={r[k]}' for k in ('method','seed','epochs') if k in r)
-    command = lambda r: r['command'] if isinstance(r.get('command'), str) else ''
-    return {_key(settings(f'{columns(r)} {command(r)}', strict=False)) for r in rows}
 
 # %% ../nbs/31_cli.ipynb #37693cfc
 def add_row(

@@ -53,7 +53,7 @@ def _host(name, method, base, start, things, more):
     "The callbacks of one host"
     hosts = dict(source=lambda: [], oracle=lambda: [], minent=lambda: [MinEnt(start=start, **more)],
                  advseg=lambda: [AdvSeg(start=start, **more)], advent=lambda: [AdvEnt(start=start, **more)],
-                 fda=lambda: _fda(start, **more), self_training=lambda: base,
+                 fda=lambda: _fda(start, **more), self_training=lambda: base, hrda=lambda: base,
                  daformer=lambda: base+[FeatureDistance(things)], mic=lambda: base+[MIC(start=start, **more)])
     if name not in hosts:
         raise ValueError(f"There is no method `{method}`: choose one of {', '.join(hosts)}, pixel, patch or pipa,"

@@ -5,11 +5,11 @@
 # %% ../nbs/24_study.ipynb #3e7b6189
 from __future__ import annotations
 import numpy as np, pandas as pd, seaborn as sns
-from .metrics import label_free, rank_correlation
+from .metrics import rank_correlation
 from .show import Fig, read_results, usual, _pm
 
 # %% auto #0
-__all__ = ['terms', 'hosts_table', 'paired', 'gains', 'gains_picture', 'sentence', 'sweep_rows', 'sweep_picture',
+__all__ = ['terms', 'hosts_table', 'paired', 'gains', 'sentence', 'gains_picture', 'sweep_rows', 'sweep_picture',
            'validators_picture']
 
 # %% ../nbs/24_study.ipynb #73d3dab9
@@ -55,6 +55,14 @@ def gains(
             if {'none', t} <= {*v}: out.append(dict(zip(_groups(df), k), terms=t) | paired(v[t], v['none'], level))
     return pd.DataFrame(out, columns=_groups(df)+['terms', 'n', 'gain', 'lo', 'hi'])
 
+# %% ../nbs/24_study.ipynb #d866f4a8
+def sentence(
+    text:str # What to say
+)->Fig:
+    "A figure that says why there is no figure"
+    fig = Fig(figsize=(7,1)); fig.text(.5, .5, text, ha='center', va='center', wrap=True)
+    return fig
+
 # %% ../nbs/24_study.ipynb #d41a8772
 def gains_picture(
     csv, # Path of the file
@@ -79,13 +87,6 @@ def gains_picture(
     ax.set(xlabel='gain in mean IoU over the host, points', ylabel='', ylim=(len(runs)-.5, -.5))
     return fig
 
-def sentence(
-    text:str # What to say
-)->Fig:
-    "A figure that says why there is no figure"
-    fig = Fig(figsize=(7,1)); fig.text(.5, .5, text, ha='center', va='center', wrap=True)
-    return fig
-
 # %% ../nbs/24_study.ipynb #840db505
 def _value(o):
     try: return float(o)
@@ -106,7 +107,14 @@ def sweep_rows(
     df = df[(df.method==method) & (rest==df.benchmark.map(base))]
     return df.sort_values([name, 'seed'], key=lambda c: c if c.map(type).nunique()<2 else c.astype(str))
 
-def sweep_picture(csv, name, default, method='pipa', score='miou_student')->Fig: # See `sweep_rows`
+# %% ../nbs/24_study.ipynb #cc91c4b5
+def sweep_picture(
+    csv, # Path of the file
+    name:str, # Setting, see `sweep_rows`
+    default, # Its value in rows that don't name it
+    method:str='pipa', # Method whose rows to take
+    score:str='miou_student' # Column
+)->Fig: # A figure with a sentence if there is no such sweep
     "How the score depends on one setting: mean and range over seeds, and each run"
     df = sweep_rows(csv, name, default, method)
     if df[name].nunique()<2: return sentence(f'There is no sweep of {name} with {method} in {csv} yet.')

@@ -250,7 +250,7 @@ def test_study_reads_the_table_of_the_repository(fake):
     for m,s,e in zip(df.method, df.seed, df.epochs): assert cli._key(cli.settings([f'--method={m}', f'--seed={s}', '--size=128x256', f'--epochs={e}'])) in keys
     assert cli._key(cli.settings(['--method=source', '--seed=0', '--epochs=77'])) not in keys
 
-@pytest.mark.parametrize('kw,says', [(dict(methods='mick'), 'no method `mick`'), (dict(methods='mic', terms='all'), 'no terms `all`'), (dict(methods='mic', sweep='temp'), 'names no values')], ids=str)
+@pytest.mark.parametrize('kw,says', [(dict(methods='mick'), 'no method `mick`'), (dict(methods='mic', terms='all'), 'no terms `all`'), (dict(methods='mic', sweep='temp'), 'names no values'), (dict(methods='mic', sweep='temp=cold'), 'cold')], ids=str)
 def test_study_says_what_is_wrong_before_it_starts(fake, kw, says):
     with pytest.raises(SystemExit) as e: cli.pipa_study(**kw, table='t.csv', runs='s', args='--data=x')
     assert says in e.value.code and not fake() and not Path('s').exists()
@@ -263,18 +263,24 @@ def test_settings_are_what_counts():
     a = cli.settings('pipa_train --method=pipa --seed=0 --size=128x256 --threads=1')
     assert a==cli.settings(['--terms', 'both', '--method', 'self_training', '--workers=3', '--out=there'])
     assert a['host']=='self_training' and a['terms']=='both' and a['w_pixel']==.1 and 'threads' not in a
-    for o in ('--seed=1', '--lr=1e-3', '--balanced', '--data=x', '--form=paper'): assert cli.settings(f'pipa_train {o}')!=cli.settings('pipa_train')
+    for o in ('--seed=1', '--lr=1e-3', '--switch=balanced=1', '--data=x', '--switch=form=paper'): assert cli.settings(f'pipa_train {o}')!=cli.settings('pipa_train')
     assert cli.settings('pipa_train --from_the_future=3', strict=False)==cli.settings('pipa_train')
 
 def test_host_under_terms(data):
     "A run of another host with PiPa on top, with every switch: columns, row and settings"
-    cli.pipa_train('mic', str(data), terms='both', out='o', balanced=True, target=.05, buffers='copy', form='paper', iou='.2:1', w_host=.5, **opts | dict(unlabelled=2))
+    cli.pipa_train('mic', str(data), terms='both', out='o', switch='balanced=1 target=.05 buffers=copy form=paper iou=.2:1', w_host=.5, **opts | dict(unlabelled=2))
     r,cols = json.loads(Path('o/row.json').read_text()),[*pd.read_csv('o/metrics.csv')]
     assert (r['method'], r['host'], r['terms'])==('mic+pipa', 'mic', 'both')
     assert cols[3:-1]==['pair','mix','mic','pixel_contrast','patch_contrast','miou','teacher_miou','entropy','info_max','agreement','overlap','density']
     for k in ('entropy','info_max','agreement','overlap','density'): assert abs(r[k]-pd.read_csv('o/metrics.csv')[k][0])<1e-4
     assert all(o in r['settings'].split() for o in ('balanced=True', 'target=0.05', 'buffers=copy', 'form=paper', 'iou=.2:1', 'w_host=0.5', 'crop=64x64'))
     assert not [o for o in r['settings'].split() if o.split('=')[0] in ('method','terms','data','seed','epochs','unlabelled')]
+
+def test_hrda_as_a_host(data):
+    "The name brings the net, with a detail box of half the image"
+    cli.pipa_train('hrda+mic', str(data), terms='pixel', out='o', **opts)
+    r,net = json.loads(Path('o/row.json').read_text()),load('o/weights.safetensors')[0]
+    assert (r['method'], r['host'], r['terms'])==('hrda+mic+pixel', 'hrda+mic', 'pixel') and type(net).__name__=='HRDANet' and tuple(net.crop)==(32,32)
 
 def test_discriminating_host_without_teacher(data):
     cli.pipa_train('advent', str(data), out='o', **opts)
@@ -295,7 +301,7 @@ def test_pairs_of_published_sets(data, monkeypatch):
 
 def test_preset_takes_the_published_numbers(monkeypatch):
     from fastcore.basics import AttrDict
-    o = AttrDict(cli.settings('pipa_train --method=daformer --terms=both --preset=pipa_daformer --alpha=.999 --epochs=15 --steps=4000'))
+    o = AttrDict(cli.settings('pipa_train --method=daformer --terms=both --preset=pipa_daformer --alpha=.999 --epochs=15 --steps=4000'), switch='')
     monkeypatch.setattr(cli.data, 'preset', lambda p,s,t: dict(size=(640,640), bs=2, p=p), raising=False)
     assert cli.data_args(o, 'S', 'T')==dict(size=(640,640), bs=2, p='pipa_daformer')
     kw = cli.method_args(o); assert cli.fit_args(o)==dict(head_mult=10., warmup=1500/60_000)

@@ -141,7 +141,7 @@ def test_rate_of_the_learner_is_the_default(home, tmp_path):
 # methods
 
 @pytest.mark.parametrize('method,want', dict(source=[], oracle=[], self_training=['mix'], pixel=['mix','pixel_contrast'], patch=['mix','patch_contrast'],
-    pipa=['mix','pixel_contrast','patch_contrast'], daformer=['mix','feature_distance'], mic=['mix','mic'], minent=['min_ent'], advent=['adv_ent'], advseg=['adv_seg'],
+    pipa=['mix','pixel_contrast','patch_contrast'], daformer=['mix','feature_distance'], mic=['mix','mic'], hrda=['mix'], minent=['min_ent'], advent=['adv_ent'], advseg=['adv_seg'],
     fda=['fda','min_ent']).items())
 def test_methods(method, want):
     cbs = method_cbs(method, alpha=.9, thresh=.5, trust='image', start=7, w_pixel=.3, w_patch=.4, crop=(32,64), things=(1,2), pixel=dict(temp=.2), patch=dict(thresh=.6), mix=dict(p_blur=0))
