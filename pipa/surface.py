@@ -223,7 +223,7 @@ def to_html(self:Page, file=None):
     parts = [f'<div><script type="application/json" class="state">{_state(s)}</script></div>' for s in self.surfaces()]
     parts += [f'<h2>{html.escape(k)}</h2>{img_tag(f, k) if isinstance(f, Fig) else f}' for k,f in self.figures().items()]
     page = f"""<!doctype html><meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{Surface._css}
-body {{ max-width: 1100px; margin: 24px auto; font: 14px/1.5 system-ui, sans-serif; color-scheme: light dark; }} img {{ max-width: 100%; }}
+:root {{ color-scheme: light dark; }} body {{ max-width: 1100px; margin: 24px auto; font: 14px/1.5 system-ui, sans-serif; }} img {{ max-width: 100%; }}
 .pipa-chip {{ pointer-events: none; }} h1, h2 {{ font-size: 1.1em; }} img, table {{ background: #fff; color: #000; }}</style>
 <h1>{html.escape(self.title)}</h1>{"".join(parts)}
 <script type="module">{Surface._esm.replace("export default", "const surface =")}
