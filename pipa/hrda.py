@@ -137,6 +137,7 @@ def at_box(self:HRDANet,
         f"HRDA trains on images with sides that are multiples of {s2} and at least {8*s2}, not {size[0]}×{size[1]}: "
         "change their `size` or `crop`.")
     box = detail_box(size, self.crop, s2, self.last) if box is None else box
+    if any(n%s2 for n in box): raise ValueError(f"The box {box} is off the grid: give multiples of {s2}.")
     maps,maps_d = self.backbone(self.context(x)),self.backbone(cut(x, box))
     (f,z),(f_d,z_d) = map(self.decode_head, (maps, maps_d))
     a = within(self.decode_head.attention(maps), box, s2)

@@ -258,6 +258,11 @@ def test_outside_the_box_attention_and_detail_say_nothing():
 def test_training_says_which_sizes_it_takes(size):
     with pytest.raises(ValueError, match=f'not {size[0]}×{size[1]}'): tiny()(torch.randn(1,3,*size))
 
+def test_a_box_of_ones_own_is_on_the_grid():
+    net,x = tiny(),torch.randn(1,3,128,128)
+    assert torch.equal(net(x, (8,72,56,120))[1].detail.cut(x), x[..., 8:72,56:120])
+    with pytest.raises(ValueError, match='off the grid'): net(x, (4,68,0,64))
+
 @pytest.mark.parametrize('crop', [100, (64,60), 24, (0,64)])
 def test_crop_is_checked(crop):
     with pytest.raises(ValueError, match='multiples of 8 and at least 32'): tiny(crop=crop)
