@@ -165,7 +165,7 @@ def test_mic_hides_and_asks_for_everything():
     cells = gone.view(4,4,8,6,8).float().mean((2,4))
     assert ((cells==0)|(cells==1)).all() and .2<gone.float().mean()<.8 and torch.equal(x[~gone[:,None].expand_as(x)], cb.x_t[~gone[:,None].expand_as(x)])
     assert len({tuple(o.flatten().tolist()) for o in cells})==4, 'another mask for each image'
-    cb.z = torch.randn(4,3,8,12)
+    cb.z,cb.detail = torch.randn(4,3,8,12),None
     assert torch.equal(cb.score()[0], weighted_ce(cb.z, y, cb.w_t)) and cb.score()[1]==(cb.w_t>0).sum()
 
 def test_mic_and_target_pixels_take_hrdas_closer_look():
