@@ -5,7 +5,6 @@
 # %% ../nbs/09_checkpoints.ipynb #c81e728d
 from __future__ import annotations
 import json, io, os
-from importlib import import_module
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
@@ -13,7 +12,10 @@ from safetensors.torch import save as to_bytes
 from . import __version__
 from .labels import LabelSpace, space as known_space
 from .names import from_hf, to_hf, to_official, looks_like, as_call
-from .weights import Report, checksum, read, convert, load_into, load_state, load_official, load_pretrained, train_heads
+from .models import light, segformer, daformer, deeplabv2
+from .hrda import hrda
+from .files import checksum, read
+from .weights import Report, convert, load_into, load_state, load_official, load_pretrained, train_heads
 
 # %% auto #0
 __all__ = ['inference_state', 'space_of', 'save', 'classes_of', 'load', 'save_official', 'save_hf', 'Report', 'read', 'load_into',
@@ -27,17 +29,22 @@ def inference_state(
     net:nn.Module # Any net
 )->dict: # Name of each weight and buffer, and a copy of it on the CPU
     "The weights of `net` without the heads that only training needs"
-    return {k:v.detach().to('cpu', copy=True).contiguous() for k,v in net.state_dict().items() if not k.startswith(train_heads)}
+    state = {k:v for k,v in net.state_dict().items() if not k.startswith(train_heads)}
+    return {k:v.detach().to('cpu', copy=True).contiguous() for k,v in state.items()}
 
 # %% ../nbs/09_checkpoints.ipynb #45c48cce
 def _json(k, v):
-    def plain(o): return o.tolist() if hasattr(o, 'tolist') else str(o) if isinstance(o, Path) else json.JSONEncoder().default(o)
+    def plain(o):
+        if hasattr(o, 'tolist'): return o.tolist()
+        return str(o) if isinstance(o, Path) else json.JSONEncoder().default(o)
     try: return json.dumps(v, default=plain)
-    except (TypeError, ValueError) as e: raise ValueError(f"`{k}` can't be kept in a checkpoint ({e}): give numbers, text, lists or dicts.") from None
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"`{k}` can't be kept in a checkpoint ({e}): give numbers, text, lists or dicts.") from None
 
 def _space_meta(space):
     if space is None: return {}
-    rest = dict(name=space.name, ids=space.ids | {k:space.ignore for k in space.void}, ignore=space.ignore, things=space.things, subsets=space.subsets)
+    rest = dict(name=space.name, ids=space.ids | {k:space.ignore for k in space.void}, ignore=space.ignore,
+                things=space.things, subsets=space.subsets)
     return dict(codes=list(space.codes), palette=np.asarray(space.palette).tolist(), space=rest)
 
 def space_of(
@@ -71,17 +78,18 @@ def save(
     return _write(file, to_bytes(state, {k:_json(k, v) for k,v in meta.items()}))
 
 # %% ../nbs/09_checkpoints.ipynb #3c59dc04
-_homes = dict(light='models', segformer='models', daformer='models', deeplabv2='models', hrda='hrda')
+_makers = {f.__name__:f for f in (light, segformer, daformer, deeplabv2, hrda)}
 
 def _make(spec):
     kwargs = dict(spec); make = kwargs.pop('make', None)
-    with torch.random.fork_rng(devices=[]): return getattr(import_module(f'pipa.{_homes[make]}'), make)(**kwargs)
+    with torch.random.fork_rng(devices=[]): return _makers[make](**kwargs)
 
 def _build(file, meta):
     spec = meta.get('spec')
-    if not spec: raise ValueError(f"`{file}` is of a net that `pipa` can't build, such as an adapted one: build the net and give it as `net=`.")
+    if not spec: raise ValueError(f"`{file}` is of a net that `pipa` can't build, such as an adapted one: "
+                                  "build the net and give it as `net=`.")
     try: return _make(spec)
-    except (KeyError, TypeError, ValueError, AttributeError) as e: raise ValueError(
+    except (KeyError, TypeError, ValueError) as e: raise ValueError(
         f"`{file}` asks for the net {spec}, which pipa {__version__} can't build ({e!r}): it was written by pipa "
         f"{meta.get('versions', {}).get('pipa', '?')}; update, or build the net and give it as `net=`.") from None
 
@@ -97,14 +105,16 @@ def classes_of(
     if not codes or codes[0]=='LABEL_0' or len({*codes})<len(codes): return None
     for o in ('cityscapes', 'camvid'):
         if [*map(str.lower, codes)]==known_space(o).codes: return known_space(o)
-    palette = m.get('PALETTE') or m.get('palette')
-    return LabelSpace('own', codes, palette if isinstance(palette, (list, tuple)) and len(palette)==len(codes) else None)
+    colors = m.get('PALETTE') or m.get('palette')
+    good = isinstance(colors, (list, tuple)) and len(colors)==len(codes)
+    return LabelSpace('own', codes, colors if good else None)
 
 def _foreign(file, state, meta, net, which):
     "Net and header for a file that `save` didn't write"
     spec = looks_like(convert(state, which)[0])
-    if net is None and spec.get('make') not in _homes: raise ValueError(
-        f"`{file}` holds weights that `pipa` didn't write, and they look like {as_call(spec)}: build a net for them and give it as `net=`.")
+    if net is None and spec.get('make') not in _makers: raise ValueError(
+        f"`{file}` holds weights that `pipa` didn't write, and they look like {as_call(spec)}: "
+        "build a net for them and give it as `net=`.")
     net = _make(spec) if net is None else net
     load_state(net, state, which, file=file)
     space = classes_of(meta)
@@ -115,15 +125,16 @@ def load(
     file:str|Path, # From `save`, from other people, or a folder; see `read`
     device='cpu', # Where the net goes
     net:nn.Module|None=None, # A net of your own for these weights; by default the file says which one to build
-    which:str|None=None # 'student' or 'teacher', of a folder of `pipa_train` or another file that has both; default student
+    which:str|None=None # 'student' or 'teacher', of a folder or file that has both; default student
 )->tuple: # The net in evaluation mode, and a dict of all that was saved beside it
     "Rebuild a net from its file alone"
     state,meta = read(file, which or 'student')
     if 'pipa_format' not in meta: net,meta = _foreign(file, state, meta, net, which or 'student')
     else:
         if meta['pipa_format']!=1: raise ValueError(
-            f"`{file}` has format {meta['pipa_format']} and this is pipa {__version__}, which knows format 1: update pipa.")
-        if which and which!=meta.get('which', which): raise ValueError(f"`{file}` holds the {meta['which']} alone: the {which} has a file of its own.")
+            f"`{file}` has format {meta['pipa_format']} and pipa {__version__} knows format 1: update pipa.")
+        if which and which!=meta.get('which', which):
+            raise ValueError(f"`{file}` holds the {meta['which']} alone: the {which} has a file of its own.")
         net = _build(file, meta) if net is None else net
         try: load_into(net, state)
         except ValueError as e: raise ValueError(f"`{file}` doesn't fit the net. {e}") from None
@@ -146,9 +157,11 @@ def save_hf(
     space:LabelSpace|None=None # What the classes are
 )->Path: # `folder`
     "Write a SegFormer for transformers"
-    folder,state,codes = Path(folder),to_hf(inference_state(net)),space.codes if space else [f'class {i}' for i in range(net.n_out)]
-    config = dict(model_type='segformer', architectures=['SegformerForSemanticSegmentation'], hidden_sizes=list(net.widths),
-        depths=list(net.backbone.depths), decoder_hidden_size=net.decode_head.dim, num_attention_heads=[1,2,5,8],
+    folder,state = Path(folder),to_hf(inference_state(net))
+    codes = space.codes if space else [f'class {i}' for i in range(net.n_out)]
+    config = dict(model_type='segformer', architectures=['SegformerForSemanticSegmentation'],
+        hidden_sizes=list(net.widths), depths=list(net.backbone.depths), num_attention_heads=[1,2,5,8],
+        decoder_hidden_size=net.decode_head.dim,
         id2label=dict(enumerate(codes)), label2id={v:k for k,v in enumerate(codes)})
     _write(folder/'config.json', json.dumps(config, indent=1).encode())
     _write(folder/'model.safetensors', to_bytes(state, dict(format='pt')))

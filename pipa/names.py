@@ -63,7 +63,8 @@ def hf_names(
     for k in sorted(keys):
         name = rename(_strip(k), 1, 0) or rename(_strip(k), 2, 0)
         if name and whole and not name.startswith('decode_head.'): name = f'backbone.{name}'
-        if name or not k.startswith('classifier.'): res.setdefault(re.sub(r'attn\.[kv]\.', 'attn.kv.', name or k), []).append(k)
+        if name is None and k.startswith('classifier.'): continue
+        res.setdefault(re.sub(r'attn\.[kv]\.', 'attn.kv.', name or k), []).append(k)
     return res
 
 # %% ../nbs/06a_names.ipynb #nam00015
@@ -78,15 +79,17 @@ def gather(
     flip:bool=False # Does the file stack its maps from coarse to fine?
 )->dict: # Tensors by the new names
     "The tensors under new names"
-    res = {k:torch.cat([state[o] for o in listify(v)]) if len(listify(v))>1 else state[listify(v)[0]] for k,v in names.items()}
+    def stack(ws): return ws[0] if len(ws)==1 else torch.cat(ws)
+    res = {k:stack([state[o] for o in listify(v)]) for k,v in names.items()}
     return res | ({_fuse:flip_maps(res[_fuse])} if flip and _fuse in res else {})
 
 def from_hf(
     state_dict:dict # Of `SegformerModel`, `SegformerForSemanticSegmentation` or `SegformerForImageClassification`
-)->dict: # Names `backbone.…` and `decode_head.…` of `segformer`, or those of a bare `mit`; raises `ValueError` for other nets
+)->dict: # Names of a `segformer` or, without a decode head, a bare `mit`; raises `ValueError` for other nets
     "Tensors of transformers' SegFormer under our names"
     if not any('patch_embeddings.' in k for k in state_dict): raise ValueError(
-        f"These aren't the names of a SegFormer of Hugging Face: {', '.join(list(state_dict)[:3])} … For other files there is `load_official`.")
+        f"These aren't the names of a SegFormer of Hugging Face: {', '.join(list(state_dict)[:3])} … "
+        "For other files there is `load_official`.")
     return gather(state_dict, hf_names(state_dict), flip=True)
 
 # %% ../nbs/06a_names.ipynb #nam00016
@@ -99,7 +102,8 @@ def to_hf(
     for k,v in state_dict.items():
         for key,w in zip([k.replace('.kv.', f'.{o}.') for o in 'kv'], v.chunk(2)) if '.kv.' in k else [(k, v)]:
             name = rename(key.removeprefix('backbone.'), 0, 1+memory)
-            if name is None: raise ValueError(f"`{k}` has no name at Hugging Face: of our nets only `segformer`, `light` and a bare `mit` have their like there.")
+            if name is None: raise ValueError(f"`{k}` has no name at Hugging Face: of our nets only `segformer`, "
+                                              "`light` and a bare `mit` have their like there.")
             res[f'segformer.{name}' if k.startswith('backbone.') else name] = flip_maps(w) if k==_fuse else w
     return {k:v.contiguous() for k,v in res.items()}
 
@@ -108,7 +112,8 @@ def _plain(keys):
     "Names of the papers' own files"
     dead = ['auxiliary_head.']
     if not any(k.startswith(('backbone.', 'decode_head.')) for k in keys): dead += ['conv1.', 'bn1.', 'fc.', 'head.']
-    if any(k.startswith(('decode_head.linear_pred.', 'decode_head.aspp_modules.')) for k in keys): dead += ['decode_head.conv_seg.']
+    other = 'decode_head.linear_pred.','decode_head.aspp_modules.'
+    if any(k.startswith(other) for k in keys): dead += ['decode_head.conv_seg.']
     def ours(k): return re.sub(r'^decode_head\.linear_c(\d)\.', lambda m: f'decode_head.linear_c.{int(m[1])-1}.', k)
     return {ours(k):[k] for k in keys if not k.startswith(tuple(dead))}
 
@@ -139,12 +144,15 @@ def one_net(
     heads:bool=False # Keep the heads that only PiPa's training needs?
 )->dict: # Names inside that net, and the name in the file; raises `ValueError` if it isn't there
     "Choose one of the nets in a file"
-    if which not in _nets: raise ValueError(f"There is no net `{which}` in such files: choose one of {', '.join(_nets)}.")
-    bare = {re.sub(r'^module\.', '', k):k for k in keys}
+    if which not in _nets: raise ValueError(f"No net of a file is called `{which}`: choose one of {', '.join(_nets)}.")
+    bare = {k.removeprefix('module.'):k for k in keys}
     there = [o for o,start in _nets.items() if any(k.startswith(start) for k in bare)]
     if which not in (there or ['student']): raise ValueError(
-        f"There is no {which} in this file, which holds {'one net' if not there else ' and '.join(there)}: choose {' or '.join(there or ['student'])}.")
-    if there: bare = {re.sub(r'^module\.', '', k.removeprefix(_nets[which])):v for k,v in bare.items() if k.startswith((_nets[which], *extra_heads))}
+        f"There is no {which} in this file, which holds {' and '.join(there) or 'one net'}: "
+        f"choose {' or '.join(there) or 'student'}.")
+    start = _nets[which] if there else ''
+    mine = [k for k in bare if k.startswith((start, *extra_heads))]
+    bare = {k.removeprefix(start).removeprefix('module.'):bare[k] for k in mine}
     return {k:v for k,v in bare.items() if heads or not k.startswith(extra_heads)}
 
 # %% ../nbs/06a_names.ipynb #nam00028
@@ -168,12 +176,14 @@ def looks_like(
     for k,make in _heads.items() if arch else ():
         if (w := state.get(f'decode_head.{k}.weight')) is not None:
             if make=='deeplabv2': return dict(make=make, n_out=len(w))
-            return dict(make=make, arch=arch, n_out=len(w), dim=w.shape[1])
+            one = len(state.get('decode_head.scale_attention.conv_seg.weight', w))<len(w)
+            return dict(make=make, arch=arch, n_out=len(w), dim=w.shape[1], **dict(classwise=False) if one else {})
     return dict(make=dict(resnet101='ResNetV1c', lite0='lite').get(arch, 'mit'), arch=arch) if arch else {}
 
 def as_call(
     spec:dict # From `looks_like`
 )->str: # As `daformer('mit_b5', n_out=19)`
     "The line of code that builds a net"
-    args = [repr(v) if k=='arch' else f'{k}={v}' for k,v in spec.items() if k!='make' and (k,v)!=('dim',256) and v!='resnet101']
+    plain = [('make',spec.get('make')), ('dim',256), ('arch','resnet101')]
+    args = [repr(v) if k=='arch' else f'{k}={v}' for k,v in spec.items() if (k,v) not in plain]
     return f"{spec['make']}({', '.join(args)})" if spec else 'nothing that is known here'

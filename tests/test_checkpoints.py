@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from pipa import checkpoints as ck
 from pipa.labels import label_space, space
+from pipa.hrda import hrda
 from pipa.mit import mit
 from pipa.models import light, segformer, daformer, deeplabv2, adapt, ProjHead, PatchHead
 
@@ -187,7 +188,8 @@ def test_classes_that_others_wrote(meta, codes, tmp_path):
     assert (sp and sp.codes)==codes
     if 'dataset_meta' in meta: assert sp.palette.tolist()==[[1,2,3],[4,5,6]]
 
-@pytest.mark.parametrize('make', [lambda: segformer('mit_b0', 3, 16), lambda: light('mit_b1', n_out=3), lambda: daformer('mit_b0', 3, 8), lambda: light('lite0', n_out=3), lambda: deeplabv2(3)])
+@pytest.mark.parametrize('make', [lambda: segformer('mit_b0', 3, 16), lambda: light('mit_b1', n_out=3), lambda: daformer('mit_b0', 3, 8), lambda: light('lite0', n_out=3), lambda: deeplabv2(3),
+                                  lambda: hrda('mit_b0', 3, crop=(64,64), dim=8), lambda: hrda('lite0', 3, crop=(64,64), dim=8, classwise=False)])
 def test_out_and_in_again_for_every_net(make, tmp_path):
     net = make(); space3 = label_space(['a','b','c'])
     for f in (ck.save_official(tmp_path/'d'/'x.pth', net, space3), ck.save(tmp_path/'y', net, space3)):

@@ -95,8 +95,9 @@ def test_version():
 # --- arrows go down ---------------------------------------------------------------------------------------------------------------------
 # What a module may import from pipa; modules that aren't named may import whatever has a lower number.
 layers = dict(labels='', losses='', mix='', metrics='', mit='', lite='', models='mit lite', hrda='models', minicity='labels', domains='labels',
-              rare='labels domains', layouts='labels domains minicity', data='labels domains rare layouts', names='mit lite', weights='lite names',
-              checkpoints='models hrda weights names labels', callbacks='mix losses models', baselines='callbacks mix losses models')
+              rare='labels domains', layouts='labels domains minicity', data='labels domains rare layouts', names='mit lite', files='',
+              weights='lite names files', checkpoints='models hrda files weights names labels',
+              callbacks='mix losses models', baselines='callbacks mix losses models')
 leaves = 'labels losses mix mit lite models hrda minicity'.split()
 number = {re.sub(r'^\d+[a-z]?_', '', p.stem):p.stem[:2] for p in nbs}
 

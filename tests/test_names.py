@@ -157,7 +157,7 @@ def test_each_net_of_a_published_layout(which, keys, where):
     assert set(nm.one_net(file, which, heads=True))=={*keys, 'project.0.weight', 'classifier.bias'}
 
 def test_a_net_that_isnt_there():
-    for keys,which,word in ((['backbone.a'], 'teacher', 'holds one net'), (['model.a'], 'teacher', 'holds student'), (['ema_model.a'], 'student', 'holds teacher'), (['a'], 'best', 'no net `best`')):
+    for keys,which,word in ((['backbone.a'], 'teacher', 'holds one net'), (['model.a'], 'teacher', 'holds student'), (['ema_model.a'], 'student', 'holds teacher'), (['a'], 'best', 'called `best`')):
         with pytest.raises(ValueError, match=word): nm.one_net(keys, which)
 
 def test_words_inside_of_names_do_no_harm():
@@ -191,3 +191,7 @@ def test_unknown_nets():
     odd = meta(mit, 'mit_b0', depths=(1,1,1,1))
     for state in ({}, {'a':torch.zeros(1)}, odd, meta(nn.Conv2d, 3, 3, 1)): assert nm.looks_like(state)=={}
     assert nm.as_call({})=='nothing that is known here'
+
+def test_hrda_with_one_attention_for_all_classes():
+    from pipa.hrda import hrda
+    for kw in (dict(classwise=False), {}): assert nm.looks_like(meta(hrda, 'mit_b0', 5, dim=8, **kw))==dict(make='hrda', arch='mit_b0', n_out=5, dim=8, **kw)

@@ -7,7 +7,8 @@ import numpy as np, pytest, torch
 from torch import nn
 from safetensors.torch import save_file
 from golden.rules import inp, rule_load, rule_tensor
-from pipa import checkpoints as ck, weights as wt
+from pipa import checkpoints as ck, files as fl, weights as wt
+from pipa.hrda import hrda
 from pipa.mit import mit
 from pipa.models import PatchHead, ProjHead, adapt, daformer, deeplabv2, light, segformer
 from pipa.names import to_hf, to_official
@@ -27,17 +28,17 @@ def legacy(obj, file): return zipped(obj, file, _use_new_zipfile_serialization=F
                                   lambda o: dict(epoch=3, state_dict=OrderedDict(o), optimizer=dict(state={0:dict(step=torch.tensor(1))}), meta=dict(CLASSES=('a',)))])
 @pytest.mark.parametrize('write', [zipped, legacy])
 def test_formats_of_pytorch(write, wrap, tmp_path):
-    got,meta = wt.read(write(wrap(w), tmp_path/'ümläut file.pth'))
+    got,meta = fl.read(write(wrap(w), tmp_path/'ümläut file.pth'))
     assert same(got, w) and 'state_dict' not in meta and 'model' not in meta
 
 def test_safetensors_and_parameters(tmp_path):
     save_file(w, tmp_path/'noending', {'x':'y'})
-    got,meta = wt.read(tmp_path/'noending'); assert same(got, w) and meta=={'x':'y'}
-    got,_ = wt.read(zipped({'p':nn.Parameter(torch.ones(2))}, tmp_path/'p.pth'))
+    got,meta = fl.read(tmp_path/'noending'); assert same(got, w) and meta=={'x':'y'}
+    got,_ = fl.read(zipped({'p':nn.Parameter(torch.ones(2))}, tmp_path/'p.pth'))
     assert not got['p'].requires_grad and type(got['p']) is torch.Tensor
 
 def test_meta_is_there(tmp_path):
-    assert wt.read(zipped(dict(state_dict=w, meta=dict(CLASSES=('a','b'), PALETTE=[[1,2,3],[4,5,6]])), tmp_path/'x'))[1]['meta']['PALETTE'][1]==[4,5,6]
+    assert fl.read(zipped(dict(state_dict=w, meta=dict(CLASSES=('a','b'), PALETTE=[[1,2,3],[4,5,6]])), tmp_path/'x'))[1]['meta']['PALETTE'][1]==[4,5,6]
 
 def test_half_precision_is_fine(tmp_path):
     net,new = light(n_out=2),light(n_out=2)
@@ -67,21 +68,21 @@ def test_objects_of_frameworks_are_replaced(fake, tmp_path):
     cfg = m.Config(); cfg.a = dict(b=1)
     meta = dict(config=cfg, d=m.ConfigDict(lr=1., sub=m.ConfigDict(z=2)), best=np.float64(.5), palette=np.eye(3), hist=[h.HistoryBuffer()], path=Path('x'), CLASSES=('a','b'))
     f = zipped(dict(state_dict=w, meta=meta), tmp_path/'f.pth'); gone('mmcv', 'mmengine')
-    got,m = wt.read(f); m = m['meta']
+    got,m = fl.read(f); m = m['meta']
     assert same(got, w) and m['CLASSES']==('a','b') and m['d']['sub']['z']==2
-    for o in (m['config'], m['best'], m['palette'], m['hist'][0], m['path']): assert type(o) is wt.Unread and 'not read' in repr(o)
+    for o in (m['config'], m['best'], m['palette'], m['hist'][0], m['path']): assert type(o) is fl.Unread and 'not read' in repr(o)
     assert 'Unread' not in str(torch.serialization.get_safe_globals())   # nothing stays allowed
 
 def test_others_are_refused_with_a_cure_that_works(fake, tmp_path):
     m = fake('my_project', 'class Thing: pass')
     f = zipped(dict(state_dict=w, extra=m.Thing()), tmp_path/'f.pth')
-    with pytest.raises(ValueError) as e: wt.read(f)
+    with pytest.raises(ValueError) as e: fl.read(f)
     text = str(e.value)
     assert 'my_project.Thing' in text and str(f) in text and 'weights_only' not in text and '\n' not in text
     code = text.split('python -c "')[1].split('"')[0].replace("map_location='cpu'", "map_location='cpu', weights_only=False")   # the default of old versions
     (tmp_path/'my_project.py').write_text('class Thing: pass')
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, env=dict(os.environ, PYTHONPATH=str(tmp_path)))
-    assert same(wt.read(tmp_path/'weights.pth')[0], w)
+    assert same(fl.read(tmp_path/'weights.pth')[0], w)
 
 class Bomb:
     def __init__(self, how): self.how = how
@@ -96,7 +97,7 @@ def test_bombs_dont_go_off(kind, write, tmp_path, monkeypatch):
     bomb = Bomb(bombs[kind])
     for obj in (bomb, dict(state_dict=w, meta=bomb), dict(w, x=[bomb])):
         write(obj, 'f.pth')
-        with pytest.raises(ValueError, match='f.pth'): wt.read('f.pth')
+        with pytest.raises(ValueError, match='f.pth'): fl.read('f.pth')
         with pytest.raises(ValueError): ck.load('f.pth')
         with pytest.raises(ValueError): wt.load_official('f.pth', nn.Linear(2,2))
     assert not Path('boom').exists()
@@ -106,7 +107,7 @@ def test_bare_pickles_dont_go_off(protocol, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for how in bombs.values():
         Path('f').write_bytes(pickle.dumps(Bomb(how), protocol))
-        with pytest.raises(ValueError): wt.read('f')
+        with pytest.raises(ValueError): fl.read('f')
     assert not Path('boom').exists()
 
 def test_a_bomb_under_a_known_name_is_a_dud(fake, tmp_path, monkeypatch):
@@ -115,7 +116,7 @@ def test_a_bomb_under_a_known_name_is_a_dud(fake, tmp_path, monkeypatch):
     m = fake('mmcv', "import os\ndef boom(x): os.system('touch boom')")
     m.boom.__module__ = 'mmcv'
     zipped(dict(state_dict=w, x=Bomb((m.boom, (1,)))), 'f.pth')
-    assert type(wt.read('f.pth')[1]['x']) is wt.Unread and not Path('boom').exists()
+    assert type(fl.read('f.pth')[1]['x']) is fl.Unread and not Path('boom').exists()
 
 # --- what can be wrong with a file
 
@@ -124,7 +125,7 @@ def test_a_bomb_under_a_known_name_is_a_dud(fake, tmp_path, monkeypatch):
 def test_cut_off(write, n, tmp_path):
     big = {'a':torch.randn(60,60)}
     f = write(big, tmp_path/'f.pth'); f.write_bytes(f.read_bytes()[:n])
-    with pytest.raises(ValueError, match='f.pth') as e: wt.read(f)
+    with pytest.raises(ValueError, match='f.pth') as e: fl.read(f)
     assert '\n' not in str(e.value) and ('copy it again' in str(e.value) or 'holds no weights' in str(e.value))
 
 @pytest.mark.parametrize('at', [.1, .3, .5, .8])
@@ -134,37 +135,37 @@ def test_flipped_bits_are_found(at, tmp_path):
     i = b.find(t.numpy().tobytes())+int(at*t.numel()*4); assert i>100
     b[i] ^= 1; (tmp_path/'f.pth').write_bytes(b)
     assert not torch.equal(torch.load(tmp_path/'f.pth', weights_only=True)['a'], t)   # PyTorch doesn't notice
-    with pytest.raises(ValueError, match='damaged or cut off'): wt.read(tmp_path/'f.pth')
+    with pytest.raises(ValueError, match='damaged or cut off'): fl.read(tmp_path/'f.pth')
 
 @pytest.mark.parametrize('obj,word', [({}, 'holds no weights'), ([torch.ones(1)], 'holds no weights, but list'), (3, 'holds no weights, but int'), (torch.ones(2), 'holds no weights, but Tensor'),
                                       (dict(epoch=1, lr=.1), 'holds no weights, but epoch, lr'), (dict(state_dict={}), 'holds no weights'), (None, 'NoneType')])
 def test_no_weights_inside(obj, word, tmp_path):
-    with pytest.raises(ValueError, match=word): wt.read(zipped(obj, tmp_path/'f.pth'))
+    with pytest.raises(ValueError, match=word): fl.read(zipped(obj, tmp_path/'f.pth'))
 
 def test_not_a_file_of_weights(tmp_path):
     (tmp_path/'a.txt').write_text('hello '*100); (tmp_path/'b.png').write_bytes(b'\x89PNG\r\n\x1a\n'+bytes(200)); (tmp_path/'c.html').write_text('<html>Sign in to download</html>')
     with zipfile.ZipFile(tmp_path/'d.zip', 'w') as z: z.writestr('x.txt', 'x')
     for f in tmp_path.iterdir():
-        with pytest.raises(ValueError, match='not a file of weights.*copy it again') as e: wt.read(f)
+        with pytest.raises(ValueError, match='not a file of weights.*copy it again') as e: fl.read(f)
         assert str(f) in str(e.value) and '\n' not in str(e.value)
     m = torch.jit.script(nn.Linear(2,2)); m.save(str(tmp_path/'ts.pt'))
-    with pytest.raises(ValueError, match='TorchScript program'): wt.read(tmp_path/'ts.pt')
+    with pytest.raises(ValueError, match='TorchScript program'): fl.read(tmp_path/'ts.pt')
     torch.save(nn.Linear(2,2), tmp_path/'whole.pt')
-    with pytest.raises(ValueError, match=r'torch\.nn\.modules\.linear\.Linear'): wt.read(tmp_path/'whole.pt')
+    with pytest.raises(ValueError, match=r'torch\.nn\.modules\.linear\.Linear'): fl.read(tmp_path/'whole.pt')
 
 def test_missing_and_folders(tmp_path):
     for f in (tmp_path/'no.pth', tmp_path/'no'/'no.pth'):
-        with pytest.raises(FileNotFoundError, match='There is no file'): wt.read(f)
-    with pytest.raises(FileNotFoundError, match='has none of the files weights.safetensors, model.safetensors'): wt.read(tmp_path)
-    zipped(w, tmp_path/'pytorch_model.bin'); assert same(wt.read(tmp_path)[0], w)
-    (tmp_path/'config.json').write_text(json.dumps(dict(id2label={'0':'sky'}))); assert wt.read(tmp_path)[1]['config']['id2label']=={'0':'sky'}
-    save_file({'s':torch.ones(1)}, tmp_path/'model.safetensors'); assert 's' in wt.read(str(tmp_path))[0]
-    save_file({'t':torch.ones(1)}, tmp_path/'teacher.safetensors'); assert 't' in wt.read(tmp_path, 'teacher')[0] and 's' in wt.read(tmp_path)[0]
+        with pytest.raises(FileNotFoundError, match='There is no file'): fl.read(f)
+    with pytest.raises(FileNotFoundError, match='has none of the files weights.safetensors, model.safetensors'): fl.read(tmp_path)
+    zipped(w, tmp_path/'pytorch_model.bin'); assert same(fl.read(tmp_path)[0], w)
+    (tmp_path/'config.json').write_text(json.dumps(dict(id2label={'0':'sky'}))); assert fl.read(tmp_path)[1]['config']['id2label']=={'0':'sky'}
+    save_file({'s':torch.ones(1)}, tmp_path/'model.safetensors'); assert 's' in fl.read(str(tmp_path))[0]
+    save_file({'t':torch.ones(1)}, tmp_path/'teacher.safetensors'); assert 't' in fl.read(tmp_path, 'teacher')[0] and 's' in fl.read(tmp_path)[0]
 
 def test_unreadable(tmp_path):
     f = zipped(w, tmp_path/'f.pth'); f.chmod(0)
     if os.access(f, os.R_OK): pytest.skip('this user may read everything')
-    with pytest.raises(OSError): wt.read(f)
+    with pytest.raises(OSError): fl.read(f)
 
 # --- matching
 
@@ -194,8 +195,7 @@ def pipa_state(kind, shift=dict(model=0, ema_model=1, imnet_model=2), start=''):
     s = {f'{start}{o}.{k}':v+d for o,d in shift.items() for k,v in rule(kind).items()}
     return s | {f'{start}project.{i}.{o}':torch.ones(1) for i in (0,2) for o in ('weight','bias')} | {f'{start}classifier.weight':torch.ones(1)}
 
-def hrda_b0(): return pytest.importorskip('pipa.hrda', reason='the HRDA net').hrda('mit_b0', 19)
-nets = dict(daformer=lambda: daformer('mit_b0'), hrda=hrda_b0)
+nets = dict(daformer=lambda: daformer('mit_b0'), hrda=lambda: hrda('mit_b0', 19))
 
 @pytest.mark.parametrize('kind', list(nets))
 def test_a_checkpoint_of_pipa(kind, tmp_path):
