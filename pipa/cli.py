@@ -301,7 +301,7 @@ def unusual(
 @call_parse
 def pipa_predict(
     images:str, # An image, or a folder of images
-    weights:str='weights.safetensors', # File of weights that `pipa_train` wrote
+    weights:str='weights.safetensors', # File of weights: of `pipa_train`, or of other people, see `pipa_convert`
     out:str='predictions', # Folder for label ids, colours and overlays
     size:str=None, # Height x width that images are resized to cover; default what the net was trained with
     slide:store_true=False, # Slide a window of that size over the image instead of resizing it
@@ -310,6 +310,7 @@ def pipa_predict(
     "Segment an image or a folder of images: label ids, a coloured picture and an overlay of each"
     with sentences():
         net,meta = load(weights)
+        if not (size or meta.get('size')): raise ValueError(f'`{weights}` does not say at which size its net is used: give one, such as --size 512x1024.')
         hw = parse_size(size or meta['size'])
         where = dict(mode='slide', crop=hw) if slide else dict(size=hw)
         n,bad = infer.predict_folder(net, images, out, space_of(meta), alpha=alpha, **where)
