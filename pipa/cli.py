@@ -458,7 +458,7 @@ def unusual(
 @call_parse
 def pipa_predict(
     images:str, # An image, or a folder of images
-    weights:str='weights.safetensors', # File of weights or an .onnx file, or the folder of a run
+    weights:str='weights.safetensors', # Weights of a run or of other people (see `pipa_convert`), an .onnx file, or the folder of a run
     out:str='predictions', # Folder for label ids, colours and overlays
     size:str=None, # Height x width that images are resized to cover; default what the net was trained with
     slide:store_true=False, # Slide a window of that size over the image instead of resizing it
@@ -471,6 +471,7 @@ def pipa_predict(
     "Segment an image or a folder of images: label ids, a coloured picture and an overlay of each"
     with sentences():
         net,meta,sp,_ = open_net(weights, teacher)
+        if not (size or meta.get('size')): raise ValueError(f'`{weights}` does not say at which size its net is used: give one, such as --size 512x1024.')
         hw = parse_size(size or meta['size'])
         where = dict(mode='slide', crop=hw) if slide else dict(size=hw)
         n,bad = infer.predict_folder(net, images, out, sp, ids=ids, alpha=alpha, flip=flip, amp=amp, progress=sys.stdout.isatty(), **where)

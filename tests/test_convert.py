@@ -1,9 +1,10 @@
 "pipa_convert: other people's weights in, ours out, and what is said on the way"
 import os, subprocess, sys
 from pathlib import Path
-import pytest, torch
+import numpy as np, pytest, torch
+from PIL import Image
 from pipa import checkpoints as ck
-from pipa.cli import pipa_convert
+from pipa.cli import pipa_convert, pipa_predict
 from pipa.labels import label_space
 from pipa.models import daformer, light
 from pipa.names import to_hf
@@ -81,3 +82,11 @@ def test_transformers_has_no_daformer(published, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match='only `segformer`'): pipa_convert('gta.pth', to='hf')
     assert not Path('gta_hf').exists()
+
+def test_other_peoples_nets_label_pictures(published, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (70,90,3), np.uint8)).save('street.png')
+    with pytest.raises(SystemExit, match='give one, such as --size'): pipa_predict('street.png', 'gta.pth')
+    pipa_predict('street.png', 'gta.pth', size='64x96')
+    labels = [np.array(Image.open(p)) for p in Path('predictions').rglob('*.png')]
+    assert labels and any(o.ndim==2 and o.shape==(70,90) and set(np.unique(o))<={0,1} for o in labels)
