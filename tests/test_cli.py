@@ -178,6 +178,139 @@ def test_predict_says_what_is_wrong(done, tmp_path):
     with pytest.raises(SystemExit, match='1 of 2 images could not be read'): cli.pipa_predict(str(tmp_path/'pics'), w, 'o')
     assert Path('o/good_labels.png').exists() and not Path('o/bad_labels.png').exists()
 
+def test_predict_for_a_server(done, tmp_path):
+    from pipa.checkpoints import save
+    from pipa.models import light
+    net = light('mit_b0', n_out=19); save(tmp_path/'city.safetensors', net, space('synthia'), size='64x64')
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (70,150,3), dtype=np.uint8)).save(tmp_path/'a_leftImg8bit.png')
+    p = run('pipa_predict', tmp_path/'a_leftImg8bit.png', '--weights', tmp_path/'city.safetensors', '--ids=raw', '--out=server', '--amp', '--flip', cwd=tmp_path/'here')
+    assert p.returncode==0, p.stderr
+    assert [o.name for o in (tmp_path/'here/server').iterdir()]==['a_leftImg8bit.png'] and f'1 images labelled, in {tmp_path/"here/server"}' in p.stdout
+    from pipa.infer import predict
+    y = space('cityscapes').encode(Image.open(tmp_path/'here/server/a_leftImg8bit.png'))
+    assert (y==predict(net.eval(), tmp_path/'a_leftImg8bit.png', (64,64), amp=True, flip=True)).mean()>.999
+    with pytest.raises(SystemExit, match='no `id` ids'): cli.pipa_predict(str(tmp_path/'a_leftImg8bit.png'), str(tmp_path/'city.safetensors'), ids='id')
+
+def test_folder_of_a_run_and_its_teacher(done, tmp_path):
+    for teacher,name in ((False, 'weights'), (True, 'teacher')):
+        for o in (done[1], done[1]/'weights.safetensors'):
+            if not o.is_dir() and not teacher: continue
+            net,meta,sp,file = cli.open_net(str(o), teacher)
+            want = load(done[1]/f'{name}.safetensors')[0].state_dict()
+            assert file==done[1]/f'{name}.safetensors' and sp.codes==codes and all(torch.equal(v, want[k]) for k,v in net.state_dict().items())
+    with pytest.raises(FileNotFoundError, match='teacher.safetensors'): cli.open_net(str(tmp_path), True)
+
+# pipa_eval
+
+def test_eval_from_the_shell_gives_the_numbers_of_training(done, data, tmp_path):
+    p = run('pipa_eval', done[1], f'--data={data}', '--teacher', cwd=tmp_path/'here')
+    assert p.returncode==0, p.stderr
+    out = tmp_path/f'here/runs/eval_{data.name}_teacher'
+    assert {o.name for o in out.iterdir()}=={'classes.csv', 'confusion.csv', 'confusion.png', 'row.json'} and f'In {out}:' in p.stdout
+    r,trained = (json.loads((o/'row.json').read_text()) for o in (out, done[1]))
+    assert abs(r['miou']-trained['miou_teacher'])<1e-5 and r['images']==2 and r['method']=='pipa' and r['command'].startswith('pipa_eval') and r['version']
+    t,cm = pd.read_csv(out/'classes.csv'),pd.read_csv(out/'confusion.csv', index_col='truth')
+    assert [*t]==['class', 'iou', 'acc', 'pixels', 'predicted', 'share', 'note'] and t['class'].tolist()==codes==[*cm]==[*cm.index]
+    c = cm.to_numpy()
+    assert (t.pixels==c.sum(1)).all() and (t.predicted==c.sum(0)).all()
+    with np.errstate(invalid='ignore'): iou = np.diag(c)/(c.sum(0)+c.sum(1)-np.diag(c))
+    np.testing.assert_allclose(t.iou, iou); np.testing.assert_allclose([r[k] for k in codes], iou)
+    assert f"miou {100*np.nanmean(iou):.2f}, mean accuracy" in p.stdout and f'over {np.isfinite(iou).sum()} classes' in p.stdout
+    absent = [k for k,v in zip(codes, iou) if np.isnan(v)]
+    assert ('absent and left out: '+', '.join(absent) in p.stdout)==bool(absent)
+    a = np.array(Image.open(out/'confusion.png').convert('RGB')); assert a.shape[0]>300 and a.std()>5
+
+def test_eval_by_windows_of_two_folders(done, data, capsys):
+    from pipa.data import folder
+    from pipa.infer import evaluate
+    w = str(done[1]/'weights.safetensors')
+    cli.pipa_eval(w, images=str(data/'source/images'), masks=str(data/'source/masks'), mode='slide', crop='64x64', stride='32x32', bs=2, out='o')
+    net = load(w)[0]; dom = folder(data/'source/images', data/'source/masks', codes)
+    cm = pd.read_csv('o/confusion.csv', index_col='truth').to_numpy()
+    assert (cm==evaluate(net, dom, mode='slide', crop=64, stride=32, progress=False).numpy()).all() and cm.sum()>0
+    assert 'miou' in capsys.readouterr().out
+    cli.pipa_eval(w, data=str(data), out='o')
+    assert Path('o_2/row.json').exists(), 'an earlier result is kept'
+
+def test_eval_with_a_label_space_of_its_own(tmp_path, capsys):
+    from pipa.checkpoints import save
+    from pipa.labels import LabelSpace
+    from pipa.models import light
+    sp = LabelSpace('mine', ['low', 'high', 'none'], ids={40:0, 200:1, 9:2, 5:255}, subsets=dict(two=(0,1)))
+    save(tmp_path/'w.safetensors', light('mit_b0', n_out=3), sp, size='64x64')
+    for o in ('images', 'masks', 'train'): (tmp_path/o).mkdir()
+    for i,hw in enumerate([(64,64), (50,90)]):
+        y = np.random.default_rng(i).choice([40, 200, 5], hw).astype(np.uint8)
+        Image.fromarray(np.repeat(y[...,None], 3, -1)).save(tmp_path/f'images/{i}.png'); Image.fromarray(y).save(tmp_path/f'masks/{i}.png')
+        Image.fromarray(sp.encode(y)).save(tmp_path/f'train/{i}.png')
+    kw = dict(weights=str(tmp_path/'w.safetensors'), images=str(tmp_path/'images'))
+    cli.pipa_eval(masks=str(tmp_path/'masks'), out='raw', **kw)
+    said = capsys.readouterr().out
+    cli.pipa_eval(masks=str(tmp_path/'train'), train_ids=True, out='train', **kw)
+    a,b = (pd.read_csv(f'{o}/confusion.csv', index_col='truth').to_numpy() for o in ('raw', 'train'))
+    assert (a==b).all() and a.sum()==sum((np.array(Image.open(o))!=5).sum() for o in (tmp_path/'masks').iterdir()) and a[2].sum()==0
+    r = json.loads(Path('raw/row.json').read_text())
+    assert 'two ' in said and r['two']==pytest.approx((r['low']+r['high'])/2)
+
+def test_eval_on_minicity(done, tmp_path, monkeypatch):
+    from pipa import data as D
+    asked = {}
+    def few(*a, **kw): asked.update(kw); return D.minicity(*a, n=2, root=tmp_path, **kw)
+    monkeypatch.setattr(cli, 'minicity', few)
+    cli.pipa_eval(str(done[1]), out='o')
+    assert asked['size']==(64,64) and json.loads(Path('o/row.json').read_text())['images']==2
+
+def test_eval_says_what_is_wrong(done, data, tmp_path):
+    w = str(done[1]/'weights.safetensors'); (tmp_path/'c.txt').write_text('a\nb'); (tmp_path/'m').mkdir()
+    for i in (1,2): Image.fromarray(np.full((64,64), 255, np.uint8)).save(tmp_path/f'm/{i}.png')
+    valid = str(data/'valid/images')
+    for kw,says in ((dict(data='nowhere'), 'neither `minicity` nor a folder'), (dict(data=str(tmp_path)), 'is not a folder'), (dict(images='x'), 'belong together'),
+                    (dict(data=str(data), codes=str(tmp_path/'c.txt')), 'the same classes'), (dict(images=valid, masks=str(tmp_path/'m')), 'nothing to score'),
+                    (dict(data=str(data), mode='slice'), 'no mode `slice`'), (dict(data=str(data), size='100x100'), 'multiples of 32')):
+        with pytest.raises(SystemExit) as e: cli.pipa_eval(w, **kw)
+        assert says in e.value.code and e.value.code.startswith('pipa: ') and '\n' not in e.value.code, kw
+    assert not [*Path('.').iterdir()], 'nothing is left behind'
+
+# pipa_export
+
+def test_export_from_the_shell(done, data, tmp_path):
+    pytest.importorskip('onnxruntime')
+    p = run('pipa_export', done[1]/'weights.safetensors', '--out', tmp_path/'net.onnx', '--free=batch', cwd=tmp_path/'here')
+    assert p.returncode==0, p.stderr
+    assert 'max_diff' in p.stdout and f'Written: {tmp_path/"net.onnx"}' in p.stdout and '64×64 alone' in p.stdout
+    from pipa.export import load_graph
+    from pipa.infer import predict
+    net,meta = load_graph(tmp_path/'net.onnx')
+    img = np.random.default_rng(0).integers(0, 256, (64,64,3), dtype=np.uint8)
+    assert meta['codes']==codes and meta['method']=='pipa' and (predict(net, img)==predict(load(done[1]/'weights.safetensors')[0], img)).mean()>.999
+    cli.pipa_eval(str(tmp_path/'net.onnx'), str(data), out='a'); cli.pipa_eval(str(done[1]), str(data), out='b')
+    a,b = (json.loads(Path(f'{o}/row.json').read_text()) for o in 'ab')
+    assert a['miou']==pytest.approx(b['miou'], abs=1e-3)
+    for kw,says in ((dict(weights=str(tmp_path/'net.onnx')), 'exported already'), (dict(weights=str(done[1]), out='x.pth'), 'neither `.onnx` nor `.pt2`'), (dict(weights='no'), 'no file')):
+        with pytest.raises(SystemExit, match=says): cli.pipa_export(**kw)
+
+def test_export_without_its_packages(done, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'onnxscript', None)
+    with pytest.raises(SystemExit, match=r"pip install 'pipa\[onnx\]'"): cli.pipa_export(str(done[1]), out='x.onnx')
+    assert not Path('x.onnx').exists()
+
+# validation images of several sizes
+
+def test_train_with_validation_images_of_several_sizes(data, tmp_path):
+    import shutil
+    home = tmp_path/'mixed'; shutil.copytree(data, home)
+    for sub,how in (('images', Image.BILINEAR), ('masks', Image.NEAREST)):
+        for f,size in (('2', (128,64)), ('3', (80,200))): Image.open(home/f'valid/{sub}/1.png').resize(size, how).save(home/f'valid/{sub}/{f}.png')
+    cli.pipa_train('pipa', str(home), out='o', **opts)
+    r = json.loads(Path('o/row.json').read_text())
+    from pipa.data import folder
+    from pipa.infer import evaluate
+    from pipa.metrics import miou
+    dom = folder(home/'valid/images', home/'valid/masks', home/'codes.txt')
+    assert len(dom)==3 and cli.valid_bs(dom, 4)==1 and cli.valid_bs(dom.take([0]), 4)==4
+    assert miou(evaluate(load('o/weights.safetensors')[0], dom, (64,64), progress=False))==pytest.approx(r['miou_student'], abs=1e-3)
+    assert np.array(Image.open('o/result.png')).shape[0]>300, 'a row for each of the three'
+
 # pipa_study
 
 @pytest.fixture
