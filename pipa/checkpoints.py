@@ -22,6 +22,7 @@ __all__ = ['inference_state', 'space_of', 'save', 'classes_of', 'load', 'save_of
            'load_official', 'load_pretrained', 'from_hf', 'to_hf']
 
 # %% ../nbs/09_checkpoints.ipynb #ck100001
+_from_elsewhere = Report,load_official,load_pretrained,from_hf
 _all_ = ['Report', 'read', 'load_into', 'load_official', 'load_pretrained', 'from_hf', 'to_hf']
 
 # %% ../nbs/09_checkpoints.ipynb #e4da3b7f

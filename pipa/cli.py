@@ -400,7 +400,8 @@ def pipa_eval(
         trained,steps = parse_size(meta.get('size', '128x256')),stride and tuple(map(int, stride.split('x')))
         dom = eval_domain(data, sp, images, masks, codes, train_ids, trained)
         hw = parse_size(size) if size else None if mode=='slide' else trained
-        cm = infer.evaluate(net, dom, hw, progress=sys.stdout.isatty(), mode=mode, crop=parse_size(crop) if crop else trained, stride=steps, bs=bs, flip=flip, amp=amp)
+        where = dict(mode=mode, crop=parse_size(crop) if crop else trained, stride=steps)
+        cm = infer.evaluate(net, dom, hw, progress=sys.stdout.isatty(), bs=bs, flip=flip, amp=amp, **where)
         if not cm.sum(): raise ValueError("The masks have no labelled pixel, so there is nothing to score: do they hold other numbers than --codes says?")
         out = new_folder(out or f'runs/eval_{dom.name if images else Path(data).name}_{file.stem}')
         about = dict(benchmark=str(images or data), weights=str(file), method=meta.get('method'), mode=mode, images=len(dom))
