@@ -279,7 +279,7 @@ def train(
     method_cbs(host, terms)
     name = f"{Path(o['data']).name.replace(':', '_')}_{method_name(host, terms)}_seed{o['seed']}"
     out,row = adapt(out or f'runs/{name}', **o)
-    row |= dict(settings=unusual(o), command=shlex.join(['pipa_train', *sys.argv[1:]]), version=versions()['pipa'])
+    row |= dict(settings=unusual(o), command=shlex.join(['pipa_train', *(a for a in sys.argv[1:] if not a.startswith('--out='))]), version=versions()['pipa'])
     write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
     return out
 
