@@ -82,8 +82,9 @@ def named_domains(
     oracle:bool=False # Take the labelled target for a source?
 )->tuple: # Source, target without labels, and validation `Domain`
     "The three domains of a pair of published data sets"
-    train = _published(target, 'train', oracle)
-    return (train if oracle else _published(source, None, True)),train,_published(target, 'val', True)
+    labelled = None if oracle else _published(source, None, True)
+    train,valid = _published(target, 'train', oracle),_published(target, 'val', True)
+    return labelled or train,train,valid
 
 # %% ../nbs/31_cli.ipynb #45c48cce
 def versions()->dict:

@@ -12,6 +12,7 @@ from torch import nn, Tensor
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from threadpoolctl import threadpool_limits
+from .data import PairDL
 from .models import resize, run_with
 from .infer import evaluating
 from .show import Fig, denorm
@@ -132,6 +133,7 @@ def scenes(
 )->tuple: # Images `2n×3×H×W`, labels `2n×H×W`, domains
     "Some source views, and some labelled validation images of the target, which serve to look and never to train"
     def some(dl):
+        if isinstance(dl, PairDL): dl = dl.new(seed=seed, num_workers=0, persistent_workers=False)
         old,dl.rng,x,y = dl.rng,random.Random(seed),[],[]
         with dl.fake_l.no_multiproc():
             for b in dl:

@@ -29,6 +29,7 @@ def _run_nb(nb, log, cache):
     fd = os.open(log, os.O_WRONLY|os.O_CREAT)
     for o in (1, 2): os.dup2(fd, o)
     os.environ.update(IN_TEST='1', XDG_CACHE_HOME=str(cache), MPLCONFIGDIR=os.environ.get('MPLCONFIGDIR') or _mpl_dir())
+    mp.set_start_method('fork', force=True)   # what a notebook has; this process comes from a forkserver
     from nbdev.test import test_nb
     ok,_ = test_nb(Path(nb), skip_flags=cfg['tst_flags'].split(), basepath=root)
     sys.stdout.flush(); sys.stderr.flush()
