@@ -6,9 +6,10 @@
 from __future__ import annotations
 import io, json
 from contextlib import redirect_stderr
+from importlib import import_module
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from torch import nn, Tensor
+from torch import nn
 from fastai.vision.core import imagenet_stats
 from . import __version__
 from .models import get_logits, resize
@@ -63,9 +64,8 @@ def _notes(net, space, size, free, meta):
     return {k: json.dumps(v, ensure_ascii=False) for k,v in (about | _space_meta(space) | meta).items()}
 
 def _need_onnx():
-    try: import onnx, onnxscript, onnxruntime
+    try: return [import_module(o) for o in ('onnx', 'onnxscript', 'onnxruntime')][-1]
     except ImportError as e: raise ImportError(f"ONNX files need some packages more, `{e.name}` is missing: pip install 'pipa[onnx]'") from None
-    return onnxruntime
 
 def _to_onnx(program, notes, f):
     program = torch.onnx.export(program, (), dynamo=True, input_names=['image'], output_names=['logits'], verbose=False)

@@ -8,7 +8,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise, product
 from pathlib import Path
-import numpy as np, pandas as pd, torch, torch.nn.functional as F
+import numpy as np, pandas as pd, torch
 from torch import nn, Tensor
 from PIL import Image, ImageOps
 from fastprogress.fastprogress import progress_bar
