@@ -9,8 +9,10 @@ import json, os, platform, shlex, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from dataclasses import replace
 from importlib.metadata import version, PackageNotFoundError
 from inspect import signature
+from itertools import islice
 from itertools import islice
 from pathlib import Path
 import pandas as pd, torch
@@ -36,12 +38,15 @@ __all__ = ['switches', 'parse_size', 'domains', 'named_domains', 'versions', 'ne
 
 # %% ../nbs/31_cli.ipynb #e4da3b7f
 def parse_size(
-    size:str # Height x width, as `128x256`
-)->tuple:
+    size:str, # Height x width, as `128x256`
+    what:str='--size', # Option that it was given with
+    step:int=32, # Both sides are multiples of this
+    least:int=64 # The smallest side
+)->tuple: # Height and width; raises `ValueError` with a sentence
     "Read a size"
     try: h,w = map(int, str(size).lower().split('x'))
-    except ValueError: raise ValueError(f"`--size {size}` is not a height and a width: write it as 128x256.") from None
-    if min(h,w)<64 or h%32 or w%32: raise ValueError(f"`--size {size}`: both sides must be multiples of 32, at least 64.")
+    except ValueError: raise ValueError(f"`{what} {size}` is not a height and a width: write it as 128x256.") from None
+    if min(h,w)<least or h%step or w%step: raise ValueError(f"`{what} {size}`: both sides must be multiples of {step}, at least {least}.")
     return h,w
 
 # %% ../nbs/31_cli.ipynb #1679091c
@@ -398,11 +403,12 @@ def pipa_eval(
     "Score weights on labelled images: IoU and accuracy of each class, means, and the confusion matrix"
     with sentences():
         net,meta,sp,file = open_net(weights, teacher)
-        trained,steps = parse_size(meta.get('size', '128x256')),stride and tuple(map(int, stride.split('x')))
+        trained = parse_size(meta.get('size', '128x256'))
+        if mode!='slide' and (crop or stride): raise ValueError("`--crop` and `--stride` are of windows: add `--mode slide`.")
+        how = dict(crop=parse_size(crop, '--crop') if crop else trained, stride=stride and parse_size(stride, '--stride', 1, 1)) if mode=='slide' else {}
         dom = eval_domain(data, sp, images, masks, codes, train_ids, trained)
         hw = parse_size(size) if size else None if mode=='slide' else trained
-        where = dict(mode=mode, crop=parse_size(crop) if crop else trained, stride=steps)
-        cm = infer.evaluate(net, dom, hw, progress=sys.stdout.isatty(), bs=bs, flip=flip, amp=amp, **where)
+        cm = infer.evaluate(net, dom, hw, progress=sys.stdout.isatty(), mode=mode, bs=bs, flip=flip, amp=amp, **how)
         if not cm.sum(): raise ValueError("The masks have no labelled pixel, so there is nothing to score: do they hold other numbers than --codes says?")
         out = new_folder(out or f'runs/eval_{dom.name if images else Path(data).name}_{file.stem}')
         about = dict(benchmark=str(images or data), weights=str(file), method=meta.get('method'), mode=mode, images=len(dom))
