@@ -428,7 +428,7 @@ def test_pairs_of_published_sets(data, monkeypatch):
         asked.append(('town', split, labels)); return folder(data/'valid/images', data/'valid/masks' if labels else None, data/'codes.txt')
     monkeypatch.setattr(cli.data, 'game', game, raising=False); monkeypatch.setattr(cli.data, 'town', town, raising=False)
     s,t,v = cli.domains('game:town', 'mic')
-    assert asked==[('town','train',False), ('game',True), ('town','val',True)] and t.masks is None and s.masks and v.masks
+    assert asked==[('game',True), ('town','train',False), ('town','val',True)] and t.masks is None and s.masks and v.masks
     assert cli.domains('game:town', 'oracle')[0].masks
     for bad in ('game:nowhere', 'os:town', 'uda_dls:town', ':town', 'game:'):
         with pytest.raises(ValueError, match='no data set of `pipa.data`'): cli.domains(bad, 'mic')
