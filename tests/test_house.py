@@ -144,6 +144,7 @@ def test_anatomy(nb):
     assert re.match(r'# \S.*\n+> \S', text), 'a notebook starts with `# title` and `> one sentence`'
     assert nb.stat().st_size<400_000, 'figures are small: a notebook has less than 400 kB'
     assert not [o for c in cs for o in c.get('outputs', []) if o['output_type']=='error']
+    assert not [o for c in cs for o in c.get('outputs', []) if o.get('name')=='stderr'], 'warnings, which name a machine, are no output'
     assert 'widgets' not in json.loads(nb.read_text(encoding='utf8'))['metadata']
     if any(map(has_default, cs)): assert 'nbdev_export()' in source(cs[-1]), 'the last cell exports'
 
