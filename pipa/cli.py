@@ -9,10 +9,8 @@ import json, os, platform, shlex, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from dataclasses import replace
 from importlib.metadata import version, PackageNotFoundError
 from inspect import signature
-from itertools import islice
 from itertools import islice
 from pathlib import Path
 import pandas as pd, torch
@@ -46,7 +44,8 @@ def parse_size(
     "Read a size"
     try: h,w = map(int, str(size).lower().split('x'))
     except ValueError: raise ValueError(f"`{what} {size}` is not a height and a width: write it as 128x256.") from None
-    if min(h,w)<least or h%step or w%step: raise ValueError(f"`{what} {size}`: both sides must be multiples of {step}, at least {least}.")
+    if min(h,w)<least or h%step or w%step:
+        raise ValueError(f"`{what} {size}`: both sides must be multiples of {step}, at least {least}.")
     return h,w
 
 # %% ../nbs/31_cli.ipynb #1679091c
@@ -114,7 +113,8 @@ def new_folder(
 class Before(Callback):
     "Keep the student's answer to some validation images after the first epoch"
     order = 70
-    def __init__(self, dl, n=4): self.batches,self.preds = [*islice(dl.new(shuffle=False, num_workers=0), -(-n//dl.bs))],None
+    def __init__(self, dl, n=4):
+        self.batches,self.preds = [*islice(dl.new(shuffle=False, num_workers=0), -(-n//dl.bs))],None
     def answer(self):
         self.model.eval()
         with torch.no_grad(): return [p for x,_ in self.batches for p in self.model(x).argmax(1).cpu()]
@@ -162,7 +162,7 @@ def sentences():
 def _size(path):
     try:
         with Image.open(path) as im: return im.size
-    except OSError as e: raise ValueError(f"`{path}` can't be read as a picture ({e}): copy or make it again.") from None
+    except OSError as e: raise ValueError(f"`{path}` can't be read as a picture ({e}): copy it again.") from None
 
 def valid_bs(
     domain, # Labelled `Domain`
@@ -335,15 +335,17 @@ def open_net(
     teacher:bool=False # The teacher of the run in place of the student?
 )->tuple: # Net, what the file says beside it, its `LabelSpace`, and the file
     "The net that a command is asked to use"
-    file = Path(weights)
-    if file.is_dir() or teacher: file = (file if file.is_dir() else file.parent)/f"{'teacher' if teacher else 'weights'}.safetensors"
-    net,meta = export.load_graph(file) if file.suffix=='.onnx' else load(file, default_device())
-    if space_of(meta) is None: raise ValueError(f"`{file}` doesn't say what its classes are: save it again with `pipa.checkpoints.save` and a `space`.")
+    file,which = Path(weights),'teacher' if teacher else None
+    own = (file if file.is_dir() else file.parent)/f"{which or 'weights'}.safetensors"
+    if teacher and file.suffix=='.safetensors' or file.is_dir() and (own.is_file() or not (file/'config.json').is_file()): file = own
+    net,meta = export.load_graph(file) if file.suffix=='.onnx' else load(file, default_device(), which=which)
+    if space_of(meta) is None:
+        raise ValueError(f"`{file}` doesn't say what its classes are: save it again with `pipa.checkpoints.save` and a `space`.")
     return net,meta,space_of(meta),file
 
 # %% ../nbs/31_cli.ipynb #e4000112
 def eval_domain(
-    data:str, # 'minicity' or a folder, see above
+    data:str, # 'minicity', a published set such as 'cityscapes' or 'cityscapes:train', or a folder, see above
     space, # `LabelSpace` of the net
     images:str=None, # Folder of images, in place of `data`
     masks:str=None, # Folder of their masks
@@ -352,15 +354,18 @@ def eval_domain(
     size:tuple=(128,256) # Size of MiniCity's images
 ): # Labelled `Domain`; raises `ValueError` if its classes aren't those of the net
     "The images that a net is scored on"
-    root = Path(data)
+    root,name = Path(data),data.partition(':')[0]
     if bool(images)!=bool(masks): raise ValueError("`--images` and `--masks` belong together: give both folders.")
-    if not images and data!='minicity':
-        if not root.is_dir(): raise FileNotFoundError(f"`--data {data}` is neither `minicity` nor a folder.")
-        codes = codes or (str(root/'codes.txt') if (root/'codes.txt').is_file() else None)
-        images,masks = root/'valid/images',root/'valid/masks'
-    dom = folder(images, masks, codes or space) if images else minicity('real', 'val', size=size)
+    if images: dom = folder(images, masks, codes or space)
+    elif root.is_dir():
+        codes = codes or (str(root/'codes.txt') if (root/'codes.txt').is_file() else space)
+        dom = folder(root/'valid/images', root/'valid/masks', codes)
+    elif data=='minicity': dom = minicity('real', 'val', size=size)
+    elif name in check.sets: dom = check.domains_of(data if ':' in data else f'{data}:val')[0]
+    else: raise FileNotFoundError(f"`--data {data}` is neither `minicity` nor a folder, nor a set such as cityscapes.")
     if dom.space.codes!=space.codes: raise ValueError(
-        f"The net knows {', '.join(space.codes)}; the masks have {', '.join(dom.space.codes)}: a score needs the same classes in the same order.")
+        f"The net knows {', '.join(space.codes)}; the masks have {', '.join(dom.space.codes)}: "
+        "a score needs the same classes in the same order.")
     return replace(dom, space=dom.space.as_train()) if train_ids else dom
 
 # %% ../nbs/31_cli.ipynb #e4000113
@@ -377,21 +382,23 @@ def write_scores(
     show.confusion_picture(cm, space).savefig(out/'confusion.png', dpi=100)
     row = dict(row, **dict(zip(means['mean'], means.iou)), accuracy=pixel_acc(cm), **dict(zip(space.codes, t.iou)))
     write_file(out/'row.json', lambda f: f.write(json.dumps(row, indent=1).encode()))
-    lines = [f"{m['mean']} {100*m.iou:.2f}, mean accuracy {100*m.acc:.2f}, over {m.classes} classes" + (f'; absent and left out: {m.absent}' if m.absent else '')
-             for _,m in means.iterrows()]
+    def line(m):
+        absent = f'; absent and left out: {m.absent}' if m.absent else ''
+        return f"{m['mean']} {100*m.iou:.2f}, mean accuracy {100*m.acc:.2f}, over {m.classes} classes{absent}"
+    lines = [line(m) for _,m in means.iterrows()]
     return '\n'.join([t.to_string(index=False, float_format='{:.4f}'.format), '', *lines])
 
 # %% ../nbs/31_cli.ipynb #e4000116
 @call_parse
 def pipa_eval(
     weights:str, # File of weights or an .onnx file, or the folder of a run
-    data:str='minicity', # minicity, or a folder with valid/images and valid/masks
+    data:str='minicity', # minicity, a set such as cityscapes (its split val), or a folder with valid/images and valid/masks
     images:str=None, # Folder of images, in place of --data
     masks:str=None, # Folder of their masks, with the same names
-    codes:str=None, # What the masks mean: a text file with a class name a line, or a known name; default codes.txt of the folder, or what the weights say
+    codes:str=None, # What the masks mean: a text file of class names, or a known name; default codes.txt, or what the weights say
     train_ids:store_true=False, # The masks hold train ids, whatever the usual numbers are
     mode:str='whole', # whole, or slide for windows
-    size:str=None, # Height x width that images are resized to cover; default that of training, or with slide the image's own
+    size:str=None, # Height x width that images are resized to cover; default that of training, with slide their own
     crop:str=None, # With slide: height x width of a window; default that of training
     stride:str=None, # With slide: steps down x right; default half a window
     bs:int=4, # Images of one size, or windows, that go through the net together
@@ -404,15 +411,17 @@ def pipa_eval(
     with sentences():
         net,meta,sp,file = open_net(weights, teacher)
         trained = parse_size(meta.get('size', '128x256'))
-        if mode!='slide' and (crop or stride): raise ValueError("`--crop` and `--stride` are of windows: add `--mode slide`.")
-        how = dict(crop=parse_size(crop, '--crop') if crop else trained, stride=stride and parse_size(stride, '--stride', 1, 1)) if mode=='slide' else {}
+        if mode!='slide' and (crop or stride): raise ValueError("`--crop` and `--stride` are for windows: add `--mode slide`.")
+        steps = stride and parse_size(stride, '--stride', 1, 1)
+        how = dict(crop=parse_size(crop, '--crop') if crop else trained, stride=steps) if mode=='slide' else {}
         dom = eval_domain(data, sp, images, masks, codes, train_ids, trained)
         hw = parse_size(size) if size else None if mode=='slide' else trained
         cm = infer.evaluate(net, dom, hw, progress=sys.stdout.isatty(), mode=mode, bs=bs, flip=flip, amp=amp, **how)
-        if not cm.sum(): raise ValueError("The masks have no labelled pixel, so there is nothing to score: do they hold other numbers than --codes says?")
+        if not cm.sum(): raise ValueError("The masks have no labelled pixel, so there is nothing to score: do they hold other numbers?")
         out = new_folder(out or f'runs/eval_{dom.name if images else Path(data).name}_{file.stem}')
-        about = dict(benchmark=str(images or data), weights=str(file), method=meta.get('method'), mode=mode, images=len(dom))
-        text = write_scores(out, cm, sp, dict(about, command=shlex.join(['pipa_eval', *sys.argv[1:]]), version=versions()['pipa']))
+        about = dict(benchmark=str(images or data), weights=str(file), method=meta.get('method'), mode=mode, images=len(dom),
+                     command=shlex.join(['pipa_eval', *sys.argv[1:]]), version=versions()['pipa'])
+        text = write_scores(out, cm, sp, about)
     print(f'{text}\nIn {out.resolve()}:\n' + '\n'.join(f'  {p.name}' for p in sorted(out.iterdir())))
 
 # %% ../nbs/31_cli.ipynb #e4000121
@@ -430,11 +439,12 @@ def pipa_export(
         dest = Path(out) if out else file.with_suffix('.onnx')
         if file.suffix=='.onnx': raise ValueError(f"`{file}` is exported already.")
         print('Tracing the net; large ones take minutes.', flush=True)
-        export.export_net(dest, net, sp, parse_size(size or meta.get('size', '128x256')), free, method=meta.get('method'))
+        hw = parse_size(size or meta.get('size', '128x256'))
+        export.export_net(dest, net, sp, hw, free, method=meta.get('method'))
         t = export.check_export(dest, net)
         print(t.to_string(index=False, formatters=dict(max_diff='{:.1e}'.format, agreement='{:.5f}'.format)))
         print(f'Written: {dest} ({dest.stat().st_size/1e6:.1f} MB)')
-        if t.max_diff.max()>1e-3: raise ValueError(f"`{dest}` differs from the net by {t.max_diff.max():.2g}: don't rely on it.")
+        if t.max_diff.max()>1e-3: raise ValueError(f"`{dest}` differs from the net by {t.max_diff.max():.2g}: don't use it.")
 
 # %% ../nbs/31_cli.ipynb #1e221739
 _elsewhere = 'out threads workers unlabelled pdb xtra'.split()
@@ -471,7 +481,7 @@ def pipa_predict(
     size:str=None, # Height x width that images are resized to cover; default what the net was trained with
     slide:store_true=False, # Slide a window of that size over the image instead of resizing it
     alpha:float=.5, # How strong the colours of an overlay are, 0 to 1
-    ids:str='train', # train for three pictures with train ids; raw for one of the same name with the data set's own numbers, for a benchmark server
+    ids:str='train', # train for three pictures with train ids; raw for one with the data set's own numbers, for a server
     flip:store_true=False, # Average with the mirror image
     amp:store_true=False, # Mixed precision
     teacher:store_true=False # The teacher of the run in place of the student
@@ -482,7 +492,8 @@ def pipa_predict(
         if not (size or meta.get('size')): raise ValueError(f'`{weights}` does not say at which size its net is used: give one, such as --size 512x1024.')
         hw = parse_size(size or meta['size'])
         where = dict(mode='slide', crop=hw) if slide else dict(size=hw)
-        n,bad = infer.predict_folder(net, images, out, sp, ids=ids, alpha=alpha, flip=flip, amp=amp, progress=sys.stdout.isatty(), **where)
+        how = dict(where, ids=ids, alpha=alpha, flip=flip, amp=amp, progress=sys.stdout.isatty())
+        n,bad = infer.predict_folder(net, images, out, sp, **how)
         print(f'{n-len(bad)} images labelled, in {Path(out).resolve()}')
         if bad: raise ValueError(f'{len(bad)} of {n} images could not be read, see above.')
 

@@ -46,12 +46,14 @@ def trace(
 )->tuple: # `torch.export.ExportedProgram`, and what is free in the end; `ValueError` for a net that can't be traced
     "Write down what a net does to an image"
     if free not in frees: raise ValueError(f"`{free}` can't be free: choose one of {', '.join(frees)}.")
-    if min(size)<64 or size[0]%32 or size[1]%32: raise ValueError(f"An example of {size[0]}×{size[1]}: both sides are multiples of 32, at least 64.")
+    if min(size)<64 or size[0]%32 or size[1]%32:
+        raise ValueError(f"An example of {size[0]}×{size[1]}: both sides are multiples of 32, at least 64.")
     plain,some = Plain(inference_net(net).cpu()).eval(),list(frees)[list(frees).index(free):]
     for f in some:
         x = torch.randn(1 if f=='nothing' else 2, 3, *size, generator=torch.Generator().manual_seed(0))
         try:
-            with torch.no_grad(), redirect_stderr(io.StringIO()): return torch.export.export(plain, (x,), dynamic_shapes=_shapes(f)),f
+            with torch.no_grad(), redirect_stderr(io.StringIO()):
+                return torch.export.export(plain, (x,), dynamic_shapes=_shapes(f)),f
         except Exception as e: why = _first_line(e) # the exporter raises a dozen types
         if f!=some[-1]: print(f"This net can't be traced with free {frees[f]}: {why}")
     raise ValueError(f"torch.export can't trace this net: {why}")
@@ -59,13 +61,15 @@ def trace(
 # %% ../nbs/24_export.ipynb #ex00000f
 def _notes(net, space, size, free, meta):
     mean,std = map(list, imagenet_stats)
-    about = dict(pipa=__version__, size='x'.join(map(str, size)), free=free, mean=mean, std=std, spec=getattr(net, 'spec', None),
-                 image='B×3×H×W, float32: RGB, v/255 less mean, divided by std', logits='B×K×H×W, float32: the class is the argmax over K')
+    about = dict(pipa=__version__, size='x'.join(map(str, size)), free=free, mean=mean, std=std,
+                 spec=getattr(net, 'spec', None), image='B×3×H×W, float32: RGB, v/255 less mean, divided by std',
+                 logits='B×K×H×W, float32: the class is the argmax over K')
     return {k: json.dumps(v, ensure_ascii=False) for k,v in (about | _space_meta(space) | meta).items()}
 
 def _need_onnx():
     try: return [import_module(o) for o in ('onnx', 'onnxscript', 'onnxruntime')][-1]
-    except ImportError as e: raise ImportError(f"ONNX files need some packages more, `{e.name}` is missing: pip install 'pipa[onnx]'") from None
+    except ImportError as e:
+        raise ImportError(f"ONNX files need packages more, `{e.name}` is missing: pip install 'pipa[onnx]'") from None
 
 def _to_onnx(program, notes, f):
     program = torch.onnx.export(program, (), dynamo=True, input_names=['image'], output_names=['logits'], verbose=False)
@@ -83,10 +87,12 @@ def export_net(
 )->Path: # `file`; raises `ImportError` with a cure when ONNX's packages are missing
     "Write the inference net as a graph for other programs"
     file = Path(file)
-    if file.suffix not in ('.onnx', '.pt2'): raise ValueError(f"`{file}` ends in neither `.onnx` nor `.pt2`: the ending says what is written.")
+    if file.suffix not in ('.onnx', '.pt2'):
+        raise ValueError(f"`{file}` ends in neither `.onnx` nor `.pt2`: the ending says what is written.")
     if file.suffix=='.onnx': _need_onnx()
     program,free = trace(net, size, free)
-    if free!='sides': print(f"`{file.name}` takes images of {size[0]}×{size[1]} alone, {'in batches of any size' if free=='batch' else 'one at a time'}.")
+    many = 'in batches of any size' if free=='batch' else 'one at a time'
+    if free!='sides': print(f"`{file.name}` takes images of {size[0]}×{size[1]} alone, {many}.")
     notes = _notes(net, space, size, free, meta)
     if file.suffix=='.onnx': write_file(file, lambda f: _to_onnx(program, notes, f))
     else: write_file(file, lambda f: torch.export.save(program, f, extra_files={'pipa.json': json.dumps(notes)}))
@@ -105,17 +111,17 @@ class OnnxNet(nn.Module):
         self.name,self.shape = self.session.get_inputs()[0].name,self.session.get_inputs()[0].shape
 
     def forward(self, x):
-        wrong = any(isinstance(n, int) and n!=m for n,m in zip(self.shape, x.shape))
-        if wrong or any(isinstance(n, str) and '32' in n and m%32 for n,m in zip(self.shape, x.shape)): raise ValueError(_no_fit(self.file, self.shape, x.shape))
+        def fits(n, m): return n==m if isinstance(n, int) else '32' not in n or m%32==0
+        if not all(map(fits, self.shape, x.shape)): raise ValueError(_no_fit(self.file, self.shape, x.shape))
         out = self.session.run(None, {self.name: np.ascontiguousarray(x.float().cpu().numpy())})
         return torch.from_numpy(out[0]).to(x.device)
 
 def _no_fit(file, shape, got):
     b,_,h,w = shape
-    if isinstance(h, str): return f"`{file}` takes images whose sides are multiples of 32, not {got[2]}×{got[3]}: give a `size`."
+    if isinstance(h, str): return f"`{file}` takes sides that are multiples of 32, not {got[2]}×{got[3]}: give a `size`."
     batch = f', {b} at a time' if isinstance(b, int) else ''
     return (f"`{file}` takes images of {h}×{w} alone{batch}, not {got[0]} of {got[2]}×{got[3]}: "
-            f"slide windows of that size (mode='slide', crop=({h},{w}){', bs=1' if b==1 else ''}) over an image that is larger.")
+            f"slide such windows over a larger image (mode='slide', crop=({h},{w}){', bs=1' if b==1 else ''}).")
 
 # %% ../nbs/24_export.ipynb #ex000014
 class Graph(nn.Module):
@@ -130,7 +136,7 @@ def load_graph(
 )->tuple: # A net in evaluation mode, and a dict of what the file says about it
     "Open an exported file as a net"
     file = Path(file)
-    if not file.is_file(): raise FileNotFoundError(f"There is no file `{file}`: check the path; exported nets end in `.onnx` or `.pt2`.")
+    if not file.is_file(): raise FileNotFoundError(f"There is no file `{file}`: exported nets end in `.onnx` or `.pt2`.")
     try:
         if file.suffix=='.onnx': net = OnnxNet(file); notes = net.meta
         else:
@@ -138,7 +144,8 @@ def load_graph(
             program = torch.export.load(file, extra_files=extra).module()
             net,notes = Graph(lambda x: program(x)),json.loads(extra['pipa.json'] or '{}')
     except ImportError: raise
-    except Exception as e: raise ValueError(f"`{file}` can't be opened ({_first_line(e)}): is it whole, and an exported net?") from None
+    except Exception as e:
+        raise ValueError(f"`{file}` can't be opened ({_first_line(e)}): is it whole, and an exported net?") from None
     return net,{k:json.loads(v) for k,v in notes.items()}
 
 # %% ../nbs/24_export.ipynb #ex00001a
@@ -150,10 +157,11 @@ def check_export(
     "Compare an exported file with its net"
     other,meta = load_graph(file)
     h,w = map(int, meta['size'].split('x'))
-    shapes = dict(sides=[(2,h,w), (1,h,w), (3,h+32,w), (1,max(64, h//64*32),w+96)], batch=[(2,h,w), (1,h,w), (5,h,w)], nothing=[(1,h,w)])[meta['free']]
+    more = dict(sides=[(2,h,w), (3,h+32,w), (1,max(64, h//64*32),w+96)], batch=[(2,h,w), (5,h,w)], nothing=[])
     plain,rng,rows = Plain(inference_net(net).cpu()).eval(),torch.Generator().manual_seed(seed),[]
-    for b,h,w in shapes:
+    for b,h,w in [(1,h,w)] + more[meta['free']]:
         x = torch.randn(b, 3, h, w, generator=rng)
         with torch.no_grad(): z,o = plain(x).float(),other(x).float()
-        rows.append(dict(images=b, size=f'{h}×{w}', max_diff=float((z-o).abs().max()), agreement=float((z.argmax(1)==o.argmax(1)).float().mean())))
+        same = (z.argmax(1)==o.argmax(1)).float().mean()
+        rows.append(dict(images=b, size=f'{h}×{w}', max_diff=float((z-o).abs().max()), agreement=float(same)))
     return pd.DataFrame(rows)

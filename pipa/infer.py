@@ -163,8 +163,9 @@ def label_rows(
             s = slice(i, min(i+step, ready)); lo = int(a[s][0])
             rows = z[..., max(lo-top, 0):int(b[s][-1])+1-top, :]
             if lo<top: rows = torch.cat([last, rows], -2)
-            rows = rows[..., a[s]-lo, :] if h==hw[0] else torch.lerp(rows[..., a[s]-lo, :], rows[..., b[s]-lo, :], w[s].to(z))
-            lab[:,s] = resize(rows, (rows.shape[-2], hw[1])).max(1).indices
+            up = rows[..., a[s]-lo, :]
+            if h!=hw[0]: up = torch.lerp(up, rows[..., b[s]-lo, :], w[s].to(z))
+            lab[:,s] = resize(up, (up.shape[-2], hw[1])).max(1).indices
         last,done = z[..., -1:, :].clone(),ready
     return lab
 
@@ -219,7 +220,7 @@ def in_bands(
     if mode not in ('whole', 'slide'): raise ValueError(f"There is no mode `{mode}`: choose `whole` or `slide`.")
     for top,z in slide_bands(net, x, crop, stride, bs) if mode=='slide' else [(0,whole(net, x))]:
         if space is not None and z.shape[1]!=space.n: raise ValueError(
-            f"The net has {z.shape[1]} classes and `{space.name}` has {space.n}: use the label space that the net was trained with.")
+            f"The net has {z.shape[1]} classes and `{space.name}` has {space.n}: use the label space that it was trained with.")
         yield top,z
 
 # %% ../nbs/21_infer.ipynb #33e75ff1
@@ -266,7 +267,7 @@ def _batches(domain, bs, progress):
     for image,mask in _bar(list(zip(domain.images, domain.masks)), progress):
         x,y = read_image(image),read_mask(mask, domain.space)
         if x.size[::-1]!=y.shape: raise ValueError(
-            f"`{image}` has {x.height}×{x.width} pixels and its mask `{mask}` has {y.shape[0]}×{y.shape[1]}: they don't belong together.")
+            f"`{image}` has {x.height}×{x.width} pixels and its mask `{mask}` {y.shape[0]}×{y.shape[1]}: they don't belong together.")
         if some and (len(some)>=bs or some[0][0].size!=x.size): yield some; some = []
         some.append((x,y))
     if some: yield some
@@ -289,7 +290,8 @@ def evaluate(
     for some in _batches(domain, bs if mode=='whole' else 1, progress):
         ps = _label(model, [x for x,_ in some], size, mode=mode, bs=bs, space=sp, **kwargs)
         for p,(_,y) in zip(ps, some):
-            for a,b in zip(p.flatten().split(2**20), torch.from_numpy(y).flatten().split(2**20)): cm += confusion(a, b, sp.n, sp.ignore)
+            parts = [o.flatten().split(2**20) for o in (p, torch.from_numpy(y))]
+            for a,b in zip(*parts): cm += confusion(a, b, sp.n, sp.ignore)
     return cm
 
 # %% ../nbs/21_infer.ipynb #a5bfc9e2
@@ -298,7 +300,7 @@ def _acc(cm): return cm.diag().double()/cm.sum(1)
 def class_table(
     cm:Tensor, # Confusion matrix K×K, see `evaluate`
     space # Its `LabelSpace`
-)->pd.DataFrame: # A row a class: IoU and accuracy in [0,1] (NaN where undefined), pixels that are and that were predicted
+)->pd.DataFrame: # A row a class: IoU and accuracy in [0,1] or NaN, pixels that are and that were predicted
     "How each class was found"
     cm = cm.cpu()
     t = iou_table(cm, space.codes).assign(acc=_acc(cm).numpy(), pixels=cm.sum(1).numpy(), predicted=cm.sum(0).numpy())
@@ -311,8 +313,9 @@ def mean_table(
     "Means over all classes and over the named subsets"
     v,acc = iou(cm.cpu()),_acc(cm.cpu())
     def row(name, ids):
-        ids,out = list(ids),', '.join(space.codes[i] for i in ids if v[i].isnan())
-        return dict(mean=name, iou=float(v[ids].nanmean()), acc=float(acc[ids].nanmean()), classes=int((~v[ids].isnan()).sum()), absent=out)
+        ids,out = list(ids),[space.codes[i] for i in ids if v[i].isnan()]
+        iou,a = float(v[ids].nanmean()),float(acc[ids].nanmean())
+        return dict(mean=name, iou=iou, acc=a, classes=len(ids)-len(out), absent=', '.join(out))
     return pd.DataFrame([row('miou', range(space.n))] + [row(k, ids) for k,ids in space.subsets.items()])
 
 # %% ../nbs/21_infer.ipynb #d67d8ab4
@@ -343,7 +346,7 @@ def raw_ids(
     table = np.full(256, space.ignore)
     for raw,train in sorted(space.ids.items(), reverse=True): table[train] = raw
     lost = [space.codes[i] for i in range(space.n) if i not in space.ids.values() or not 0<=table[i]<256]
-    if lost: raise ValueError(f"`{space.name}` has no raw id in 0..255 for {', '.join(lost)}: only train ids can be written.")
+    if lost: raise ValueError(f"`{space.name}` has no raw id in 0..255 for {', '.join(lost)}: write train ids.")
     return table.astype(np.uint8)[y]
 
 # %% ../nbs/21_infer.ipynb #17e62166
@@ -378,7 +381,7 @@ def predict_folder(
     out:str|Path, # Where results go, in the same sub-folders
     space, # `LabelSpace` of the net
     size:tuple|int|None=None, # Height and width that images are resized to cover
-    ids:str='train', # 'train' for three pictures with train ids; 'raw' for one of the same name with `raw_ids`, for a server
+    ids:str='train', # 'train' for three pictures with train ids; 'raw' for one with `raw_ids`, for a server
     alpha:float=.5, # Strength of the colours in overlays
     progress:bool=True, # Show a progress bar?
     **kwargs # To `predict`
@@ -391,6 +394,7 @@ def predict_folder(
         except (ValueError, OSError, Image.DecompressionBombError) as e:
             failed[name] = str(e) if str(file) in str(e) else f'`{file}`: {e}'
             print(failed[name]); continue
-        for k,a in _results(image, predict(model, image, size, space, **kwargs), space, ids, alpha).items(): _save_png(out/f'{name}{k}.png', a)
+        y = predict(model, image, size, space, **kwargs)
+        for k,a in _results(image, y, space, ids, alpha).items(): _save_png(out/f'{name}{k}.png', a)
     if failed: print(f"{len(failed)} of {len(files)} pictures could not be read.")
     return len(files),failed

@@ -247,7 +247,8 @@ def export(self:Learner,
     "Pickle a learner that predicts, for `load_learner`; of a learner with pair loaders, the inference net alone"
     if not isinstance(self.dls.train, PairDL): return _export(self, fname, **kwargs)
     net = getattr(getattr(self, 'mean_teacher', None), 'teacher', None) if teacher else self.model
-    if net is None: raise ValueError("This learner has no teacher: its method has no `MeanTeacher`, or it wasn't fitted yet.")
+    if net is None: raise ValueError("This learner has no teacher: its method has none, or it wasn't fitted yet.")
     net = inference_net(net)
-    bare = Learner(_empty(self.dls), net, self.loss_func, self.opt_func, self.lr, self.splitter, metrics=MIoU(self.dls.c), path=self.path)
+    bare = Learner(_empty(self.dls), net, self.loss_func, self.opt_func, self.lr, self.splitter,
+                   metrics=MIoU(self.dls.c), path=self.path)
     _export(bare, fname, **kwargs)

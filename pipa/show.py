@@ -221,7 +221,7 @@ def confusion_picture(
 )->Fig: # K rows of shares in percent of the true class, and the IoU of each in points
     "What was taken for what"
     cm,codes,k = torch.as_tensor(cm).cpu(),space.codes,len(cm)
-    if k!=space.n: raise ValueError(f"The matrix has {k} classes and `{space.name}` has {space.n}: they don't belong together.")
+    if k!=space.n: raise ValueError(f"The matrix has {k} classes and `{space.name}` {space.n}: they don't belong together.")
     share,v = 100*(cm/cm.sum(1, keepdim=True)).numpy(),100*iou(cm).numpy()[:,None]
     fig = Fig(figsize=(2.6+.42*k, 1.6+.34*k))
     axs = fig.subplots(1, 2, width_ratios=[k, 1.3])
@@ -231,7 +231,8 @@ def confusion_picture(
     sns.heatmap(v, annot=text(v, 0), ax=axs[1], xticklabels=['IoU'], yticklabels=[], **kw|dict(cmap='Greens'))
     for ax in axs: ax.set_facecolor('.85'); ax.tick_params(length=0, labelsize=9)
     axs[0].tick_params(axis='x', rotation=90); axs[0].tick_params(axis='y', rotation=0)
-    axs[0].set(xlabel='predicted', ylabel='truth', title='percent of the true class'); axs[1].set_title(f'mean\n{100*miou(cm):.1f}', fontsize=9)
+    axs[0].set(xlabel='predicted', ylabel='truth', title='percent of the true class')
+    axs[1].set_title(f'mean\n{100*miou(cm):.1f}', fontsize=9)
     return fig
 
 # %% ../nbs/22_show.ipynb #1c383cd3
