@@ -260,6 +260,36 @@ def test_eval_on_minicity(done, tmp_path, monkeypatch):
     cli.pipa_eval(str(done[1]), out='o')
     assert asked['size']==(64,64) and json.loads(Path('o/row.json').read_text())['images']==2
 
+def test_eval_on_a_published_set_by_name(tmp_path, monkeypatch, capsys):
+    from pipa.checkpoints import save
+    from pipa.models import light
+    monkeypatch.setenv('PIPA_DATA', str(tmp_path/'root')); rng = np.random.default_rng(0)
+    for i in range(2):
+        name = f'ulm/ulm_00000{i}_000019'
+        for kind,end,a in (('leftImg8bit', 'leftImg8bit', rng.integers(0, 256, (64,128,3))), ('gtFine', 'gtFine_labelIds', rng.integers(0, 34, (64,128)))):
+            f = tmp_path/f'root/cityscapes/{kind}/val/{name}_{end}.png'; f.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(a.astype(np.uint8)).save(f)
+    save(tmp_path/'w.safetensors', light('mit_b0', n_out=19), space('synthia'), size='64x64')
+    cli.pipa_eval(str(tmp_path/'w.safetensors'), data='cityscapes', out='o')
+    ys = [space('cityscapes').encode(Image.open(f)) for f in (tmp_path/'root/cityscapes/gtFine').rglob('*.png')]
+    t,r = pd.read_csv('o/classes.csv'),json.loads(Path('o/row.json').read_text())
+    assert t.pixels.tolist()==sum(np.bincount(y.ravel(), minlength=256)[:19] for y in ys).tolist() and r['images']==2 and r['benchmark']=='cityscapes'
+    for k in ('miou16', 'miou13'): assert r[k]==pytest.approx(t.iou[list(space('synthia').subsets[k])].mean())
+    assert 'miou16' in capsys.readouterr().out
+
+def test_student_or_teacher_of_other_peoples_files(tmp_path):
+    from pipa.checkpoints import save_official
+    from pipa.models import daformer
+    nets = {k: daformer('mit_b0', n_out=19) for k in ('model', 'ema_model')}
+    states = {k: torch.load(save_official(tmp_path/f'{k}.pth', n), weights_only=True)['state_dict'] for k,n in nets.items()}
+    both = {f'{k}.{n}':v for k,s in states.items() for n,v in s.items()}
+    torch.save(dict(state_dict=both, meta=dict(CLASSES=tuple(space('cityscapes').codes))), tmp_path/'both.pth')
+    for teacher,k in ((False, 'model'), (True, 'ema_model')):
+        net,_,sp,file = cli.open_net(str(tmp_path/'both.pth'), teacher)
+        assert file.name=='both.pth' and sp.codes==space('cityscapes').codes
+        want = nets[k].state_dict()
+        assert all(torch.equal(v, want[n]) for n,v in net.state_dict().items())
+
 def test_eval_says_what_is_wrong(done, data, tmp_path):
     w = str(done[1]/'weights.safetensors'); (tmp_path/'c.txt').write_text('a\nb'); (tmp_path/'m').mkdir()
     for i in (1,2): Image.fromarray(np.full((64,64), 255, np.uint8)).save(tmp_path/f'm/{i}.png')
