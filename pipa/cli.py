@@ -442,9 +442,10 @@ def pipa_export(
         hw = parse_size(size or meta.get('size', '128x256'))
         export.export_net(dest, net, sp, hw, free, method=meta.get('method'))
         t = export.check_export(dest, net)
-        print(t.to_string(index=False, formatters=dict(max_diff='{:.1e}'.format, agreement='{:.5f}'.format)))
+        print(t.to_string(index=False, formatters=dict(max_diff='{:.1e}'.format, largest='{:.3g}'.format, agreement='{:.5f}'.format)))
         print(f'Written: {dest} ({dest.stat().st_size/1e6:.1f} MB)')
-        if t.max_diff.max()>1e-3: raise ValueError(f"`{dest}` differs from the net by {t.max_diff.max():.2g}: don't use it.")
+        off = (t.max_diff/t.largest.clip(lower=1)).max()
+        if off>1e-3: raise ValueError(f"`{dest}` differs from the net by {off:.2g} of its largest logit: don't use it.")
 
 # %% ../nbs/31_cli.ipynb #1e221739
 _elsewhere = 'out threads workers unlabelled pdb xtra'.split()

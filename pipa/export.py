@@ -153,7 +153,7 @@ def check_export(
     file:str|Path, # From `export_net`
     net:nn.Module, # The net that it was made from
     seed:int=0 # Of the noise
-)->pd.DataFrame: # A row for each shape: largest difference of logits, and share of pixels with the same class
+)->pd.DataFrame: # A row a shape: largest difference of logits, largest logit, share of pixels of the same class
     "Compare an exported file with its net"
     other,meta = load_graph(file)
     h,w = map(int, meta['size'].split('x'))
@@ -163,5 +163,5 @@ def check_export(
         x = torch.randn(b, 3, h, w, generator=rng)
         with torch.no_grad(): z,o = plain(x).float(),other(x).float()
         same = (z.argmax(1)==o.argmax(1)).float().mean()
-        rows.append(dict(images=b, size=f'{h}×{w}', max_diff=float((z-o).abs().max()), agreement=float(same)))
+        rows.append(dict(images=b, size=f'{h}×{w}', max_diff=float((z-o).abs().max()), largest=float(z.abs().max()), agreement=float(same)))
     return pd.DataFrame(rows)

@@ -320,6 +320,14 @@ def test_export_from_the_shell(done, data, tmp_path):
     for kw,says in ((dict(weights=str(tmp_path/'net.onnx')), 'exported already'), (dict(weights=str(done[1]), out='x.pth'), 'neither `.onnx` nor `.pt2`'), (dict(weights='no'), 'no file')):
         with pytest.raises(SystemExit, match=says): cli.pipa_export(**kw)
 
+def test_export_that_differs_is_not_passed_over(done, monkeypatch, capsys):
+    monkeypatch.setattr(cli.export, 'export_net', lambda dest, *a, **k: Path(dest).write_bytes(b'x'))
+    for diff,largest,bad in ((.01, .5, True), (.01, 2000., False)):
+        monkeypatch.setattr(cli.export, 'check_export', lambda *a: pd.DataFrame([dict(images=1, size='64×64', max_diff=diff, largest=largest, agreement=1.)]))
+        if not bad: cli.pipa_export(str(done[1]), out='x.onnx'); continue
+        with pytest.raises(SystemExit, match="don't use it"): cli.pipa_export(str(done[1]), out='x.onnx')
+    assert '1.0e-02' in capsys.readouterr().out
+
 def test_export_without_its_packages(done, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxscript', None)
     with pytest.raises(SystemExit, match=r"pip install 'pipa\[onnx\]'"): cli.pipa_export(str(done[1]), out='x.onnx')
