@@ -4,15 +4,13 @@ from copy import deepcopy
 import numpy as np, pytest, torch
 import fastai.callback.all # lr_find
 from fastai.callback.core import Callback
-from fastai.callback.fp16 import MixedPrecision
-from fastai.torch_core import to_float
 from torch import nn
 from pipa.baselines import *
 from pipa.callbacks import *
 from pipa.learner import method_cbs
 from pipa.losses import weighted_ce
 from pipa.models import adapt, light
-from tiny import fit, seed, toy
+from tiny import HalfOnCPU, fit, seed, toy
 
 class Each(Callback):
     "Call a function at an event of training, behind everybody"
@@ -212,13 +210,6 @@ def test_every_host_under_every_term(host, terms):
     learn = fit(toy(cbs))
     assert all(torch.isfinite(v).all() for v in learn.model.state_dict().values())
     assert all(c.n==1 and math.isfinite(c.mean) for c in learn.cbs if isinstance(c, LossTerm))
-
-class HalfOnCPU(Callback):
-    "What fastai's `MixedPrecision` does, for a machine without GPU"
-    order = MixedPrecision.order
-    def before_batch(self): self.ac = torch.autocast('cpu', dtype=torch.bfloat16); self.ac.__enter__()
-    def after_pred(self): self.learn.pred = to_float(self.pred)
-    def after_loss(self): self.ac.__exit__(None, None, None)
 
 def test_bf16():
     cbs = [FDA(), MeanTeacher(thresh=0.), MinEnt(), AdvEnt(width=4), MIC()]

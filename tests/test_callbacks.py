@@ -11,7 +11,7 @@ from pipa.callbacks import *
 from pipa.losses import weighted_ce
 from pipa.mix import aligned
 from pipa.models import Feats, adapt, light
-from tiny import fit, seed, toy
+from tiny import HalfOnCPU, fit, seed, toy
 
 def terms():
     "All four, small enough for images of 64x64"
@@ -298,13 +298,6 @@ def test_views_of_the_patch_term_are_one_place():
     assert seen>60
 
 # precision
-
-class HalfOnCPU(Callback):
-    "What fastai's `MixedPrecision` does, for a machine without GPU"
-    order = MixedPrecision.order
-    def before_batch(self): self.ac = torch.autocast('cpu', dtype=torch.bfloat16); self.ac.__enter__()
-    def after_pred(self): self.learn.pred = to_float(self.pred)
-    def after_loss(self): self.ac.__exit__(None, None, None)
 
 def test_bf16():
     kinds,losses = set(),[]

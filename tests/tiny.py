@@ -2,9 +2,12 @@
 import random
 import numpy as np, torch
 from PIL import Image
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
+from fastai.torch_core import to_float
 from pipa.callbacks import add_heads
 from pipa.learner import SegLoss
 from pipa.minicity import scene
@@ -38,3 +41,10 @@ def toy(cbs, n=2, k=3, bs=2, y=None, net=None, **kwargs):
 def fit(learn, n=1, **kwargs):
     with learn.no_bar(), learn.no_logging(): learn.fit(n, **kwargs)
     return learn
+
+class HalfOnCPU(Callback):
+    "What fastai's `MixedPrecision` does, for a machine without GPU"
+    order = MixedPrecision.order
+    def before_batch(self): self.ac = torch.autocast('cpu', dtype=torch.bfloat16); self.ac.__enter__()
+    def after_pred(self): self.learn.pred = to_float(self.pred)
+    def after_loss(self): self.ac.__exit__(None, None, None)
