@@ -18,7 +18,6 @@ from PIL import Image
 from fastcore.script import call_parse, store_true, anno_parser
 from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
-from fastcore.script import Param
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from .data import minicity, folder, codes_space, uda_dls, write_file
@@ -218,8 +217,8 @@ def method_args(
     s = AttrDict(parse_switches(o.switch))
     pixel = dict(temp=s.temp, max_samples=s.samples, form=s.form) | (dict(target=s.target) if s.target else {})
     patch = dict(temp=s.temp, iou=parse_range(s.iou), n_neg=s.n_neg, keep=s.keep, balanced=s.balanced, form=s.form)
-    kw = dict({k: o[k] for k in ('terms','alpha','thresh','trust','start','w_pixel','w_patch')},
-              teacher=dict(buffers=s.buffers), host={} if o.w_host is None else dict(w=o.w_host))
+    kw = dict({k: o[k] for k in ('terms','alpha','thresh','trust','start')}, w_pixel=o.pixel, w_patch=o.patch,
+              teacher=dict(buffers=s.buffers), host={} if o.weight is None else dict(w=o.weight))
     if o.preset:
         scale = (1.28,3.2) if 'daformer' in o.preset else (.8,2.)
         teacher = dict(buffers=s.buffers, margin=(0,0)) # the loader marks margins
@@ -264,7 +263,7 @@ def adapt(
     o.size = 'x'.join(map(str, views['size']))
     dls = uda_dls(src, tgt, val, n=o.steps*views['bs'], num_workers=o.workers, bs_valid=valid_bs(val or src, views['bs']), **views)
     before = Before(dls.valid)
-    learn = uda_learner(dls, method=o.method, arch=o.arch, pretrained=o.pretrained, lr=o.lr, things=src.space.things,
+    learn = uda_learner(dls, method=o.method, arch=o.arch, pretrained=o.encoder or o.pretrained, lr=o.lr, things=src.space.things,
                         cbs=[before, CSVLogger('metrics.csv')], n_unlabelled=o.unlabelled, **net_args(o), **method_args(o))
     learn.path = out = new_folder(out)
     text = json.dumps(dict(o, versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]])), indent=1)
@@ -290,8 +289,6 @@ def train(
     return out
 
 # %% ../nbs/31_cli.ipynb #1f0e3dad
-_start = Param('Start from ImageNet weights, or from those of a file if one is named', str, nargs='?', const=True)
-
 @call_parse
 def pipa_train(
     method:str='pipa', # source, minent, advseg, advent, fda, self_training, daformer, hrda, mic, pixel, patch, pipa, oracle; or a+b
@@ -303,16 +300,17 @@ def pipa_train(
     size:str='128x256', # Height x width that the net sees, multiples of 32
     net:str='light', # Net: light, segformer, daformer or hrda
     arch:str='mit_b0', # Encoder: mit_b0 to mit_b5, or lite0
-    pretrained:_start=False, # Start from ImageNet weights? Alone, or with a file
+    pretrained:store_true=False, # Start from ImageNet weights: from a package (lite0) or a file known by its name
+    encoder:str=None, # File of weights for the encoder, such as mit_b5.pth
     lr:float=2e-3, # Learning rate of the encoder; heads have twice as much
     alpha:float=.97, # Decay of the teacher
     trust:str='pixel', # Trust in pseudo-labels: one for the batch (as published), each image or each pixel
     thresh:float=.8, # Probability from which a pseudo-label counts for trust
     start:int=500, # Steps on the source alone, before pseudo-labels are used
     terms:str='none', # PiPa's terms on top of the method: none, pixel, patch or both
-    w_pixel:float=.1, # Weight of pixel contrast
-    w_patch:float=.1, # Weight of patch contrast
-    w_host:float=None, # Weight of the host's own term (minent, advseg, advent, fda, mic); default its paper's
+    pixel:float=.1, # Weight of pixel contrast
+    patch:float=.1, # Weight of patch contrast
+    weight:float=None, # Weight of the host's own term (minent, advseg, advent, fda, mic); default its paper's
     crop:str='64x128', # Height x width of the two crops of patch contrast
     switch:str='', # Switches of the terms, such as "temp=.05 balanced=1 form=paper": see `switches`
     preset:str=None, # daformer, pipa_daformer, hrda, pipa_hrda: as published, whatever --size --bs --rcs --zoom --crop say
@@ -396,7 +394,7 @@ def pipa_eval(
     images:str=None, # Folder of images, in place of --data
     masks:str=None, # Folder of their masks, with the same names
     codes:str=None, # What the masks mean: a text file of class names, or a known name; default codes.txt, or what the weights say
-    train_ids:store_true=False, # The masks hold train ids, whatever the usual numbers are
+    trainids:store_true=False, # The masks hold train ids, whatever the usual numbers are
     mode:str='whole', # whole, or slide for windows
     size:str=None, # Height x width that images are resized to cover; default that of training, with slide their own
     crop:str=None, # With slide: height x width of a window; default that of training
@@ -414,7 +412,7 @@ def pipa_eval(
         if mode!='slide' and (crop or stride): raise ValueError("`--crop` and `--stride` are for windows: add `--mode slide`.")
         steps = stride and parse_size(stride, '--stride', 1, 1)
         how = dict(crop=parse_size(crop, '--crop') if crop else trained, stride=steps) if mode=='slide' else {}
-        dom = eval_domain(data, sp, images, masks, codes, train_ids, trained)
+        dom = eval_domain(data, sp, images, masks, codes, trainids, trained)
         hw = parse_size(size) if size else None if mode=='slide' else trained
         cm = infer.evaluate(net, dom, hw, progress=sys.stdout.isatty(), mode=mode, bs=bs, flip=flip, amp=amp, **how)
         if not cm.sum(): raise ValueError("The masks have no labelled pixel, so there is nothing to score: do they hold other numbers?")
@@ -467,7 +465,7 @@ def settings(
 
 def unusual(
     o:dict # Arguments of `pipa_train`
-)->str: # Such as `w_patch=0.01 crop=64x64`
+)->str: # Such as `patch=0.01 crop=64x64`
     "The settings that aren't the default, but for what has a column of its own"
     o,usual = _flat(o),_flat(vars(_parser().parse_args([])))
     for k in (*_elsewhere, 'method', 'terms', 'data', 'seed', 'epochs'): usual.pop(k, None)
@@ -547,12 +545,12 @@ def plan(
     methods:str, # Methods, separated by commas, see `host_terms`
     seeds:str='0', # Seeds, separated by commas
     terms:str='none', # Terms on top of each method, separated by commas
-    sweep:str='', # Settings to vary, one at a time: `w_patch=.01,.1 temp=.05,.2`
+    sweep:str='', # Settings to vary, one at a time: `patch=.01,.1 temp=.05,.2`
     more=() # Arguments of every run
 )->list: # For each run its name, and arguments of `pipa_train`; equal runs once; seed by seed
     "The runs of a study"
     if bad := [o for o in sweep.split() if not all(o.partition('='))]:
-        raise ValueError(f"`--sweep {bad[0]}` names no values: write it as w_patch=.01,.1.")
+        raise ValueError(f"`--sweep {bad[0]}` names no values: write it as patch=.01,.1.")
     pairs = dict.fromkeys(host_terms(m, t) for m in methods.split(',') for t in terms.split(','))
     vary = [f'{k}={v}' for k,_,vs in (o.partition('=') for o in sweep.split()) for v in vs.split(',')] or ['']
     runs = {}
@@ -583,7 +581,7 @@ def pipa_study(
     size:str='128x256', # Height x width that the net sees
     args:str='', # More arguments for every pipa_train, as one string
     terms:str='none', # PiPa's terms on top of each method, separated by commas: none, pixel, patch, both
-    sweep:str='' # Settings to vary one at a time, with values: "w_patch=.01,.1,1 temp=.05,.2"
+    sweep:str='' # Settings to vary one at a time, with values: "patch=.01,.1,1 temp=.05,.2"
 ):
     "Run methods times terms times seeds, and add a row for each to a table that hasn't got it"
     more = [f'--size={size}', *shlex.split(args)]

@@ -43,7 +43,7 @@ def place(tmp_path, monkeypatch):
 def done(data, tmp_path_factory):
     "The main command, once, as a user calls it"
     cwd = tmp_path_factory.mktemp('run')
-    return run('pipa_train', f'--data={data}', '--seed=3', *small, '--w_patch=.25', cwd=cwd),cwd/f'runs/{data.name}_pipa_seed3'
+    return run('pipa_train', f'--data={data}', '--seed=3', *small, '--patch=.25', cwd=cwd),cwd/f'runs/{data.name}_pipa_seed3'
 
 # pipa_train
 
@@ -61,7 +61,7 @@ def test_files_of_a_run(done, data):
     df = pd.read_csv(out/'metrics.csv')
     assert [*df]==['epoch','train_loss','valid_loss','pair','mix','pixel_contrast','patch_contrast','miou','teacher_miou','time'] and len(df)==1
     c = json.loads((out/'config.json').read_text())
-    assert (c['seed'], c['method'], c['data'], c['epochs'], c['steps'], c['bs'], c['size'], c['w_patch'], c['arch'])==(3, 'pipa', str(data), 1, 1, 2, '64x64', .25, 'mit_b0')
+    assert (c['seed'], c['method'], c['data'], c['epochs'], c['steps'], c['bs'], c['size'], c['patch'], c['arch'])==(3, 'pipa', str(data), 1, 1, 2, '64x64', .25, 'mit_b0')
     assert c['versions']['torch']==torch.__version__.split('+')[0] or c['versions']['torch']==torch.__version__
     assert c['versions']['python'].startswith('3.') and c['versions']['fastai'] and c['versions']['pipa'] and c['command'].startswith('pipa_train --data')
     t = pd.read_csv(out/'classes.csv')
@@ -246,7 +246,7 @@ def test_eval_with_a_label_space_of_its_own(tmp_path, capsys):
     kw = dict(weights=str(tmp_path/'w.safetensors'), images=str(tmp_path/'images'))
     cli.pipa_eval(masks=str(tmp_path/'masks'), out='raw', **kw)
     said = capsys.readouterr().out
-    cli.pipa_eval(masks=str(tmp_path/'train'), train_ids=True, out='train', **kw)
+    cli.pipa_eval(masks=str(tmp_path/'train'), trainids=True, out='train', **kw)
     a,b = (pd.read_csv(f'{o}/confusion.csv', index_col='truth').to_numpy() for o in ('raw', 'train'))
     assert (a==b).all() and a.sum()==sum((np.array(Image.open(o))!=5).sum() for o in (tmp_path/'masks').iterdir()) and a[2].sum()==0
     r = json.loads(Path('raw/row.json').read_text())
@@ -407,11 +407,11 @@ def test_study_of_hosts_terms_and_sweeps(fake):
     df = pd.read_csv('t.csv')
     assert sorted(df.method)==sorted(['source','source+pipa','mic','mic+pipa']*2) and len(fake())==8
     study(terms='both,none'); assert len(fake())==8, 'nothing is missing'
-    study(terms='both', sweep='w_patch=.01,.1,1 temp=.10,.2')
+    study(terms='both', sweep='patch=.01,.1,1 temp=.10,.2')
     assert len(fake())==8+2*2*3, 'the defaults .1 are in the table already'
-    assert [c for c in fake() if '--w_patch=.01' in c and '--method=mic+pipa' in c and '--seed=1' in c] and Path('s/mic+pipa_seed0_w_patch=.01.log').exists()
+    assert [c for c in fake() if '--patch=.01' in c and '--method=mic+pipa' in c and '--seed=1' in c] and Path('s/mic+pipa_seed0_patch=.01.log').exists()
     cli.pipa_study('pipa+mic', '1', table='t.csv', runs='s', args='--data=x --epochs=3'); assert len(fake())==21, 'three epochs are another run'
-    cli.pipa_study('mic+pipa', '1', table='t.csv', runs='s', args='--data x --epochs 3 --w_patch 0.1 --threads 7'); assert len(fake())==21, 'the same in other words'
+    cli.pipa_study('mic+pipa', '1', table='t.csv', runs='s', args='--data x --epochs 3 --patch 0.1 --threads 7'); assert len(fake())==21, 'the same in other words'
 
 def test_study_reads_the_table_of_the_repository(fake):
     "Rows of the old form, without the columns host and terms, count"
@@ -434,18 +434,18 @@ def test_study_knows_no_such_setting(fake, capsys):
 def test_settings_are_what_counts():
     a = cli.settings('pipa_train --method=pipa --seed=0 --size=128x256 --threads=1')
     assert a==cli.settings(['--terms', 'both', '--method', 'self_training', '--workers=3', '--out=there'])
-    assert a['host']=='self_training' and a['terms']=='both' and a['w_pixel']==.1 and 'threads' not in a
+    assert a['host']=='self_training' and a['terms']=='both' and a['pixel']==.1 and 'threads' not in a
     for o in ('--seed=1', '--lr=1e-3', '--switch=balanced=1', '--data=x', '--switch=form=paper'): assert cli.settings(f'pipa_train {o}')!=cli.settings('pipa_train')
     assert cli.settings('pipa_train --from_the_future=3', strict=False)==cli.settings('pipa_train')
 
 def test_host_under_terms(data):
     "A run of another host with PiPa on top, with every switch: columns, row and settings"
-    cli.pipa_train('mic', str(data), terms='both', out='o', switch='balanced=1 target=.05 buffers=copy form=paper iou=.2:1', w_host=.5, **opts | dict(unlabelled=2))
+    cli.pipa_train('mic', str(data), terms='both', out='o', switch='balanced=1 target=.05 buffers=copy form=paper iou=.2:1', weight=.5, **opts | dict(unlabelled=2))
     r,cols = json.loads(Path('o/row.json').read_text()),[*pd.read_csv('o/metrics.csv')]
     assert (r['method'], r['host'], r['terms'])==('mic+pipa', 'mic', 'both')
     assert cols[3:-1]==['pair','mix','mic','pixel_contrast','patch_contrast','miou','teacher_miou','entropy','info_max','agreement','overlap','density']
     for k in ('entropy','info_max','agreement','overlap','density'): assert abs(r[k]-pd.read_csv('o/metrics.csv')[k][0])<1e-4
-    assert all(o in r['settings'].split() for o in ('balanced=True', 'target=0.05', 'buffers=copy', 'form=paper', 'iou=.2:1', 'w_host=0.5', 'crop=64x64'))
+    assert all(o in r['settings'].split() for o in ('balanced=True', 'target=0.05', 'buffers=copy', 'form=paper', 'iou=.2:1', 'weight=0.5', 'crop=64x64'))
     assert not [o for o in r['settings'].split() if o.split('=')[0] in ('method','terms','data','seed','epochs','unlabelled')]
 
 def test_hrda_as_a_host(data):

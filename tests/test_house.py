@@ -207,3 +207,9 @@ def test_command_helps(name, target, tmp_path):
     (tmp_path/name).write_text(f'import sys\nfrom {mod} import {fn}\nif __name__=="__main__": sys.exit({fn}())\n')
     ret,out,err = sh(sys.executable, tmp_path/name, '--help', PYTHONPATH=str(root), COLUMNS='120')
     assert not ret and name in out and len(out)>300, out+err
+
+@pytest.mark.parametrize('name,target', scripts, ids=[o[0] for o in scripts])
+def test_options_need_no_underscore(name, target):
+    "fastcore writes `--a_b` before its version 2 and `--a-b` since: a word of one part is the same in both"
+    mod,fn = target.split(':')
+    assert not [o for o in inspect.signature(getattr(importlib.import_module(mod), fn)).parameters if '_' in o]
