@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version, PackageNotFoundError
 from inspect import signature
-from itertools import islice
 from pathlib import Path
 import pandas as pd, torch
 from PIL import Image
@@ -113,7 +112,8 @@ class Before(Callback):
     "Keep the student's answer to some validation images after the first epoch"
     order = 70
     def __init__(self, dl, n=4):
-        self.batches,self.preds = [*islice(dl.new(shuffle=False, num_workers=0), -(-n//dl.bs))],None
+        some = np.linspace(0, len(dl.dataset)-1, min(n, len(dl.dataset))).round().astype(int).tolist()
+        self.batches,self.preds = [*dl.new(shuffle=False, num_workers=0, get_idxs=lambda: some)],None
     def answer(self):
         self.model.eval()
         with torch.no_grad(): return [p for x,_ in self.batches for p in self.model(x).argmax(1).cpu()]

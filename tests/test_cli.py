@@ -480,3 +480,10 @@ def test_preset_takes_the_published_numbers(monkeypatch):
     cbs = {c.name:c for c in cli.method_cbs('daformer', **kw)}
     pt,px = cbs['patch_contrast'],cbs['pixel_contrast']
     assert (pt.size, pt.thresh, pt.start, pt.scale, px.kw['max_views'], px.kw['min_pixels'])==((720,720), .9, 10_000, (1.28,3.2), 100, None)
+
+def test_before_looks_at_images_that_are_far_apart(tmp_path):
+    from fastai.data.core import Datasets
+    from pipa.data import EvalDL
+    def dl(n, bs): return EvalDL(Datasets(list(range(n)), tfms=[[], []]), bs=bs)
+    def seen(n, bs): return [int(o) for b in cli.Before(dl(n, bs)).batches for o in b[0]]
+    assert seen(101, 3)==[0,33,67,100] and seen(4, 1)==[0,1,2,3] and seen(2, 4)==[0,1]
