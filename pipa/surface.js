@@ -54,7 +54,8 @@ function render({ model, el }) {
     ['images', 'points', 'plot', 'legend', 'here', 'said'].map(k => root.querySelector('.pipa-' + k));
 
   const S = { rects: [], base: [], over: [], heat: [], xy: new Float32Array(0), from: null, born: 0, boxes: [], active: 0, area: null,
-    lasso: null, hover: null, tip: -1, cursor: null, view: { s: 1, x: 0, y: 0 }, drag: null, frames: 0, dirty: false };
+    lasso: null, hover: null, tip: -1, cursor: null, view: { s: 1, x: 0, y: 0 }, drag: null, frames: 0, heats: 0, dirty: false };
+  const stale = new Set();  // loaders of traits that came since the last frame: what comes together is read once
   const color = name => getComputedStyle(root).getPropertyValue(name).trim();
 
   // --- layout ---
@@ -110,6 +111,7 @@ function render({ model, el }) {
         for (let j = 0; j < n; j++) px[j] = table[b[i * n + j]];
         S.heat.push(picture(new Uint8Array(px.buffer), w, h));
       }
+      root.dataset.heats = ++S.heats;
     },
     xy() {
       const next = floats(g('xy')), calm = matchMedia('(prefers-reduced-motion: reduce)').matches;
@@ -268,7 +270,9 @@ function render({ model, el }) {
     if (S.dirty) return;
     S.dirty = true;
     requestAnimationFrame(() => {
-      S.dirty = false; layout();
+      S.dirty = false;
+      for (const k of stale) loaders[k]();
+      stale.clear(); layout();
       if (!root.clientWidth) return;
       if (g('panels').length) drawImages();
       if (S.xy.length) drawPoints();
@@ -409,10 +413,10 @@ function render({ model, el }) {
 
   // --- life ---
   const on = (names, f) => names.forEach(k => model.on('change:' + k, f));
-  on(['panels'], () => { loaders.base(); loaders.over(); draw(); });
-  on(['base'], () => { loaders.base(); draw(); });
-  on(['over'], () => { loaders.over(); draw(); });
-  on(['heat', 'heat_size', 'heat_range', 'lut'], () => { loaders.heat(); draw(); });
+  on(['panels'], () => { stale.add('base').add('over'); draw(); });
+  on(['base'], () => { stale.add('base'); draw(); });
+  on(['over'], () => { stale.add('over'); draw(); });
+  on(['heat', 'heat_size', 'heat_range', 'lut'], () => { stale.add('heat'); draw(); });
   on(['xy'], () => { loaders.xy(); draw(); });
   on(['boxes'], () => { loaders.boxes(); draw(); });
   on(['legend'], () => { loaders.legend(); draw(); });

@@ -69,7 +69,7 @@ def test_colours(by):
     else: assert len({(k,tuple(o)) for k,o in zip(key, c.tolist())})==key.nunique()==len(np.unique(c, axis=0))
     if by=='class':
         assert np.array_equal(c, sp.palette[t.cls])
-        p.blind = True; assert np.array_equal(u8(p.surface.rgb).reshape(-1,3), S.distinct_colors(3)[t.cls])
+        p.blind = True; assert np.array_equal(u8(p.surface.rgb).reshape(-1,3), S.palette(sp, True)[t.cls])
 
 def test_checkpoints_keep_pixels_and_change_what_is_said():
     p = explorer(queries=[(0,1,1,1)]); assert p.checkpoint==1
