@@ -54,7 +54,8 @@ function render({ model, el }) {
     ['images', 'points', 'plot', 'legend', 'here', 'said'].map(k => root.querySelector('.pipa-' + k));
 
   const S = { rects: [], base: [], over: [], heat: [], xy: new Float32Array(0), from: null, born: 0, boxes: [], active: 0, area: null,
-    lasso: null, hover: null, tip: -1, cursor: null, view: { s: 1, x: 0, y: 0 }, drag: null, frames: 0, heats: 0, dirty: false };
+    lasso: null, hover: null, tip: -1, cursor: null, view: { s: 1, x: 0, y: 0 }, drag: null, frames: 0, heats: 0, dirty: false,
+    version: 0, back: null, backed: '' };
   const stale = new Set();  // loaders of traits that came since the last frame: what comes together is read once
   const color = name => getComputedStyle(root).getPropertyValue(name).trim();
 
@@ -96,8 +97,8 @@ function render({ model, el }) {
     return sizes.map(([w, h]) => { const n = w * h * 4, p = at + n <= b.length && n ? picture(b.subarray(at, at + n), w, h) : null; at += n; return p; });
   }
   const loaders = {
-    base() { S.base = cut(g('base'), g('panels').map(p => [p.w, p.h])); },
-    over() { S.over = cut(g('over'), g('panels').map(p => [p.w, p.h])); },
+    base() { S.base = cut(g('base'), g('panels').map(p => [p.w, p.h])); S.version++; },
+    over() { S.over = cut(g('over'), g('panels').map(p => [p.w, p.h])); S.version++; },
     heat() {
       const b = raw(g('heat')), [w, h] = g('heat_size'), lut = raw(g('lut')), [lo, hi] = g('heat_range').map(v => (v + 1) * 127.5);
       const n = w * h, table = new Uint32Array(256), bytes = new Uint8Array(table.buffer);
@@ -166,6 +167,22 @@ function render({ model, el }) {
     ctx.beginPath(); ctx.moveTo(x - r / 2, y); ctx.lineTo(x + r / 2, y); if (sign > 0) { ctx.moveTo(x, y - r / 2); ctx.lineTo(x, y + r / 2); } ctx.stroke();
   };
 
+  function backdrop(panels) {  // images and what lies on them, at the size of the screen; scaled once, for it is the dearest part of a frame
+    const alpha = g('over_alpha'), now = [S.version, S.W, S.H, window.devicePixelRatio, alpha, JSON.stringify(S.rects)].join();
+    if (S.backed === now) return S.back;
+    S.backed = now; S.back = S.back || document.createElement('canvas');
+    const ctx = size(S.back, S.W, S.H);
+    ctx.clearRect(0, 0, S.W, S.H);
+    S.rects.forEach((r, i) => {
+      ctx.imageSmoothingEnabled = !panels[i].crisp; ctx.imageSmoothingQuality = 'high';
+      if (S.base[i]) ctx.drawImage(S.base[i], r.x, r.y, r.w, r.h);
+      ctx.imageSmoothingEnabled = false; ctx.globalAlpha = alpha;
+      if (S.over[i] && alpha > 0) ctx.drawImage(S.over[i], r.x, r.y, r.w, r.h);
+      ctx.globalAlpha = 1;
+    });
+    return S.back;
+  }
+
   function drawImages() {
     const ctx = size(images, S.W, S.H), panels = g('panels');
     ctx.clearRect(0, 0, S.W, S.H);
@@ -176,12 +193,11 @@ function render({ model, el }) {
       let tx = r.x;
       if (p.dot) { ctx.fillStyle = p.dot; ctx.beginPath(); ctx.arc(r.x + 4, r.y - 8, 4, 0, 7); ctx.fill(); tx += 12; }
       ctx.fillStyle = color('--pipa-fg'); ctx.fillText(p.title || '', tx, r.y - 4, r.w - 12);
-      ctx.imageSmoothingEnabled = !p.crisp; ctx.imageSmoothingQuality = 'high';
-      if (S.base[i]) ctx.drawImage(S.base[i], r.x, r.y, r.w, r.h);
-      if (S.over[i] && g('over_alpha') > 0) { ctx.globalAlpha = g('over_alpha'); ctx.imageSmoothingEnabled = false; ctx.drawImage(S.over[i], r.x, r.y, r.w, r.h); }
-      if (S.heat[i] && g('heat_alpha') > 0) { ctx.globalAlpha = g('heat_alpha'); ctx.imageSmoothingEnabled = true; ctx.drawImage(S.heat[i], r.x, r.y, r.w, r.h); }
-      ctx.globalAlpha = 1;
     });
+    ctx.drawImage(backdrop(panels), 0, 0, S.W, S.H);
+    ctx.imageSmoothingEnabled = true; ctx.imageSmoothingQuality = 'low'; ctx.globalAlpha = g('heat_alpha');
+    if (g('heat_alpha') > 0) S.rects.forEach((r, i) => { if (S.heat[i]) ctx.drawImage(S.heat[i], r.x, r.y, r.w, r.h); });
+    ctx.globalAlpha = 1;
     const at = floats(g('at')), st = raw(g('state')), rgb = raw(g('rgb'));
     for (let i = 0; i < st.length; i++) if (st[i] === 2 && at.length > 3 * i + 2) {  // pixels lit by a selection
       const [x, y] = px(at[3 * i], at[3 * i + 1], at[3 * i + 2]);
