@@ -393,6 +393,7 @@ def counts_figure(
     fig = Fig(figsize=(7, 2.4)); ax = fig.subplots()
     sns.countplot(t, x='class', ax=ax, order=[c for c in space.codes if c in set(t['class'])], **by)
     ax.set(xlabel='', ylabel='pixels'); ax.tick_params(axis='x', rotation=35); sns.despine(ax=ax)
+    if by: sns.move_legend(ax, 'upper left', bbox_to_anchor=(1,1), frameon=False)
     return fig
 
 # %% ../nbs/26_pixel_explorer.ipynb #33e75ff0

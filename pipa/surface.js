@@ -259,7 +259,7 @@ function render({ model, el }) {
     ctx.textAlign = 'left'; ctx.textBaseline = 'alphabetic';
     if (S.lasso) { ctx.beginPath(); S.lasso.forEach(([x, y], i) => ctx[i ? 'lineTo' : 'moveTo'](x, y)); ctx.closePath(); ctx.fillStyle = color('--pipa-veil'); ctx.fill(); ctx.setLineDash([5, 4]); ctx.lineWidth = 1.5; ctx.strokeStyle = color('--pipa-fg'); ctx.stroke(); ctx.setLineDash([]); }
     drawTip(ctx, xy);
-    ctx.fillStyle = color('--pipa-soft'); ctx.font = '11px ' + color('--pipa-font'); ctx.fillText(g('caption'), 8, S.PH - 8);
+    ctx.fillStyle = color('--pipa-soft'); ctx.font = '11px ' + color('--pipa-font'); ctx.fillText(g('caption'), 8, S.PH - 8, S.PW - 16);
   }
 
   function drawTip(ctx, xy) {  // the pixel under the mouse: a ring, its surroundings, and what is known of it

@@ -201,7 +201,7 @@ def rare_class_explorer(
         p,share = rare_class_probs(c, t),c/c.sum()
         fig = Fig(figsize=(7,2.6)); ax = fig.subplots(); i = np.arange(len(c))
         ax.bar(i-.2, share, .4, label='share of pixels', color='#999999'); ax.bar(i+.2, p, .4, label='probability to be asked for', color='#0072b2')
-        ax.set(title=f'temperature {t:.3g}'); ax.set_xticks(i, codes, rotation=35, ha='right'); ax.legend(frameon=False, fontsize=8)
+        ax.set_title(f'temperature {t:.3g}', loc='left', fontsize=9); ax.set_xticks(i, codes, rotation=35, ha='right'); ax.legend(frameon=False, fontsize=8, ncols=2, loc='lower right', bbox_to_anchor=(1,1))
         ax.spines[['top', 'right']].set_visible(False)
         return {'probabilities': fig}
     return Step(f, 'Rare class sampling', log_temp=slide('log10 of the temperature', -3, 1, 330)).turn(log_temp=float(np.log10(temp)))
