@@ -292,7 +292,7 @@ def _umap(e, init, seed, perplexity):
     try: from umap import UMAP
     except ImportError: raise ValueError("UMAP is not installed: `pip install umap-learn`, or take 'pca' or 'tsne'.") from None
     init = init/max(np.abs(init).max(), 1e-12)*10
-    return UMAP(2, n_neighbors=min(int(perplexity), len(e)-1), init=init, random_state=seed).fit_transform(e)
+    return UMAP(n_components=2, n_neighbors=min(int(perplexity), len(e)-1), init=init.astype(np.float32), random_state=seed, n_jobs=1).fit_transform(e)
 
 def project(
     es:list, # Vectors of the same pixels at each checkpoint, `N×D` each
