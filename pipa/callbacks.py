@@ -77,6 +77,13 @@ def add_heads(
     if not hasattr(net, 'project'): net.project = PatchHead(net.fused_dim, patch_dim).to(dev)
     return net
 
+# %% ../nbs/10_callbacks.ipynb #pa1r0002
+@patch
+def show(self:Pair, n:int=2):
+    "A fresh batch: source images, their labels, target images"
+    x_s,y_s,x_t,*_ = self.dls.train.one_batch()
+    return _show([*zip(x_s[:n], y_s[:n], x_t[:n])], ('source', 'label', 'target'))
+
 # %% ../nbs/10_callbacks.ipynb #c51ce410
 def ema_decay(
     step:int, # Number of the update, the first is 1

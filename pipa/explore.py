@@ -18,10 +18,10 @@ from .infer import evaluating
 from .show import Fig, denorm
 
 # %% auto #0
-__all__ = ['Views', 'unit', 'views', 'features', 'embedding', 'map_layers', 'see', 'scenes', 'Snapshots', 'at_snapshot', 'query',
-           'similarity', 'cell_labels', 'sample', 'embeddings_of', 'pca', 'procrustes', 'project', 'scatter',
-           'centroids', 'class_cosines', 'class_table', 'class_lines', 'cosine_matrix', 'in_lasso', 'in_box',
-           'neighbours']
+__all__ = ['Views', 'unit', 'views', 'features', 'embedding', 'map_layers', 'see', 'scenes', 'nets_of', 'Snapshots', 'moments',
+           'at_snapshot', 'query', 'similarity', 'cell_labels', 'sample', 'embeddings_of', 'pca', 'procrustes',
+           'project', 'scatter', 'centroids', 'class_cosines', 'class_table', 'class_lines', 'cosine_matrix',
+           'in_lasso', 'in_box', 'neighbours']
 
 # %% ../nbs/23_explore.ipynb #e4da3b7f
 class Views(NamedTuple):
@@ -147,17 +147,21 @@ def scenes(
     return x,y,['source']*len(sides[0][0]) + ['target']*len(sides[1][0])
 
 # %% ../nbs/23_explore.ipynb #98f13708
+def nets_of(
+    learn # A learner
+)->dict: # 'student' and, where there is one, 'teacher'
+    "The nets of a learner by their role"
+    t = getattr(getattr(learn, 'mean_teacher', None), 'teacher', None)
+    return dict(student=learn.model) | ({} if t is None else dict(teacher=t))
+
 class Snapshots(Callback):
     "Keep the state of student and teacher while they train"
     order,name,run_valid = MixedPrecision.order+60,'snapshots',False
     def __init__(self,
         every:int=1 # Epochs between two snapshots
     ): self.every,self.states = every,{}
-    def nets(self): # Student and, where there is one, teacher
-        t = getattr(getattr(self.learn, 'mean_teacher', None), 'teacher', None)
-        return dict(student=self.learn.model) | ({} if t is None else dict(teacher=t))
     def keep(self, name): # Remember the state of now under a name
-        self.states[name] = {k:{n:v.detach().cpu().clone() for n,v in o.state_dict().items()} for k,o in self.nets().items()}
+        self.states[name] = {k:{n:v.detach().cpu().clone() for n,v in o.state_dict().items()} for k,o in nets_of(self.learn).items()}
     def before_train(self):
         if not self.states and not hasattr(self.learn, 'lr_finder'): self.keep('start')
     def after_train(self):
@@ -165,13 +169,20 @@ class Snapshots(Callback):
         if (self.epoch+1)%self.every==0: self.keep(f'epoch {len(self.states)}' if self.every==1 else f'epoch {self.epoch+1}')
 
 # %% ../nbs/23_explore.ipynb #3c59dc04
+def moments(
+    learn # A learner, with or without `Snapshots`
+)->list: # Names for `at_snapshot`, the oldest first
+    "The times at which a learner's nets can be looked at"
+    states = [*learn.snapshots.states] if hasattr(learn, 'snapshots') else []
+    return states if len(states)>1 else [*states, 'now']
+
 def at_snapshot(
     learn, # A learner, with or without `Snapshots`
     name:str='now', # 'now', or the name of a snapshot
     who:str='student' # 'student' or 'teacher'
 )->nn.Module: # Of 'now' the very net, else a copy; raises `KeyError` for a name that isn't there
     "The net of a learner, now or as it was"
-    nets = Snapshots.nets(type('o', (), dict(learn=learn)))
+    nets = nets_of(learn)
     if who not in nets: raise KeyError(f'There is no {who} in this learner, it has: {", ".join(nets)}.')
     if name=='now': return nets[who]
     states = learn.snapshots.states if hasattr(learn, 'snapshots') else {}
@@ -281,7 +292,7 @@ def _umap(e, init, seed, perplexity):
     try: from umap import UMAP
     except ImportError: raise ValueError("UMAP is not installed: `pip install umap-learn`, or take 'pca' or 'tsne'.") from None
     init = init/max(np.abs(init).max(), 1e-12)*10
-    return UMAP(2, n_neighbors=min(int(perplexity), len(e)-1), init=init, random_state=seed).fit_transform(e)
+    return UMAP(n_components=2, n_neighbors=min(int(perplexity), len(e)-1), init=init.astype(np.float32), random_state=seed, n_jobs=1).fit_transform(e)
 
 def project(
     es:list, # Vectors of the same pixels at each checkpoint, `N×D` each

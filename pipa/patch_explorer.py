@@ -9,33 +9,30 @@ from torch import Tensor
 from fastcore.basics import patch
 from matplotlib import colormaps
 from PIL import Image
-from .explore import scenes, Snapshots, at_snapshot
+from .explore import scenes, nets_of, moments, at_snapshot
 from .infer import as_image, to_input
-from .labels import label_space
+from .labels import label_space, distinct_colors
 from .mix import crop_corners
 from .patches import *
 from .show import Fig, denorm
-from .surface import Page, Surface, rgba, palette, colored, img_tag, on_dark, control_row, pick, slide, tick
+from .surface import Page, Surface, rgba, palette, css, colored, img_tag, on_dark, control_row, pick, slide, tick, width
 
 # %% auto #0
-__all__ = ['PatchConsistency', 'history_figure']
+__all__ = ['history_figure', 'PatchConsistency']
 
 # %% ../nbs/27_patch_explorer.ipynb #e4da3b7f
 class _Nets:
     "Nets by checkpoint and role, and the images to look at"
     def __init__(self, what, images=None, y=None, n=4, seed=0):
-        self.learn = what if hasattr(what, 'dls') else None
+        self.learn,self.kept = what if hasattr(what, 'dls') else None,{}
         if self.learn is not None:
-            snaps = getattr(what, 'snapshots', None)
-            self.names = [*(snaps.states if snaps else []), 'now']
-            if snaps and len(snaps.states)>1: self.names.pop()
-            self.who = [*Snapshots.nets(type('o', (), dict(learn=what)))]
+            self.names,self.who = moments(what),[*nets_of(what)]
             if images is None: x,y,_ = scenes(what.dls, n, seed); images,y = x[n:],y[n:]
         else:
             if images is None: raise ValueError('A net alone has nothing to look at: give `images` too.')
             self.given = what if isinstance(what, dict) else {'now': what}
             self.names,self.who = [*self.given],['student']
-        self.x,self.y,self.kept = self._batch(images),y,{}
+        self.x,self.y = self._batch(images),y
     def _batch(self, images):
         if isinstance(images, Tensor) and images.is_floating_point(): return images
         xs = [as_image(o) for o in images]
@@ -46,7 +43,7 @@ class _Nets:
         return self.kept[name,who]
     def teacher(self, name): return self(name, 'teacher') if 'teacher' in self.who else None
 
-# %% ../nbs/27_patch_explorer.ipynb #c9f0f895
+# %% ../nbs/27_patch_explorer.ipynb #45c48cce
 class _PairState(T.HasTraits):
     image = T.Int(0)                # Number of the image
     at_1 = T.Tuple((0,0))           # Top and left of the first crop, px
@@ -61,6 +58,155 @@ class _PairState(T.HasTraits):
     live = T.Bool(True)             # Answer while a crop is dragged?
     blind = T.Bool(False)           # Colours for colour-blind eyes?
 
+# %% ../nbs/27_patch_explorer.ipynb #6512bd43
+@patch
+def start(self:_PairState, what, images=None, y=None, space=None, n_images=4, stride=8):
+    "Say what is looked at, see `PatchConsistency`"
+    self.nets,self.stride,self.cache = _Nets(what, images, y, n_images),stride,{}
+    self.hw = tuple(self.nets.x.shape[-2:])
+    self.space = space or getattr(getattr(self.nets.learn, 'dls', None), 'space', None) or self._numbered()
+    return self
+
+@patch
+def _numbered(self:_PairState):
+    size = tuple(min(n, 64)//8*8 for n in self.hw)
+    one = crops_at(self.nets.x[:1], (0,0), (0,0), size, self.stride)
+    n = look(self.nets(self.nets.names[-1]), one, stride=self.stride).p_1.shape[1]
+    return label_space([f'class {i}' for i in range(n)], palette=distinct_colors(n+1)[1:])
+
+@patch
+def looks(self:_PairState, checkpoint=None, who=None): # Both default to those of the state
+    "`Looks` and `Crops` of the pair"
+    name,who = self.nets.names[self.checkpoint if checkpoint is None else checkpoint],who or self.who
+    k = name,who,self.image,self.at_1,self.at_2,self.size,self.augment
+    if k not in self.cache:
+        if len(self.cache)>200: self.cache.clear()
+        crops = crops_at(self.nets.x[self.image][None], self.at_1, self.at_2, self.size, self.stride)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.cache[k] = look(self.nets(name, who), crops, self.nets.teacher(name), self.stride, self.augment),crops
+    return self.cache[k]
+
+# %% ../nbs/27_patch_explorer.ipynb #scor0002
+@patch
+def scores(self:_PairState, checkpoint=None, who=None): # Both default to those of the state
+    "Scores of the pair: those of `pair_scores`, the loss of the training, and the number of cells it comes from"
+    l,c = self.looks(checkpoint, who)
+    v,n = patch_loss(l, c, self.stride, thresh=self.conf)
+    return dict(pair_scores(l, c, 0, self.conf, self.stride), loss=v if n else float('nan'), cells=n)
+
+@patch
+def class_scores(self:_PairState):
+    "Agreement of each class that either crop names, and how many pixels do"
+    l,c = self.looks()
+    m = overlap_maps(l, c, 0, self.stride)
+    a = class_agreement(m['y_1'], m['y_2'], self.space.n)
+    n = [int(((m['y_1']==k) | (m['y_2']==k)).sum()) for k in range(self.space.n)]
+    rows = [o for o in zip(self.space.codes, a, n) if o[2]]
+    return pd.DataFrame(rows, columns=['class', 'agreement', 'pixels'])
+
+@patch
+def history(self:_PairState):
+    "Scores of this pair at all checkpoints and of all roles, as a table"
+    return pd.DataFrame([dict(checkpoint=k, net=w, **self.scores(i, w)) for i,k in enumerate(self.nets.names) for w in self.nets.who])
+
+# %% ../nbs/27_patch_explorer.ipynb #c51ce410
+@patch
+def draw(self:_PairState):
+    "A random pair, by the sampler of the training"
+    room = torch.tensor([[n-s for n,s in zip(self.hw, self.size)]])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(self.seed)
+        a,b = crop_corners(room, self.size, self.stride, (self.min_iou, 1.))
+    with self.hold_trait_notifications(): self.at_1,self.at_2 = tuple(a[0].tolist()),tuple(b[0].tolist())
+
+@patch
+def place(self:_PairState, which, at, size=None): # 1 or 2; top and left, px; height and width, `None` for those of now
+    "Put a crop near a place: whole cells, and inside the image"
+    c = self.stride
+    size = tuple(int(min(max(round(n/c)*c, min(32, N)), N//c*c)) for n,N in zip(size or self.size, self.hw))
+    other = self.at_2 if which==1 else self.at_1
+    if size!=self.size: other = tuple(min(o, N-n) for o,n,N in zip(other, size, self.hw)) # both grow: the other gives way
+    new = snap(at, other, size, self.hw, c)
+    a,b = (new,other) if which==1 else (other,new)
+    with self.hold_trait_notifications(): self.size,self.at_1,self.at_2 = size,a,b
+
+# %% ../nbs/27_patch_explorer.ipynb #9bf31c7f
+_blue,_orange = np.array([86,180,233], np.uint8),np.array([213,94,0], np.uint8)
+
+def _bright(a): return np.uint8(255*colormaps['inferno'](np.asarray(a).clip(0, 1))[...,:3])
+def _large(a, hw): return np.array(Image.fromarray(a).resize(hw[::-1], Image.NEAREST))
+
+@patch
+def pictures(self:_PairState):
+    "Title → picture (uint8) of everything that is compared"
+    l,c = self.looks()
+    pal,m = palette(self.space, self.blind),overlap_maps(l, c, 0, self.stride)
+    def paint(y): return colored(y.numpy(), pal)[...,:3]
+    d = {'1 predicts': paint(l.p_1[0].argmax(0)), '2 predicts': paint(l.p_2[0].argmax(0))}
+    if not m['same'].numel(): return d
+    return d | {'overlap in 1': paint(m['y_1']), 'overlap in 2': paint(m['y_2']),
+                'same class?': np.where(m['same'].numpy()[...,None], _blue, _orange), 'disagreement (JS)': _bright(m['js']),
+                '1 − cosine': _large(_bright((1-m['cosine']).numpy()), tuple(m['same'].shape)),
+                'less sure of both': _bright(torch.minimum(m['c_1'], m['c_2']))}
+
+# %% ../nbs/27_patch_explorer.ipynb #tabl0002
+_words = dict(agreement='same class', confident='same, where both are sure', js='divergence (JS)', cosine='cosine of embeddings', iou='overlap (IoU)')
+
+def _row(name, v, note='', color='#56b4e9'):
+    n = 0 if v!=v else 60*max(v, 0)
+    bar = f'<i style="display:inline-block;height:9px;width:{n:.0f}px;background:{color}"></i>'
+    return f'<tr><td>{name}</td><td>{"–" if v!=v else f"{v:.2f}"}</td><td style="text-align:left!important;width:70px">{bar}</td><td>{note}</td></tr>'
+
+@patch
+def _numbers_html(self:_PairState):
+    s,pal = self.scores(),palette(self.space, self.blind)
+    rows = [] if s['iou'] else ['<tr><td colspan="4">The crops share no pixel: move one.</td></tr>']
+    notes = dict(confident=f"{s['share']:.0%} sure" if s['share']==s['share'] else '')
+    rows += [_row(v, s[k], notes.get(k, ''), '#e69f00' if k=='js' else '#56b4e9') for k,v in _words.items()]
+    loss = f'{s["loss"]:.3f}' if s['cells'] else '–'
+    rows.append(f'<tr><td><b>loss of the training</b></td><td><b>{loss}</b></td><td></td><td>{s["cells"]} cells</td></tr><tr><td colspan="4">&nbsp;</td></tr>')
+    for r in self.class_scores().sort_values('pixels', ascending=False).to_dict('records'):
+        dot = f'<span style="color:{css(pal[self.space.codes.index(r["class"])])}">■</span>'
+        rows.append(_row(f'{dot} {r["class"]}', r['agreement'], f"{r['pixels']} px"))
+    return f'<table class="pipa-table">{"".join(rows)}</table>'
+
+# %% ../nbs/27_patch_explorer.ipynb #1f0e3dad
+@patch
+def sweeps(self:_PairState, k=32, seed=0): # Pairs; the same seed draws the same ones
+    "`sweep` of every role at this checkpoint, by name"
+    name = self.nets.names[self.checkpoint]
+    key = 'sweep',name,self.size,self.conf,k,seed
+    if key not in self.cache:
+        kw = dict(k=k, size=self.size, teacher=self.nets.teacher(name), conf=self.conf, stride=self.stride, seed=seed)
+        self.cache[key] = {w: sweep(self.nets(name, w), self.nets.x, **kw) for w in self.nets.who}
+    return self.cache[key]
+
+@patch
+def hardest(self:_PairState, n=8, **kwargs): # How many; `kwargs` go to `sweeps`
+    "The pairs of a sweep on which this net contradicts itself most"
+    return self.sweeps(**kwargs)[self.who].nsmallest(n, 'agreement').reset_index(drop=True)
+
+@patch
+def go(self:_PairState, row):
+    "Show a pair of a sweep: a row of its table, or its number among the hardest"
+    r = self.hardest().iloc[row] if isinstance(row, (int,np.integer)) else row
+    with self.hold_trait_notifications(): self.image,self.at_1,self.at_2 = int(r.image),tuple(r.at_1),tuple(r.at_2)
+
+# %% ../nbs/27_patch_explorer.ipynb #98f13708
+def history_figure(
+    df:pd.DataFrame, # From `PatchConsistency.history`
+    what:tuple=('agreement', 'js', 'cosine', 'loss') # A panel for each
+)->Fig:
+    "Scores of one pair over checkpoints"
+    fig = Fig(figsize=(2.6*len(what), 2.4))
+    for ax,k in zip(fig.subplots(1, len(what), squeeze=False)[0], what):
+        for (w,d),c in zip(df.groupby('net', sort=False), ('#0072b2', '#e69f00')): ax.plot(d.checkpoint, d[k], marker='o', ms=4, label=w, color=c)
+        ax.set_title(k, fontsize=9); ax.tick_params(axis='x', rotation=35, labelsize=7); ax.spines[['top', 'right']].set_visible(False)
+    fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=8, frameon=False)
+    return fig
+
+# %% ../nbs/27_patch_explorer.ipynb #c4n7r0l5
 class PatchConsistency(Page, _PairState):
     "Two crops to drag, and how much the net agrees with itself about what both see"
     title = 'Consistency of two crops'
@@ -73,102 +219,61 @@ class PatchConsistency(Page, _PairState):
         stride=8, # Side of a feature cell, px
         **traits # Any trait, for instance `size=(64,64)`
     ):
-        self.nets,self.stride,self.cache,self.dark,self.shown = _Nets(what, images, y, n_images),stride,{},False,None
-        H,W_ = self.hw = tuple(self.nets.x.shape[-2:])
-        self.space = space or getattr(getattr(self.nets.learn, 'dls', None), 'space', None) or self._numbers()
+        self.start(what, images, y, space, n_images, stride)
+        self.dark,self.drawn = False,None
         half = tuple(max(min(32, n), n//2//stride*stride) for n in self.hw)
-        traits = dict(size=half, checkpoint=len(self.nets.names)-1) | traits
         self.surface = Surface(self._reactions(), label=self.title, cols=1, max_width=560, step=stride)
         self.maps = Surface(cols=4, max_width=300, label='What both crops see')
-        super().__init__(**traits)
+        super().__init__(**dict(size=half, checkpoint=len(self.nets.names)-1) | traits)
         if not {'at_1', 'at_2'} & set(traits): self.draw()
         self.side,self.gallery = W.HTML(),W.ToggleButtons(options=[('–', None)], style=dict(button_width='48px'))
-        self.children = [*self._controls(), control_row([W.VBox([self.surface], layout=W.Layout(flex='1 1 380px', max_width='600px')), self.side], 'flex-start'), self.maps, self._tabs()]
+        image = W.VBox([self.surface], layout=W.Layout(flex='1 1 380px', max_width='600px'))
+        self.children = [*self._controls(), control_row([image, self.side], 'flex-start'), self.maps, self._tabs()]
         self._watch()
 
-# %% ../nbs/27_patch_explorer.ipynb #45c48cce
+# %% ../nbs/27_patch_explorer.ipynb #c0n7r0l3
 @patch
-def _numbers(self:PatchConsistency):
-    h,w = (min(n, 64)//8*8 for n in self.hw)
-    one = crops_at(self.nets.x[:1], (0,0), (0,0), (h,w), self.stride)
-    return label_space([f'class {i}' for i in range(look(self.nets(self.nets.names[-1]), one, stride=self.stride).p_1.shape[1])])
+def _handles(self:PatchConsistency):
+    N,short = self.nets,dict(description_width='initial')
+    return dict(
+        image=pick('image', [(str(i+1), i) for i in range(len(N.x))], 110), who=pick('', N.who, 95),
+        checkpoint=W.SelectionSlider(options=[(k, i) for i,k in enumerate(N.names)], layout=width(260), description='checkpoint'),
+        min_iou=slide('overlap from', 0, .95, 230), conf=slide('sure from', 0, 1, 220),
+        seed=W.BoundedIntText(min=0, max=10**6, description='seed', layout=width(110), style=short),
+        augment=tick('augment', 'Augmented crops, as in training'), live=tick('live', 'Answer while a crop is dragged'),
+        blind=tick('colour-blind', 'Colours for all eyes'))
 
 @patch
 def _controls(self:PatchConsistency):
-    N = self.nets
-    many,n = len(N.names)>1,len(N.x)
-    step = W.SelectionSlider(options=[(k, i) for i,k in enumerate(N.names)], layout=W.Layout(width='260px'), description='checkpoint')
-    cs = dict(image=pick('image', [(str(i+1), i) for i in range(n)], 110), checkpoint=step, who=pick('', N.who, 95),
-              min_iou=slide('overlap from', 0, .95, 230), seed=W.BoundedIntText(min=0, max=10**6, description='seed', layout=W.Layout(width='110px'), style=dict(description_width='initial')),
-              conf=slide('sure from', 0, 1, 220), augment=tick('augment', 'Augmented crops, as in training'), live=tick('live', 'Answer while a crop is dragged'),
-              blind=tick('colour-blind', 'Colours for all eyes'))
-    self.bind(**cs)
-    play = W.Play(min=0, max=len(N.names)-1, interval=1200, layout=W.Layout(width='130px')); T.link((self, 'checkpoint'), (play, 'value'))
+    N,h = self.nets,self._handles()
+    self.bind(**h)
+    play = W.Play(min=0, max=len(N.names)-1, interval=1200, layout=width(130)); T.link((self, 'checkpoint'), (play, 'value'))
     again = W.Button(description='random pair', icon='random', layout=W.Layout(width='auto')); again.add_class('pipa-random')
-    again.on_click(lambda _: setattr(self, 'seed', self.seed+1))
-    r = lambda *ks: [cs[k] for k in ks]
-    top = r('image')*(n>1) + r('who')*(len(N.who)>1) + ([step, play] if many else [])
-    return [control_row(o) for o in (top, [again, *r('min_iou', 'seed', 'conf', 'augment', 'live', 'blind')]) if o]
+    again.on_click(lambda _: self.set_trait('seed', self.seed+1))
+    def row(*ks): return [h[k] for k in ks]
+    top = row('image')*(len(N.x)>1) + row('who')*(len(N.who)>1) + (row('checkpoint') + [play])*(len(N.names)>1)
+    return [control_row(o) for o in (top, [again, *row('min_iou', 'seed', 'conf', 'augment', 'live', 'blind')]) if o]
 
-# %% ../nbs/27_patch_explorer.ipynb #6512bd43
+# %% ../nbs/27_patch_explorer.ipynb #m0v3d002
 @patch
-def draw(self:PatchConsistency):
-    "A random pair, by the sampler of the training"
-    room = torch.tensor([[n-s for n,s in zip(self.hw, self.size)]])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(self.seed)
-        a,b = crop_corners(room, self.size, self.stride, (self.min_iou, 1.))
-    with self.hold_trait_notifications(): self.at_1,self.at_2 = tuple(a[0].tolist()),tuple(b[0].tolist())
+def _moved(self:PatchConsistency, change=None):
+    "Show the pair, once its crops lie well: the one that was moved stays, the other gives way"
+    first = change and change['name']=='at_2'
+    was = self.image,self.size,self.at_1,self.at_2
+    at = self.at_2 if first else self.at_1
+    size = tuple(min(n, N//self.stride*self.stride) for n,N in zip(self.size, self.hw))
+    if size!=self.size: self.place(2 if first else 1, at, size)
+    fit = tuple(min(max(o, 0), N-n) for o,n,N in zip(at, self.size, self.hw))
+    other = snap(self.at_1 if first else self.at_2, fit, self.size, self.hw, self.stride)
+    a,b = (other,fit) if first else (fit,other)
+    if (a,b)!=(self.at_1,self.at_2):
+        with self.hold_trait_notifications(): self.at_1,self.at_2 = a,b
+    now = self.image,self.size,self.at_1,self.at_2
+    if now==self.drawn or change and now!=was: return
+    self.drawn = now
+    self._show_boxes(); self._show_maps(); self._show_tab()
 
-@patch
-def looks(self:PatchConsistency, checkpoint=None, who=None):
-    "`Looks` and `Crops` of the pair"
-    name,who = self.nets.names[self.checkpoint if checkpoint is None else checkpoint],who or self.who
-    k = name,who,self.image,self.at_1,self.at_2,self.size,self.augment
-    if k not in self.cache:
-        if len(self.cache)>200: self.cache.clear()
-        crops = crops_at(self.nets.x[self.image][None], self.at_1, self.at_2, self.size, self.stride)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            self.cache[k] = look(self.nets(name, who), crops, self.nets.teacher(name), self.stride, self.augment),crops
-    return self.cache[k]
-
-@patch
-def scores(self:PatchConsistency, checkpoint=None, who=None):
-    "Scores of the pair: those of `pair_scores`, the loss of the training, and the number of cells it comes from"
-    l,c = self.looks(checkpoint, who)
-    v,n = patch_loss(l, c, self.stride, thresh=self.conf)
-    return dict(pair_scores(l, c, 0, self.conf, self.stride), loss=v if n else float('nan'), cells=n)
-
-@patch
-def class_scores(self:PatchConsistency):
-    "Agreement of each class that either crop names, and how many pixels do"
-    l,c = self.looks()
-    m = overlap_maps(l, c, 0, self.stride)
-    a = class_agreement(m['y_1'], m['y_2'], self.space.n)
-    n = [int(((m['y_1']==k) | (m['y_2']==k)).sum()) for k in range(self.space.n)]
-    return pd.DataFrame([dict(zip(('class', 'agreement', 'pixels'), o)) for o in zip(self.space.codes, a, n) if o[2]], columns=['class', 'agreement', 'pixels'])
-
-# %% ../nbs/27_patch_explorer.ipynb #c51ce410
-_blue,_orange = np.array([86,180,233], np.uint8),np.array([213,94,0], np.uint8)
-
-def _bright(a, lo=0., hi=1.): return np.uint8(255*colormaps['inferno'](((np.asarray(a)-lo)/(hi-lo)).clip(0, 1))[...,:3])
-def _large(a, hw): return np.array(Image.fromarray(a).resize(hw[::-1], Image.NEAREST))
-
-@patch
-def pictures(self:PatchConsistency):
-    "Title → picture (uint8) of everything that is compared"
-    l,c = self.looks()
-    pal,m = palette(self.space, self.blind),overlap_maps(l, c, 0, self.stride)
-    paint = lambda y: colored(y.numpy(), pal)[...,:3]
-    d = {'1 predicts': paint(l.p_1[0].argmax(0)), '2 predicts': paint(l.p_2[0].argmax(0))}
-    if not m['same'].numel(): return d
-    hw = tuple(m['same'].shape)
-    cos = _bright((1-m['cosine']).numpy(), 0, 1)
-    return d | {'overlap in 1': paint(m['y_1']), 'overlap in 2': paint(m['y_2']),
-                'same class?': np.where(m['same'].numpy()[...,None], _blue, _orange), 'disagreement (JS)': _bright(m['js']),
-                '1 − cosine': _large(cos, hw), 'less sure of both': _bright(torch.minimum(m['c_1'], m['c_2']))}
-
+# %% ../nbs/27_patch_explorer.ipynb #5h0w0002
 @patch
 def _show_boxes(self:PatchConsistency):
     x,s,(h,w) = denorm(self.nets.x[self.image]),self.surface,self.size
@@ -185,55 +290,6 @@ def _show_maps(self:PatchConsistency):
         s.base = rgba(ps.values())
     self.side.value = self._numbers_html()
 
-# %% ../nbs/27_patch_explorer.ipynb #aab32389
-_words = dict(agreement='same class', confident='same, where both are sure', js='divergence (JS)', cosine='cosine of embeddings', iou='overlap (IoU)')
-
-@patch
-def _numbers_html(self:PatchConsistency):
-    s = self.scores()
-    def bar(v, c): return f'<i style="display:inline-block;height:9px;width:{0 if v!=v else 60*max(v, 0):.0f}px;background:{c}"></i>'
-    def row(k, v, n='', c='#56b4e9'): return f'<tr><td>{k}</td><td>{"–" if v!=v else f"{v:.2f}"}</td><td style="text-align:left!important;width:70px">{bar(v, c)}</td><td>{n}</td></tr>'
-    rows = [row(_words[k], s[k], f"{s['share']:.0%} sure" if k=='confident' and s['share']==s['share'] else '', '#e69f00' if k=='js' else '#56b4e9') for k in _words]
-    loss = f'{s["loss"]:.3f}' if s['cells'] else '–'
-    rows.append(f'<tr><td><b>loss of the training</b></td><td><b>{loss}</b></td><td></td><td>{s["cells"]} cells</td></tr>')
-    cls = [row(f'<span style="color:{_css(palette(self.space, self.blind)[self.space.codes.index(r["class"])])}">■</span> {r["class"]}', r.agreement, f'{r.pixels} px')
-           for _,r in self.class_scores().sort_values('pixels', ascending=False).iterrows()]
-    none = '' if s['iou'] else '<tr><td colspan="4">The crops share no pixel: move one.</td></tr>'
-    return f'<table class="pipa-table">{none}{"".join(rows)}<tr><td colspan="4">&nbsp;</td></tr>{"".join(cls)}</table>'
-
-def _css(c): return '#' + ''.join(f'{int(v):02x}' for v in c)
-
-# %% ../nbs/27_patch_explorer.ipynb #c74d97b0
-@patch
-def place(self:PatchConsistency, which, at, size=None):
-    "Put crop `which` (1 or 2) near `at`, with another size if you like: whole cells, and inside the image"
-    size = tuple(int(min(max(round(n/self.stride)*self.stride, min(32, N)), N//self.stride*self.stride)) for n,N in zip(size or self.size, self.hw))
-    if size!=self.size: # both crops grow: take the whole-cell places that keep them inside
-        other = tuple(min(o, N-n) for o,n,N in zip(self.at_2 if which==1 else self.at_1, size, self.hw))
-    else: other = self.at_2 if which==1 else self.at_1
-    new = snap(at, other, size, self.hw, self.stride)
-    a,b = (new,other) if which==1 else (other,new)
-    with self.hold_trait_notifications(): self.size,self.at_1,self.at_2 = size,a,b
-
-@patch
-def _moved(self:PatchConsistency, change=None):
-    "Show the pair, once its crops lie well: the one that was moved stays, the other gives way"
-    first = change and change['name']=='at_2'
-    was = self.image,self.size,self.at_1,self.at_2
-    at = self.at_2 if first else self.at_1
-    size = tuple(min(n, N//self.stride*self.stride) for n,N in zip(self.size, self.hw))
-    if size!=self.size: self.place(2 if first else 1, at, size)
-    fit = tuple(min(max(o, 0), N-n) for o,n,N in zip(at, self.size, self.hw))
-    other = snap(self.at_1 if first else self.at_2, fit, self.size, self.hw, self.stride)
-    a,b = (other,fit) if first else (fit,other)
-    if (a,b)!=(self.at_1,self.at_2):
-        with self.hold_trait_notifications(): self.at_1,self.at_2 = a,b
-    now = self.image,self.size,self.at_1,self.at_2
-    if now==self.shown or change and now!=was: return
-    self.shown = now
-    self._show_boxes(); self._show_maps(); self._show_tab()
-
-# %% ../nbs/27_patch_explorer.ipynb #70efdf2e
 @patch
 def _reactions(self:PatchConsistency):
     def box(ev):
@@ -245,43 +301,7 @@ def _reactions(self:PatchConsistency):
     def theme(ev): self.dark = ev['dark']; self._show_tab()
     return dict(box=box, theme=theme)
 
-@patch
-def _watch(self:PatchConsistency):
-    def on(names, *fs): self.observe(lambda _: [f() for f in fs], names)
-    self.observe(lambda c: self.draw() if abs(c['new']-c['old'])>1e-6 else None, ['seed', 'min_iou'])
-    self.observe(self._moved, ['image', 'at_1', 'at_2', 'size'])
-    on(['checkpoint', 'who', 'conf', 'augment', 'blind'], self._show_maps, self._show_tab)
-    self.gallery.observe(lambda c: c['new'] is not None and self.go(c['new']), 'value')
-    self._moved()
-
-# %% ../nbs/27_patch_explorer.ipynb #1f0e3dad
-@patch
-def sweeps(self:PatchConsistency, k=32, seed=0):
-    "`sweep` of every role at this checkpoint, by name"
-    name = self.nets.names[self.checkpoint]
-    key = 'sweep',name,self.size,self.conf,k,seed
-    if key not in self.cache:
-        kw = dict(k=k, size=self.size, teacher=self.nets.teacher(name), conf=self.conf, stride=self.stride, seed=seed)
-        self.cache[key] = {w: sweep(self.nets(name, w), self.nets.x, **kw) for w in self.nets.who}
-    return self.cache[key]
-
-@patch
-def hardest(self:PatchConsistency, n=8, **kwargs):
-    "The pairs of a sweep on which this net contradicts itself most"
-    return self.sweeps(**kwargs)[self.who].nsmallest(n, 'agreement').reset_index(drop=True)
-
-@patch
-def go(self:PatchConsistency, row):
-    "Show a pair of a sweep: a row of its table, or its number among the hardest"
-    r = self.hardest().iloc[row] if isinstance(row, (int,np.integer)) else row
-    with self.hold_trait_notifications(): self.image,self.at_1,self.at_2 = int(r.image),tuple(r.at_1),tuple(r.at_2)
-
-@patch
-def history(self:PatchConsistency):
-    "Scores of this pair at all checkpoints and of all roles, as a table"
-    return pd.DataFrame([dict(checkpoint=k, net=w, **self.scores(i, w)) for i,k in enumerate(self.nets.names) for w in self.nets.who])
-
-# %% ../nbs/27_patch_explorer.ipynb #98f13708
+# %% ../nbs/27_patch_explorer.ipynb #7a8s0002
 _pair_tabs = ['pair', 'over overlap', 'hardest pairs', 'over checkpoints']
 
 @patch
@@ -295,37 +315,34 @@ def _tabs(self:PatchConsistency):
 @patch
 def _tab(self:PatchConsistency, i):
     if i==1: return [sweep_figure(self.sweeps())]
-    if i==2:
-        df = self.hardest()
-        options = [(str(k+1), k) for k in range(len(df))]
-        if len(self.gallery.options)!=len(options)+1: self.gallery.options = [('–', None)] + options
-        return [hardest_figure(self.nets.x, df, self.size), self.gallery]
-    return [history_figure(self.history())]
+    if i==3: return [history_figure(self.history())]
+    df = self.hardest()
+    if len(self.gallery.options)!=len(df)+1: self.gallery.options = [('–', None), *((str(k+1), k) for k in range(len(df)))]
+    return [hardest_figure(self.nets.x, df, self.size), self.gallery]
 
 @patch
 def _show_tab(self:PatchConsistency):
     i = self.tabs.selected_index
     if not i: return
-    self.panes[i].children = [o if isinstance(o, W.Widget) else W.HTML(img_tag(on_dark(o) if self.dark else o, _pair_tabs[i])) for o in self._tab(i)]
-
-def history_figure(
-    df:pd.DataFrame, # From `PatchConsistency.history`
-    what:tuple=('agreement', 'js', 'cosine', 'loss') # A panel for each
-)->Fig:
-    "Scores of one pair over checkpoints"
-    fig = Fig(figsize=(2.6*len(what), 2.4))
-    for ax,k in zip(fig.subplots(1, len(what), squeeze=False)[0], what):
-        for (w,d),c in zip(df.groupby('net', sort=False), ('#0072b2', '#e69f00')): ax.plot(d.checkpoint, d[k], marker='o', ms=4, label=w, color=c)
-        ax.set_title(k, fontsize=9); ax.tick_params(axis='x', rotation=35, labelsize=7); ax.spines[['top', 'right']].set_visible(False)
-    fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=8, frameon=False)
-    return fig
+    def widget(o): return o if isinstance(o, W.Widget) else W.HTML(img_tag(on_dark(o) if self.dark else o, _pair_tabs[i]))
+    self.panes[i].children = [widget(o) for o in self._tab(i)]
 
 # %% ../nbs/27_patch_explorer.ipynb #3c59dc04
 @patch
+def _watch(self:PatchConsistency):
+    def maps(_): self._show_maps(); self._show_tab()
+    self.observe(lambda c: self.draw() if abs(c['new']-c['old'])>1e-6 else None, ['seed', 'min_iou'])
+    self.observe(self._moved, ['image', 'at_1', 'at_2', 'size'])
+    self.observe(maps, ['checkpoint', 'who', 'conf', 'augment', 'blind'])
+    self.gallery.observe(lambda c: c['new'] is not None and self.go(c['new']), 'value')
+    self._moved()
+
+@patch
 def figures(self:PatchConsistency):
-    "What is compared, and the scores, for `to_html`"
+    "The scores, for `to_html`"
     return {'scores': self.side.value}
 
+# %% ../nbs/27_patch_explorer.ipynb #w47ch002
 @patch
 def picture(self:PatchConsistency):
     "Image, crops and maps as a figure"

@@ -8,13 +8,13 @@ import ipywidgets as W, numpy as np, pandas as pd, seaborn as sns, traitlets as 
 from fastcore.basics import patch
 from matplotlib import colormaps
 from .explore import *
-from .labels import label_space
+from .labels import label_space, distinct_colors
 from .show import Fig
 from .surface import Page, Surface, rgba, heat_bytes, lut, f32, palette, css, colored
 from .surface import img_tag, on_dark, control_row, pick, slide, tick, width
 
 # %% auto #0
-__all__ = ['PixelEmbeddingExplorer', 'counts_figure']
+__all__ = ['point_colors', 'PixelEmbeddingExplorer', 'counts_figure']
 
 # %% ../nbs/26_pixel_explorer.ipynb #e4da3b7f
 class _Looks:
@@ -26,13 +26,10 @@ class _Looks:
             if not self.given: raise ValueError('There is nothing to explore: the dict of checkpoints is empty.')
             self.names,self.who,self.layers = [*self.given],['student'],['pixel']
         else:
-            self.given,snaps = None,getattr(what, 'snapshots', None)
-            self.names = [*(snaps.states if snaps else []), 'now']
-            if snaps and len(snaps.states)>1: self.names.pop()
-            self.who = [*Snapshots.nets(type('o', (), dict(learn=what)))]
-            self.layers,self.scenes = map_layers(what.model),scenes(what.dls, n, seed)
+            self.names,self.who,self.layers = moments(what),[*nets_of(what)],map_layers(what.model)
+            self.scenes = scenes(what.dls, n, seed)
     def __call__(self, name, who='student', layer='pixel'):
-        if self.given is not None: return self.given[name]
+        if self.learn is None: return self.given[name]
         k = name,who,layer
         if k not in self.seen:
             net,(x,y,domain) = at_snapshot(self.learn, name, who),self.scenes
@@ -41,6 +38,11 @@ class _Looks:
 
 # %% ../nbs/26_pixel_explorer.ipynb #45c48cce
 _colors,_overs = ['class', 'prediction', 'domain', 'confidence', 'correct'],['nothing', 'labels', 'prediction', 'errors']
+
+def _numbered(v):
+    ids = np.concatenate([v.y.ravel(), v.pred.ravel()])
+    n = int(ids[ids!=255].max(initial=0))+1
+    return label_space([f'class {i}' for i in range(n)], palette=distinct_colors(n+1)[1:])
 
 class _State(T.HasTraits):
     queries = T.List()          # Examples: (image, row, col, sign) in cells; a sign below 0 is a counter-example
@@ -62,6 +64,166 @@ class _State(T.HasTraits):
     trails = T.Bool(False)      # Draw the ways of the class means?
     blind = T.Bool(False)       # Colours for colour-blind eyes?
 
+# %% ../nbs/26_pixel_explorer.ipynb #aab32389
+@patch
+def start(self:_State, what, space=None, n_images=4, seed=0):
+    "Say what is looked at, see `PixelEmbeddingExplorer`"
+    self.looks,self.cache = _Looks(what, n_images, seed),{}
+    self.space = space or getattr(getattr(self.looks.learn, 'dls', None), 'space', None) or _numbered(self.looks(self.looks.names[0]))
+    return self
+
+@patch(as_prop=True)
+def views(self:_State): # `Views` of the checkpoint, net and layer that are chosen
+    return self.looks(self.looks.names[self.checkpoint], self.who, self.layer)
+
+@patch
+def _kept(self:_State, name, f):
+    k = name,self.who,self.layer,self.n,self.pure,self.seed
+    if k not in self.cache: self.cache[k] = f()
+    return self.cache[k]
+
+@patch(as_prop=True)
+def table(self:_State): # The sampled pixels as a table, with what the present checkpoint says about them
+    names = self.looks.names
+    t = self._kept('sample', lambda: sample(self.looks(names[-1], self.who, self.layer), self.n, None, self.pure, self.seed))
+    if self.checkpoint==len(names)-1: return t
+    v,at = self.views,(t.image, t.y, t.x)
+    pred = v.pred[at]
+    return t.assign(pred=pred, conf=v.conf[at], correct=np.where((t.label==255)|(pred==255), None, t.label==pred))
+
+# %% ../nbs/26_pixel_explorer.ipynb #c74d97b0
+def _in_square(zs):
+    every = np.concatenate(zs)
+    lo,hi = every.min(0),every.max(0)
+    return [(z-(lo+hi)/2)/max((hi-lo).max()/2, 1e-9) for z in zs]
+
+@patch
+def _vectors(self:_State):
+    "Embeddings of the sampled pixels at all checkpoints"
+    return self._kept('vectors', lambda: [embeddings_of(self.looks(k, self.who, self.layer), self.table) for k in self.looks.names])
+
+@patch
+def _projection(self:_State):
+    "Points at all checkpoints, in -1..1, and the explained variance"
+    def f():
+        zs,share = project(self._vectors(), self.method, self.seed)
+        return _in_square(zs),share
+    return self._kept(('xy', self.method), f)
+
+# %% ../nbs/26_pixel_explorer.ipynb #pl0t0003
+_domain_colors = np.array([[0,114,178], [230,159,0], [0,158,115], [204,121,167]], np.uint8)
+_right,_wrong,_grey = ([86,180,233], [213,94,0], [150,150,150])
+
+def point_colors(
+    t:pd.DataFrame, # A table from `pipa.explore.sample`
+    by:str, # 'class', 'prediction', 'domain', 'confidence' or 'correct'
+    space, # `LabelSpace`
+    blind:bool=False # Colours for colour-blind eyes?
+)->np.ndarray: # `N×3`, uint8
+    "A colour for each row"
+    pal = palette(space, blind)
+    def of(ids): return np.where((ids<len(pal))[:,None], pal[ids.clip(0, len(pal)-1)], _grey)
+    match by:
+        case 'class': rgb = of(t.cls.values)
+        case 'prediction': rgb = of(t.pred.values)
+        case 'domain': rgb = _domain_colors[pd.factorize(t.domain, sort=True)[0]%4]
+        case 'confidence': rgb = 255*colormaps['cividis'](t.conf.values.astype(float))[:,:3]
+        case _: rgb = [_grey if o is None else _right if o else _wrong for o in t.correct]
+    return np.asarray(rgb).reshape(-1, 3).astype(np.uint8)
+
+# %% ../nbs/26_pixel_explorer.ipynb #6f4922f4
+def _name(space, c): return space.codes[c] if 0<=c<space.n else 'none'
+
+@patch
+def _visible(self:_State): return np.isin(self.table.cls, self.shown) | (not self.shown)
+
+@patch
+def _points(self:_State):
+    "Colours, shapes, who is there and who is lit; the legend, and a line about each point"
+    t,space,ok = self.table,self.space,self._visible()
+    state = ok.astype(np.uint8)
+    lit = [i for i in self.lit if i<len(t) and ok[i]]
+    state[lit] = 2
+    pal,shape = palette(space, self.blind),pd.factorize(t.domain, sort=True)[0].clip(max=1)
+    return dict(rgb=point_colors(t, self.color_by, space, self.blind).tobytes(), state=state.tobytes(), shape=shape.astype(np.uint8).tobytes(),
+                legend=[dict(text=space.codes[c], color=css(pal[c]), on=not self.shown or c in self.shown) for c in sorted(set(t.cls))],
+                tips=[f'{_name(space, r.cls)} · {r.domain}\nsays {_name(space, r.pred)} {r.conf:.2f}' for r in t.itertuples()])
+
+# %% ../nbs/26_pixel_explorer.ipynb #sc00001d
+_methods = dict(pca='PCA', tsne='t-SNE', umap='UMAP')
+
+@patch
+def _plot(self:_State):
+    "Places of the points in plot and image, of the class names, and the trails; what the caption says"
+    t = self.table
+    if not len(t): return dict(xy=b'', at=b'', texts=[], trails=[], caption='')
+    (zs,share),pal = self._projection(),palette(self.space, self.blind)
+    mid = {c:[np.median(z[(t.cls==c).values], 0).tolist() for z in zs] for c in sorted(set(t.cls[self._visible()]))}
+    axes = '' if share is None else f', explained {share[0]:.0%} + {share[1]:.0%}'
+    shapes = ', '.join(f'{k} {d}' for k,d in zip('●▲', sorted(set(t.domain))) if d)
+    return dict(xy=f32(zs[self.checkpoint]), at=f32(t[['image','x','y']]),
+                texts=[dict(zip(('text','x','y'), (self.space.codes[c], *m[self.checkpoint]))) for c,m in mid.items()],
+                trails=[dict(xy=m, color=css(pal[c])) for c,m in mid.items()] if self.trails and len(zs)>1 else [],
+                caption=f'{_methods[self.method]}{axes} · {len(t)} pixels, seed {self.seed}' + (f' · {shapes}' if shapes else ''))
+
+# %% ../nbs/26_pixel_explorer.ipynb #sc00002b
+@patch
+def _images(self:_State):
+    "Images, and what lies on them"
+    v,pal = self.views,palette(self.space, self.blind)
+    h,w = v.images.shape[1:3]
+    dots = {d: css(_domain_colors[i%4]) for i,d in enumerate(sorted(set(v.domain)))}
+    match self.over:
+        case 'labels': top = colored(v.y, pal)
+        case 'prediction': top = colored(v.pred, pal)
+        case 'errors': top = colored(np.where((v.y==255)|(v.pred==255), 2, v.y==v.pred), np.array([_wrong, _right]))
+        case _: top = ()
+    panels = [dict(title=f'{d or "image"} {v.domain[:i].count(d)+1}', w=w, h=h, dot=dots[d] if d else '') for i,d in enumerate(v.domain)]
+    return dict(panels=panels, base=rgba(v.images), over=rgba(top), cols=1 if len(v.images)<2 else 2)
+
+# %% ../nbs/26_pixel_explorer.ipynb #sc00003b
+@patch
+def similarities(self:_State, queries=None): # `queries` defaults to those of the state
+    "Similarity of every cell of every image to the query, `n×h×w`; `None` without a query"
+    queries = self.queries if queries is None else queries
+    return similarity(self.views.emb, query(self.views.emb, queries)) if len(queries) else None
+
+@patch
+def _heat(self:_State, sim):
+    "Similarities, and a mark for each example"
+    (n,h,w),(H,W_) = self.views.emb.shape[:3],self.views.images.shape[1:3]
+    top = 1 if sim is None else float(sim.max())
+    return dict(heat=b'' if sim is None else heat_bytes(sim), heat_size=[w, h], heat_range=[self.threshold, max(top, self.threshold+.02)],
+                marks=[dict(panel=i, x=(c+.5)*W_/w, y=(r+.5)*H/h, sign=g) for i,r,c,g in ((*o, 1)[:4] for o in self.queries)])
+
+# %% ../nbs/26_pixel_explorer.ipynb #w0rds001
+@patch
+def _cell(self:_State, ev):
+    (h,w),(H,W_) = self.views.emb.shape[1:3],self.views.images.shape[1:3]
+    return int(ev['panel']), min(int(ev['y']*h/H), h-1), min(int(ev['x']*w/W_), w-1)
+
+@patch
+def read_out(self:_State, image, x, y, sim=None): # Number of the image, place in pixels, similarities if there are some
+    "What is known about a pixel, as a line"
+    v,at = self.views,(image, int(y), int(x))
+    parts = [f'({int(x)}, {int(y)})']
+    if v.y[at]!=255: parts.append(f'is {_name(self.space, v.y[at])}')
+    if v.pred[at]!=255: parts.append(f'predicted {_name(self.space, v.pred[at])} ({v.conf[at]:.2f})')
+    if v.domain[image]: parts.append(v.domain[image])
+    if sim is not None: parts.append(f'similarity {sim[self._cell(dict(panel=image, x=x, y=y))]:.2f}')
+    return ' · '.join(parts)
+
+@patch(as_prop=True)
+def selection(self:_State): # The lit pixels as a table; all sampled ones if none is lit
+    t = self.table
+    return t.iloc[[i for i in self.lit if i<len(t)]] if self.lit else t
+
+@patch
+def _say_lit(self:_State):
+    t = self.selection
+    def count(s): return ', '.join(f'{k} {n}' for k,n in s.value_counts().items())
+    return f'{len(t)} pixels: {count(t.cls.map(lambda c: _name(self.space, c)))} · {count(t.domain)}' if self.lit else ''
+
 # %% ../nbs/26_pixel_explorer.ipynb #6512bd43
 class PixelEmbeddingExplorer(Page, _State):
     "Similarities, projections and measures of pixel embeddings, linked by the mouse"
@@ -75,255 +237,122 @@ class PixelEmbeddingExplorer(Page, _State):
         scene_seed=0, # Which ones
         **traits # Any trait, for instance `method='tsne'`
     ):
-        if emb is not None: what = views(what, emb, y, pred, conf, domain)
-        self.looks = _Looks(what, n_images, scene_seed)
-        self.space = space or getattr(getattr(self.looks.learn, 'dls', None), 'space', None) or self._numbers()
-        self.cache,self.dark,self.surface = {},False,Surface(self._reactions(), label=self.title, lut=lut(), hover=True)
-        if 'checkpoint' not in traits: traits['checkpoint'] = len(self.looks.names)-1
-        if self.looks.learn is not None and 'layer' not in traits:
-            traits['layer'] = 'pixel' if hasattr(self.looks.learn.model, 'proj_head') else 'fused'
+        self.start(what if emb is None else views(what, emb, y, pred, conf, domain), space, n_images, scene_seed)
+        learn = self.looks.learn
+        traits = dict(checkpoint=len(self.looks.names)-1) | traits
+        if learn is not None: traits = dict(layer='pixel' if hasattr(learn.model, 'proj_head') else 'fused') | traits
+        self.surface,self.dark,self.sim = Surface(self._reactions(), label=self.title, lut=lut(), hover=True),False,None
         super().__init__(**traits)
         self.children = self._controls() + [self.surface, self._tabs()]
         self._watch()
 
-    def _numbers(self):
-        v = self.looks(self.looks.names[0])
-        ids = np.concatenate([v.y.ravel(), v.pred.ravel()])
-        return label_space([f'class {i}' for i in range(int(ids[ids!=255].max(initial=0))+1)])
+# %% ../nbs/26_pixel_explorer.ipynb #c2ntr0l1
+@patch
+def _handles(self:PixelEmbeddingExplorer):
+    L,short = self.looks,dict(description_width='initial')
+    return dict(
+        checkpoint=W.SelectionSlider(options=[(k, i) for i,k in enumerate(L.names)], layout=width(260), description='checkpoint'),
+        who=pick('', L.who, 95), layer=pick('', L.layers, 130), method=pick('', [(v, k) for k,v in _methods.items()], 85),
+        color_by=pick('colour', _colors, 155), over=pick('show', _overs, 145), over_alpha=slide('', 0, 1, 130),
+        heat_alpha=slide('heat', 0, 1, 180), threshold=slide('from', -1, 1, 190), hover=tick('hover', 'Ask while the mouse moves'),
+        n=W.IntSlider(description='n', min=5, max=200, layout=width(170), style=short, continuous_update=False),
+        seed=W.BoundedIntText(min=0, max=9999, description='seed', layout=width(100), style=short),
+        pure=tick('pure', 'Only cells whose pixels have one label'), blind=tick('colour-blind', 'Colours for all eyes'),
+        trails=tick('trails', 'Ways of the class means over the checkpoints'))
 
-# %% ../nbs/26_pixel_explorer.ipynb #c20ad4d7
 @patch
 def _controls(self:PixelEmbeddingExplorer):
-    L,slow = self.looks,dict(continuous_update=False)
-    step = W.SelectionSlider(options=[(k, i) for i,k in enumerate(L.names)], layout=width(260), description='checkpoint')
+    L,h = self.looks,self._handles()
+    self.handles = h; self.bind(**h)
     play = W.Play(min=0, max=len(L.names)-1, interval=1200, layout=width(130))
-    many = len(L.names)>1
-    rows = dict(
-        checkpoint=step, who=pick('', L.who, 95), layer=pick('', L.layers, 130),
-        method=pick('', [('PCA', 'pca'), ('t-SNE', 'tsne'), ('UMAP', 'umap')], 85), color_by=pick('colour', _colors, 155),
-        n=W.IntSlider(description='n', min=5, max=200, layout=width(170), style=dict(description_width='initial'), **slow),
-        seed=W.BoundedIntText(min=0, max=9999, description='seed', layout=width(100), style=dict(description_width='initial')),
-        pure=tick('pure', 'Only cells whose pixels have one label'), over=pick('show', _overs, 145), over_alpha=slide('', 0, 1, 130),
-        heat_alpha=slide('heat', 0, 1, 180), threshold=slide('from', -1, 1, 190), hover=tick('hover', 'Ask while the mouse moves'),
-        trails=tick('trails', 'Ways of the class means over the checkpoints'), blind=tick('colour-blind', 'Colours for all eyes'))
-    self.bind(**rows)
-    if many: T.link((self, 'checkpoint'), (play, 'value')); play.add_class('pipa-play')
-    r = lambda *ks: [rows[k] for k in ks]
-    top = r('layer')*(len(L.layers)>1) + r('who')*(len(L.who)>1) + ([step, play] + r('trails') if many else [])
-    return [control_row(o) for o in (top, r('over', 'over_alpha', 'heat_alpha', 'threshold', 'hover', 'blind'),
-                              r('method', 'color_by', 'n', 'pure', 'seed')) if o]
+    T.link((self, 'checkpoint'), (play, 'value'))
+    def row(*ks): return [h[k] for k in ks]
+    top = row('layer')*(len(L.layers)>1) + row('who')*(len(L.who)>1) + (row('checkpoint') + [play] + row('trails'))*(len(L.names)>1)
+    rows = top,row('over', 'over_alpha', 'heat_alpha', 'threshold', 'hover', 'blind'),row('method', 'color_by', 'n', 'pure', 'seed')
+    return [control_row(o) for o in rows if o]
 
-# %% ../nbs/26_pixel_explorer.ipynb #aab32389
-@patch(as_prop=True)
-def views(self:PixelEmbeddingExplorer): # `Views` of the checkpoint, net and layer that are chosen
-    return self.looks(self.looks.names[self.checkpoint], self.who, self.layer)
-
-@patch
-def _kept(self:PixelEmbeddingExplorer, name, f):
-    k = (name, self.who, self.layer, self.n, self.pure, self.seed)
-    if k not in self.cache: self.cache[k] = f()
-    return self.cache[k]
-
-@patch(as_prop=True)
-def table(self:PixelEmbeddingExplorer): # The sampled pixels as a table, with what the present checkpoint says about them
-    names = self.looks.names
-    t = self._kept('sample', lambda: sample(self.looks(names[-1], self.who, self.layer), self.n, None, self.pure, self.seed))
-    if self.checkpoint==len(names)-1: return t
-    v,at = self.views,(t.image, t.y, t.x)
-    pred = v.pred[at]
-    return t.assign(pred=pred, conf=v.conf[at], correct=np.where((t.label==255)|(pred==255), None, t.label==pred))
-
-# %% ../nbs/26_pixel_explorer.ipynb #9bf31c7f
-@patch
-def _vectors(self:PixelEmbeddingExplorer):
-    "Embeddings of the sampled pixels at all checkpoints"
-    def all_of_them():
-        t = self.table
-        return [embeddings_of(self.looks(k, self.who, self.layer), t) for k in self.looks.names]
-    return self._kept('vectors', all_of_them)
-
-@patch
-def _projection(self:PixelEmbeddingExplorer):
-    "Points at all checkpoints, in about -1..1, and the explained variance"
-    def f():
-        zs,share = project(self._vectors(), self.method, self.seed)
-        every = np.concatenate(zs)
-        lo,hi = every.min(0),every.max(0)
-        return [(z-(lo+hi)/2)/max((hi-lo).max()/2, 1e-9) for z in zs],share
-    return self._kept(('xy', self.method), f)
-
-# %% ../nbs/26_pixel_explorer.ipynb #c74d97b0
-@patch
-def _point_colors(self:PixelEmbeddingExplorer):
-    t,pal = self.table,palette(self.space, self.blind)
-    two = dict(zip(sorted(set(t.domain)), [[0,114,178], [230,159,0], [0,158,115], [204,121,167]]))
-    grey = np.array([150,150,150], np.uint8)
-    def of(ids): return np.where((ids<len(pal))[:,None], pal[ids.clip(0, len(pal)-1)], grey)
-    match self.color_by:
-        case 'class': return of(t.cls.values)
-        case 'prediction': return of(t.pred.values)
-        case 'domain': return np.array([two.get(d, grey) for d in t.domain], np.uint8).reshape(-1, 3)
-        case 'confidence': return np.uint8(255*colormaps['cividis'](t.conf.values.astype(float))[:,:3])
-    return np.array([grey if o is None else [86,180,233] if o else [213,94,0] for o in t.correct], np.uint8).reshape(-1, 3)
-
-@patch
-def _show_points(self:PixelEmbeddingExplorer):
-    "Colours, names, who is there and who is lit"
-    t,s,pal = self.table,self.surface,palette(self.space, self.blind)
-    state = np.where(np.isin(t.cls, self.shown) | (not self.shown), 1, 0).astype(np.uint8)
-    lit = [i for i in self.lit if i<len(t) and state[i]]
-    state[lit] = 2
-    domains = sorted(set(t.domain))
-    with s.hold_sync():
-        s.rgb,s.state = self._point_colors().astype(np.uint8).tobytes(),state.tobytes()
-        s.shape = (t.domain.map({d:min(i, 1) for i,d in enumerate(domains)}).values.astype(np.uint8)).tobytes()
-        s.legend = [dict(text=self.space.codes[c], color=css(pal[c]), on=not self.shown or c in self.shown) for c in sorted(set(t.cls))]
-        s.tips = [f'{self._name(r.cls)} · {r.domain}\nsays {self._name(r.pred)} {r.conf:.2f}' for r in t.itertuples()]
-    return len(lit)
-
-# %% ../nbs/26_pixel_explorer.ipynb #70efdf2e
-@patch
-def _name(self:PixelEmbeddingExplorer, c): return self.space.codes[c] if 0<=c<self.space.n else 'none'
-
-@patch
-def _show_projection(self:PixelEmbeddingExplorer):
-    "Places of the points, of the class names, and the trails"
-    t,s = self.table,self.surface
-    if not len(t): s.xy,s.at,s.texts,s.trails = b'',b'',[],[]; return
-    zs,share = self._projection()
-    z,pal = zs[self.checkpoint],palette(self.space, self.blind)
-    seen = [c for c in sorted(set(t.cls)) if not self.shown or c in self.shown]
-    mid = {c:[np.median(o[(t.cls==c).values], 0).tolist() for o in zs] for c in seen}
-    name = dict(pca='PCA', tsne='t-SNE', umap='UMAP')[self.method]
-    axes = '' if share is None else f', explained {share[0]:.0%} + {share[1]:.0%}'
-    with s.hold_sync():
-        s.xy,s.at = f32(z),f32(t[['image','x','y']])
-        s.texts = [dict(text=self.space.codes[c], x=m[self.checkpoint][0], y=m[self.checkpoint][1]) for c,m in mid.items()]
-        s.trails = [dict(xy=m, color=css(pal[c])) for c,m in mid.items()] if self.trails and len(zs)>1 else []
-        shapes = ', '.join(f'{k} {d}' for k,d in zip('●▲', sorted(set(t.domain))) if d)
-        s.caption = f'{name}{axes} · {len(t)} pixels, seed {self.seed}' + (f' · {shapes}' if shapes else '')
-
-# %% ../nbs/26_pixel_explorer.ipynb #6f4922f4
-@patch
-def _show_images(self:PixelEmbeddingExplorer):
-    "Images, and what lies on them"
-    v,s,pal = self.views,self.surface,palette(self.space, self.blind)
-    h,w = v.images.shape[1:3]
-    dots = dict(zip(sorted(set(v.domain)), ['#0072b2', '#e69f00', '#009e73', '#cc79a7']))
-    match self.over:
-        case 'labels': top = colored(v.y, pal)
-        case 'prediction': top = colored(v.pred, pal)
-        case 'errors': top = colored(np.where((v.y==255)|(v.pred==255), 2, v.y==v.pred), np.array([[213,94,0], [86,180,233]]))
-        case _: top = ()
-    with s.hold_sync():
-        s.panels = [dict(title=f'{d or "image"} {v.domain[:i].count(d)+1}', w=w, h=h, dot=dots[d] if d else '') for i,d in enumerate(v.domain)]
-        s.base,s.over = rgba(v.images),rgba(top)
-        s.cols = 1 if len(v.images)<2 else 2
-
-@patch
-def similarities(self:PixelEmbeddingExplorer, queries=None):
-    "Similarity of every cell of every image to the query, `n×h×w`; `None` without a query"
-    queries = self.queries if queries is None else queries
-    return similarity(self.views.emb, query(self.views.emb, queries)) if len(queries) else None
-
-@patch
-def _show_heat(self:PixelEmbeddingExplorer, queries=None):
-    qs,s = (self.queries if queries is None else queries),self.surface
-    sim,(n,h,w) = self.similarities(qs),self.views.emb.shape[:3]
-    if queries is None: self.sim = sim
-    H,W_ = self.views.images.shape[1:3]
-    with s.hold_sync():
-        s.heat = b'' if sim is None else heat_bytes(sim)
-        s.heat_size = [w, h]
-        s.heat_range = [self.threshold, max(float(sim.max()) if sim is not None else 1, self.threshold+.02)]
-        s.marks = [dict(panel=i, x=(c+.5)*W_/w, y=(r+.5)*H/h, sign=g) for i,r,c,g in [(*o, 1)[:4] for o in self.queries]]
-    return sim
-
-# %% ../nbs/26_pixel_explorer.ipynb #98f13708
-@patch
-def _cell(self:PixelEmbeddingExplorer, ev):
-    (h,w),(H,W_) = self.views.emb.shape[1:3],self.views.images.shape[1:3]
-    return int(ev['panel']), min(int(ev['y']*h/H), h-1), min(int(ev['x']*w/W_), w-1)
-
+# %% ../nbs/26_pixel_explorer.ipynb #3c59dc04
 @patch
 def _reactions(self:PixelEmbeddingExplorer):
     def click(ev):
         q = (*self._cell(ev), -1 if ev.get('neg') else 1)
         self.queries = [*self.queries, q] if ev.get('add') or ev.get('neg') else [q]
-        self.surface.said = self.read_out(ev['panel'], ev['x'], ev['y'])
+        self.surface.said = self.read_out(ev['panel'], ev['x'], ev['y'], self.sim)
     def hover(ev):
-        sim = None if self.queries else self._show_heat([(*self._cell(ev), 1)])
+        sim = self.sim if self.queries else self.similarities([(*self._cell(ev), 1)])
+        if not self.queries: self._draw(self._heat(sim))
         self.surface.said = self.read_out(ev['panel'], ev['x'], ev['y'], sim)
-    def leave(ev): self._show_heat(); self._say_lit()
-    def point(ev): r = self.table.loc[ev['i']]; click(dict(panel=r.image, x=r.x, y=r.y, **{k:ev.get(k) for k in ('add', 'neg')}))
+    def leave(ev): self._draw(self._heat(self.sim)); self.surface.said = self._say_lit()
+    def point(ev): r = self.table.loc[ev['i']]; click(ev | dict(panel=r.image, x=r.x, y=r.y))
     def light(mask, ev): self.lit = sorted((set(self.lit) if ev.get('add') else set()) | set(np.flatnonzero(mask & self._visible()).tolist()))
     def lasso(ev): light(in_lasso(self._projection()[0][self.checkpoint], ev['poly']), ev)
     def area(ev): light(in_box(self.table, ev['panel'], [ev[k] for k in 'xywh']), ev)
-    def clear(ev):
-        if self.lit: self.lit = []
-        else: self.queries = []
+    def clear(ev): self.set_trait('lit' if self.lit else 'queries', [])
     def undo(ev): self.queries = self.queries[:-1]
     def theme(ev): self.dark = ev['dark']; self._show_tab()
-    return dict(click=click, hover=hover, leave=leave, point=point, lasso=lasso, area=area, clear=clear, undo=undo,
-                legend=lambda ev: self._toggle(self.space.codes.index(ev['text'])), theme=theme)
-
-# %% ../nbs/26_pixel_explorer.ipynb #3c59dc04
-@patch
-def _visible(self:PixelEmbeddingExplorer): return np.isin(self.table.cls, self.shown) | (not self.shown)
+    def legend(ev): self._toggle(self.space.codes.index(ev['text']))
+    return dict(click=click, hover=hover, leave=leave, point=point, lasso=lasso, area=area, clear=clear, undo=undo, legend=legend, theme=theme)
 
 @patch
 def _toggle(self:PixelEmbeddingExplorer, c):
     "Hide a class, or show it again"
-    there = sorted(set(self.table.cls.tolist()))
+    there = set(self.table.cls.tolist())
     on = set(self.shown or there) ^ {c}
-    self.shown = [] if on>=set(there) else sorted(on)
-
-@patch
-def read_out(self:PixelEmbeddingExplorer, image, x, y, sim=None):
-    "What is known about a pixel, as a line"
-    v,(i,r,c) = self.views,self._cell(dict(panel=image, x=x, y=y))
-    at = i,int(y),int(x)
-    sim = self.sim if sim is None else sim
-    parts = [f'is {self._name(v.y[at])}'] if v.y[at]!=255 else []
-    parts += [f'predicted {self._name(v.pred[at])} ({v.conf[at]:.2f})'] if v.pred[at]!=255 else []
-    return ' · '.join([f'({int(x)}, {int(y)})', *parts, *([v.domain[i]] if v.domain[i] else []), *([] if sim is None else [f'similarity {sim[i,r,c]:.2f}'])])
-
-@patch(as_prop=True)
-def selection(self:PixelEmbeddingExplorer): # The lit pixels as a table; all sampled ones if none is lit
-    t = self.table
-    return t.iloc[[i for i in self.lit if i<len(t)]] if self.lit else t
-
-@patch
-def _say_lit(self:PixelEmbeddingExplorer):
-    t = self.selection
-    count = lambda s: ', '.join(f'{k} {n}' for k,n in s.value_counts().items())
-    self.surface.said = f'{len(t)} pixels: {count(t.cls.map(self._name))} · {count(t.domain)}' if self.lit else ''
+    self.shown = [] if on>=there else sorted(on)
 
 # %% ../nbs/26_pixel_explorer.ipynb #37693cfc
+_all = 'images plot points heat tab'
+_touches = dict(checkpoint=_all, who=_all, layer=_all, method='plot', n='plot points tab', pure='plot points tab', seed='plot points tab',
+                color_by='points', shown='plot points', lit='points lit selection', over='images', blind='images plot points tab',
+                trails='plot', queries='heat neighbours')
+_slow = 'checkpoint', 'who', 'layer', 'method', 'n', 'pure', 'seed'
+
+@patch
+def _draw(self:PixelEmbeddingExplorer, *parts):
+    with self.surface.hold_sync():
+        for part in parts:
+            for k,v in part.items(): setattr(self.surface, k, v)
+
+@patch
+def _show(self:PixelEmbeddingExplorer, *names):
+    "Draw parts of the screen again"
+    if 'heat' in names: self.sim = self.similarities()
+    parts = dict(images=self._images, plot=self._plot, points=self._points, heat=lambda: self._heat(self.sim))
+    self._draw(*[f() for k,f in parts.items() if k in names])
+    if 'lit' in names: self.surface.said = self._say_lit()
+    for k in names:
+        if k=='tab' or k in _tab_names: self._show_tab(k)
+
+# %% ../nbs/26_pixel_explorer.ipynb #w1re0001
+@patch
+def _changed(self:PixelEmbeddingExplorer, c):
+    k,s = c['name'],self.surface
+    if k in ('n', 'pure', 'seed'): self.lit = []
+    if k in _slow: s.busy,s.said = True,'looking …'
+    why = ''
+    try: self._show(*_touches[k].split())
+    except Exception as e:
+        why = str(e); self.set_trait(k, c['old'])
+        if k in self.handles: self.handles[k].value = c['old']
+        raise
+    finally:
+        if k in _slow: s.busy,s.said = False,why
+
 @patch
 def _watch(self:PixelEmbeddingExplorer):
-    s = self.surface
-    for k in ('over_alpha', 'heat_alpha', 'hover'): T.dlink((self, k), (s, k))
-    def on(names, *fs): self.observe(lambda _: [f() for f in fs], names)
-    images,points,proj,heat,tab = self._show_images,self._show_points,self._show_projection,self._show_heat,self._show_tab
-    def fresh(): self.lit = []
-    def wait(): s.busy,s.said = True,'looking …'
-    def ready(): s.busy,s.said = False,''
-    on(['checkpoint', 'who', 'layer'], wait, images, proj, points, heat, tab, ready)
-    on(['method'], wait, proj, ready)
-    on(['n', 'pure', 'seed'], fresh, wait, proj, points, tab, ready)
-    on(['color_by'], points)
-    on(['shown'], points, proj)
-    on(['lit'], points, self._say_lit, lambda: tab('selection'))
-    on(['over'], images)
-    on(['blind'], images, points, proj, tab)
-    on(['trails'], proj)
-    on(['queries'], heat, lambda: tab('neighbours'))
-    self.observe(lambda c: setattr(s, 'heat_range', [c['new'], max(s.heat_range[1], c['new']+.02)]), 'threshold')
-    for f in (images, proj, points, heat, tab): f()
+    for k in ('over_alpha', 'heat_alpha', 'hover'): T.dlink((self, k), (self.surface, k))
+    self.observe(self._changed, [*_touches])
+    self.observe(lambda c: setattr(self.surface, 'heat_range', [c['new'], max(self.surface.heat_range[1], c['new']+.02)]), 'threshold')
+    self._show(*_all.split())
 
 # %% ../nbs/26_pixel_explorer.ipynb #8e296a06
 _tab_names = ['measures', 'cosines', 'selection', 'neighbours']
+
+@patch
+def measures(self:_State):
+    "`class_table` of each checkpoint, by name"
+    t = self.table
+    return self._kept('measures', lambda: {k: class_table(e, t, self.space.codes) for k,e in zip(self.looks.names, self._vectors())})
 
 @patch
 def _tabs(self:PixelEmbeddingExplorer):
@@ -333,70 +362,38 @@ def _tabs(self:PixelEmbeddingExplorer):
     return self.tabs
 
 @patch
-def _show_tab(self:PixelEmbeddingExplorer, only=None):
+def _show_tab(self:PixelEmbeddingExplorer, only='tab'):
     i = self.tabs.selected_index
-    if i is None or not len(self.table) or only not in (None, _tab_names[i]): return
-    def widget(o):
-        if not isinstance(o, Fig): return W.HTML(o)
-        return W.HTML(img_tag(on_dark(o) if self.dark else o, _tab_names[i]))
+    if i is None or not len(self.table) or only not in ('tab', _tab_names[i]): return
+    def widget(o): return W.HTML(img_tag(on_dark(o) if self.dark else o, _tab_names[i]) if isinstance(o, Fig) else o)
     self.panes[i].children = [widget(o) for o in self._tab(_tab_names[i])]
 
 # %% ../nbs/26_pixel_explorer.ipynb #4e732ced
 @patch
-def measures(self:PixelEmbeddingExplorer):
-    "`class_table` of each checkpoint, by name"
-    def f():
-        t = self.table
-        return {k: class_table(e, t, self.space.codes) for k,e in zip(self.looks.names, self._vectors())}
-    return self._kept('measures', f)
-
-@patch
-def _tab(self:PixelEmbeddingExplorer, name):
-    t,names,m = self.table,self.looks.names,self.measures()
+def _tab(self:_State, name):
+    "What a tab has: figures and pieces of HTML"
+    t,names,m,e = self.table,self.looks.names,self.measures(),self._vectors()[self.checkpoint]
     if name=='measures':
         table = m[names[self.checkpoint]].to_html(index=False, float_format='%.2f', na_rep='–', border=0, classes='pipa-table')
         return [table] + ([class_lines(m, self.space)] if len(names)>1 else [])
-    if name=='cosines': return [cosine_matrix(class_cosines(self._vectors()[self.checkpoint], t.cls.values, self.space.n), self.space.codes)]
+    if name=='cosines': return [cosine_matrix(class_cosines(e, t.cls.values, self.space.n), self.space.codes)]
     if name=='selection': return [counts_figure(self.selection, self.space), _short(self.selection)]
     if not self.queries: return ['Click a pixel to see which sampled pixels are nearest to it.']
-    return [_short(neighbours(self._vectors()[self.checkpoint], t, query(self.views.emb, self.queries), 12))]
+    return [_short(neighbours(e, t, query(self.views.emb, self.queries), 12))]
 
 def _short(t): return t.head(12).to_html(float_format='%.2f', border=0, classes='pipa-table')
 
-# %% ../nbs/26_pixel_explorer.ipynb #02e74f10
 def counts_figure(
     t:pd.DataFrame, # Rows of a table from `pipa.explore.sample`
     space # `LabelSpace`
 )->Fig:
     "How many pixels of each class and domain there are in a table"
     t = t.assign(**{'class': [space.codes[c] for c in t.cls]})
-    fig = Fig(figsize=(7, 2.4))
-    ax = fig.subplots()
-    sns.countplot(t, x='class', hue='domain' if t.domain.any() else None, ax=ax, palette='colorblind' if t.domain.any() else None,
-                  order=[c for c in space.codes if c in set(t['class'])])
+    by = dict(hue='domain', palette='colorblind') if t.domain.any() else {}
+    fig = Fig(figsize=(7, 2.4)); ax = fig.subplots()
+    sns.countplot(t, x='class', ax=ax, order=[c for c in space.codes if c in set(t['class'])], **by)
     ax.set(xlabel='', ylabel='pixels'); ax.tick_params(axis='x', rotation=35); sns.despine(ax=ax)
-    return fig
-
-@patch
-def figures(self:PixelEmbeddingExplorer):
-    return {k: ''.join(o if isinstance(o, str) else img_tag(o, k) for o in self._tab(k)) for k in _tab_names[:2]}
-
-@patch
-def picture(self:PixelEmbeddingExplorer):
-    "Images with their similarities beside the plot, as a figure"
-    v,t,sim,n = self.views,self.table,self.sim,len(self.views.images)
-    cols = 1 if n<2 else 2; rows = -(-n//cols)
-    ratio = v.images.shape[1]/v.images.shape[2]
-    fig = Fig(figsize=(9.5, max(2.8, 2.7*ratio*rows+.4)))
-    left,right = fig.subfigures(1, 2, width_ratios=[5.4,4.1])
-    axs = left.subplots(rows, cols, squeeze=False).ravel()
-    for ax in axs: ax.set_axis_off()
-    for i,ax in enumerate(axs[:n]):
-        ax.imshow(v.images[i]); ax.set_title(self.surface.panels[i]['title'], fontsize=8, pad=2)
-        if sim is not None: _draw_heat(ax, sim[i], v.images.shape[1:3], self.threshold, sim.max(), self.heat_alpha)
-        for m in self.surface.marks:
-            if m['panel']==i: ax.plot(m['x'], m['y'], 'P' if m['sign']>0 else 'X', c='w' if m['sign']>0 else '#d55e00', mec='k', ms=8)
-    if len(t): self._draw_points(right.subplots())
+    if by: sns.move_legend(ax, 'upper left', bbox_to_anchor=(1,1), frameon=False)
     return fig
 
 # %% ../nbs/26_pixel_explorer.ipynb #33e75ff0
@@ -408,11 +405,35 @@ def _draw_heat(ax, s, hw, lo, hi, alpha):
 
 @patch
 def _draw_points(self:PixelEmbeddingExplorer, ax):
-    t,z,rgb = self.table,self._projection()[0][self.checkpoint],self._point_colors()/255
-    ok,lit = self._visible(),np.isin(np.arange(len(self.table)), self.lit)
+    t,z,rgb = self.table,self._projection()[0][self.checkpoint],point_colors(self.table, self.color_by, self.space, self.blind)/255
+    ok,lit = self._visible(),np.isin(np.arange(len(t)), self.lit)
     for d,m in zip(sorted(set(t.domain)), 'o^sD'):
         for k,a in ((ok & ~lit, .15 if lit.any() else .85), (ok & lit, 1)):
             k = k & (t.domain==d).values
             ax.scatter(*z[k].T, c=rgb[k], marker=m, s=14, alpha=a, linewidths=.3, edgecolors='k')
-    for o in self.surface.texts: ax.text(o['x'], o['y'], o['text'], fontsize=7.5, weight='bold', ha='center', bbox=dict(fc='w', alpha=.65, lw=0, pad=.8))
+    for o in self.surface.texts:
+        ax.text(o['x'], o['y'], o['text'], fontsize=7.5, weight='bold', ha='center', bbox=dict(fc='w', alpha=.65, lw=0, pad=.8))
+    for o in self.surface.trails: ax.plot(*np.transpose(o['xy']), c=o['color'], lw=1.5)
     ax.set(xticks=[], yticks=[]); ax.set_title(self.surface.caption, fontsize=7.5); sns.despine(ax=ax, left=True, bottom=True)
+
+# %% ../nbs/26_pixel_explorer.ipynb #p1cture1
+@patch
+def picture(self:PixelEmbeddingExplorer):
+    "Images with their similarities beside the plot, as a figure"
+    v,sim,n = self.views,self.sim,len(self.views.images)
+    cols = 1 if n<2 else 2; rows = -(-n//cols)
+    fig = Fig(figsize=(9.5, max(2.8, 2.7*v.images.shape[1]/v.images.shape[2]*rows+.4)))
+    left,right = fig.subfigures(1, 2, width_ratios=[5.4,4.1])
+    axs = left.subplots(rows, cols, squeeze=False).ravel()
+    for ax in axs: ax.set_axis_off()
+    for i,ax in enumerate(axs[:n]):
+        ax.imshow(v.images[i]); ax.set_title(self.surface.panels[i]['title'], fontsize=8, pad=2)
+        if sim is not None: _draw_heat(ax, sim[i], v.images.shape[1:3], self.threshold, sim.max(), self.heat_alpha)
+    for m in self.surface.marks:
+        axs[m['panel']].plot(m['x'], m['y'], 'P' if m['sign']>0 else 'X', c='w' if m['sign']>0 else '#d55e00', mec='k', ms=8)
+    if len(self.table): self._draw_points(right.subplots())
+    return fig
+
+@patch
+def figures(self:PixelEmbeddingExplorer):
+    return {k: ''.join(o if isinstance(o, str) else img_tag(o, k) for o in self._tab(k)) for k in _tab_names[:2]}

@@ -54,7 +54,9 @@ function render({ model, el }) {
     ['images', 'points', 'plot', 'legend', 'here', 'said'].map(k => root.querySelector('.pipa-' + k));
 
   const S = { rects: [], base: [], over: [], heat: [], xy: new Float32Array(0), from: null, born: 0, boxes: [], active: 0, area: null,
-    lasso: null, hover: null, tip: -1, cursor: null, view: { s: 1, x: 0, y: 0 }, drag: null, frames: 0, dirty: false };
+    lasso: null, hover: null, tip: -1, cursor: null, view: { s: 1, x: 0, y: 0 }, drag: null, frames: 0, heats: 0, dirty: false,
+    version: 0, back: null, backed: '' };
+  const stale = new Set();  // loaders of traits that came since the last frame: what comes together is read once
   const color = name => getComputedStyle(root).getPropertyValue(name).trim();
 
   // --- layout ---
@@ -95,8 +97,8 @@ function render({ model, el }) {
     return sizes.map(([w, h]) => { const n = w * h * 4, p = at + n <= b.length && n ? picture(b.subarray(at, at + n), w, h) : null; at += n; return p; });
   }
   const loaders = {
-    base() { S.base = cut(g('base'), g('panels').map(p => [p.w, p.h])); },
-    over() { S.over = cut(g('over'), g('panels').map(p => [p.w, p.h])); },
+    base() { S.base = cut(g('base'), g('panels').map(p => [p.w, p.h])); S.version++; },
+    over() { S.over = cut(g('over'), g('panels').map(p => [p.w, p.h])); S.version++; },
     heat() {
       const b = raw(g('heat')), [w, h] = g('heat_size'), lut = raw(g('lut')), [lo, hi] = g('heat_range').map(v => (v + 1) * 127.5);
       const n = w * h, table = new Uint32Array(256), bytes = new Uint8Array(table.buffer);
@@ -110,6 +112,7 @@ function render({ model, el }) {
         for (let j = 0; j < n; j++) px[j] = table[b[i * n + j]];
         S.heat.push(picture(new Uint8Array(px.buffer), w, h));
       }
+      root.dataset.heats = ++S.heats;
     },
     xy() {
       const next = floats(g('xy')), calm = matchMedia('(prefers-reduced-motion: reduce)').matches;
@@ -164,6 +167,22 @@ function render({ model, el }) {
     ctx.beginPath(); ctx.moveTo(x - r / 2, y); ctx.lineTo(x + r / 2, y); if (sign > 0) { ctx.moveTo(x, y - r / 2); ctx.lineTo(x, y + r / 2); } ctx.stroke();
   };
 
+  function backdrop(panels) {  // images and what lies on them, at the size of the screen; scaled once, for it is the dearest part of a frame
+    const alpha = g('over_alpha'), now = [S.version, S.W, S.H, window.devicePixelRatio, alpha, JSON.stringify(S.rects)].join();
+    if (S.backed === now) return S.back;
+    S.backed = now; S.back = S.back || document.createElement('canvas');
+    const ctx = size(S.back, S.W, S.H);
+    ctx.clearRect(0, 0, S.W, S.H);
+    S.rects.forEach((r, i) => {
+      ctx.imageSmoothingEnabled = !panels[i].crisp; ctx.imageSmoothingQuality = 'high';
+      if (S.base[i]) ctx.drawImage(S.base[i], r.x, r.y, r.w, r.h);
+      ctx.imageSmoothingEnabled = false; ctx.globalAlpha = alpha;
+      if (S.over[i] && alpha > 0) ctx.drawImage(S.over[i], r.x, r.y, r.w, r.h);
+      ctx.globalAlpha = 1;
+    });
+    return S.back;
+  }
+
   function drawImages() {
     const ctx = size(images, S.W, S.H), panels = g('panels');
     ctx.clearRect(0, 0, S.W, S.H);
@@ -174,12 +193,11 @@ function render({ model, el }) {
       let tx = r.x;
       if (p.dot) { ctx.fillStyle = p.dot; ctx.beginPath(); ctx.arc(r.x + 4, r.y - 8, 4, 0, 7); ctx.fill(); tx += 12; }
       ctx.fillStyle = color('--pipa-fg'); ctx.fillText(p.title || '', tx, r.y - 4, r.w - 12);
-      ctx.imageSmoothingEnabled = !p.crisp; ctx.imageSmoothingQuality = 'high';
-      if (S.base[i]) ctx.drawImage(S.base[i], r.x, r.y, r.w, r.h);
-      if (S.over[i] && g('over_alpha') > 0) { ctx.globalAlpha = g('over_alpha'); ctx.imageSmoothingEnabled = false; ctx.drawImage(S.over[i], r.x, r.y, r.w, r.h); }
-      if (S.heat[i] && g('heat_alpha') > 0) { ctx.globalAlpha = g('heat_alpha'); ctx.imageSmoothingEnabled = true; ctx.drawImage(S.heat[i], r.x, r.y, r.w, r.h); }
-      ctx.globalAlpha = 1;
     });
+    ctx.drawImage(backdrop(panels), 0, 0, S.W, S.H);
+    ctx.imageSmoothingEnabled = true; ctx.imageSmoothingQuality = 'low'; ctx.globalAlpha = g('heat_alpha');
+    if (g('heat_alpha') > 0) S.rects.forEach((r, i) => { if (S.heat[i]) ctx.drawImage(S.heat[i], r.x, r.y, r.w, r.h); });
+    ctx.globalAlpha = 1;
     const at = floats(g('at')), st = raw(g('state')), rgb = raw(g('rgb'));
     for (let i = 0; i < st.length; i++) if (st[i] === 2 && at.length > 3 * i + 2) {  // pixels lit by a selection
       const [x, y] = px(at[3 * i], at[3 * i + 1], at[3 * i + 2]);
@@ -241,7 +259,7 @@ function render({ model, el }) {
     ctx.textAlign = 'left'; ctx.textBaseline = 'alphabetic';
     if (S.lasso) { ctx.beginPath(); S.lasso.forEach(([x, y], i) => ctx[i ? 'lineTo' : 'moveTo'](x, y)); ctx.closePath(); ctx.fillStyle = color('--pipa-veil'); ctx.fill(); ctx.setLineDash([5, 4]); ctx.lineWidth = 1.5; ctx.strokeStyle = color('--pipa-fg'); ctx.stroke(); ctx.setLineDash([]); }
     drawTip(ctx, xy);
-    ctx.fillStyle = color('--pipa-soft'); ctx.font = '11px ' + color('--pipa-font'); ctx.fillText(g('caption'), 8, S.PH - 8);
+    ctx.fillStyle = color('--pipa-soft'); ctx.font = '11px ' + color('--pipa-font'); ctx.fillText(g('caption'), 8, S.PH - 8, S.PW - 16);
   }
 
   function drawTip(ctx, xy) {  // the pixel under the mouse: a ring, its surroundings, and what is known of it
@@ -268,7 +286,9 @@ function render({ model, el }) {
     if (S.dirty) return;
     S.dirty = true;
     requestAnimationFrame(() => {
-      S.dirty = false; layout();
+      S.dirty = false;
+      for (const k of stale) loaders[k]();
+      stale.clear(); layout();
       if (!root.clientWidth) return;
       if (g('panels').length) drawImages();
       if (S.xy.length) drawPoints();
@@ -409,10 +429,10 @@ function render({ model, el }) {
 
   // --- life ---
   const on = (names, f) => names.forEach(k => model.on('change:' + k, f));
-  on(['panels'], () => { loaders.base(); loaders.over(); draw(); });
-  on(['base'], () => { loaders.base(); draw(); });
-  on(['over'], () => { loaders.over(); draw(); });
-  on(['heat', 'heat_size', 'heat_range', 'lut'], () => { loaders.heat(); draw(); });
+  on(['panels'], () => { stale.add('base').add('over'); draw(); });
+  on(['base'], () => { stale.add('base'); draw(); });
+  on(['over'], () => { stale.add('over'); draw(); });
+  on(['heat', 'heat_size', 'heat_range', 'lut'], () => { stale.add('heat'); draw(); });
   on(['xy'], () => { loaders.xy(); draw(); });
   on(['boxes'], () => { loaders.boxes(); draw(); });
   on(['legend'], () => { loaders.legend(); draw(); });

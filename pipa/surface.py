@@ -102,7 +102,7 @@ def palette(
     blind:bool=False # Colours that differ to colour-blind eyes too, instead of the data set's?
 )->np.ndarray: # `K×3`, uint8
     "Colours of the classes"
-    return distinct_colors(space.n) if blind else space.palette
+    return distinct_colors(space.n+1)[1:] if blind else space.palette
 
 def css(
     rgb # Three numbers 0..255
@@ -195,7 +195,7 @@ class Page(W.VBox):
         return bundle and {**bundle, 'image/png': base64.b64encode(_few_colours(self.to_png(dpi=75))).decode()}
 
 def _few_colours(png): # A quarter of the bytes, and hardly a difference: a notebook may hold many
-    f = io.BytesIO(); Image.open(io.BytesIO(png)).convert('RGB').quantize(128).save(f, 'png', optimize=True)
+    f = io.BytesIO(); Image.open(io.BytesIO(png)).convert('RGB').quantize(200, method=Image.Quantize.MAXCOVERAGE).save(f, 'png', optimize=True)
     return f.getvalue()
 
 # %% ../nbs/25_surface.ipynb #4e732ced

@@ -6,9 +6,10 @@
 from __future__ import annotations
 import ipywidgets as W, numpy as np, torch, traitlets as T
 from torch import Tensor
+from fastcore.basics import patch
 from .callbacks import ema_decay
 from .data import rare_class_probs
-from .explore import Snapshots
+from .explore import nets_of
 from .infer import evaluating, whole
 from .mix import pseudo_label, class_mask, class_mix, strong_augment, block_mask
 from .patch_explorer import PatchConsistency
@@ -40,26 +41,41 @@ class Step(Page):
         self.observe(lambda _: self.show(), self.names)
         self.show()
 
-    @property
-    def seen(self): return self.f(**{k:getattr(self, k) for k in self.names}) # What the function draws now
-    def _theme(self, ev): self.dark = ev['dark']; self.show()
 
-    def show(self): # Draw it again
-        seen = self.seen
-        pics = {k:v for k,v in seen.items() if not isinstance(v, Fig)}
-        with self.surface.hold_sync():
-            self.surface.panels = [dict(title=k, w=a.shape[1], h=a.shape[0]) for k,a in pics.items()]
-            self.surface.base = rgba(pics.values())
-        self.below.value = ''.join(img_tag(on_dark(v) if self.dark else v, k) for k,v in seen.items() if isinstance(v, Fig))
+# %% ../nbs/30_widgets.ipynb #step0002
+@patch(as_prop=True)
+def seen(self:Step): # What the function draws now
+    return self.f(**{k:getattr(self, k) for k in self.names})
 
-    def turn(self, **values): # Turn several controls, and return the step
-        for k,v in values.items(): setattr(self, k, v)
-        return self
+@patch
+def _theme(self:Step, ev): self.dark = ev['dark']; self.show()
 
-    def figures(self): return {k:v for k,v in self.seen.items() if isinstance(v, Fig)}
-    def picture(self):
-        seen = self.seen; pics = {k:v for k,v in seen.items() if not isinstance(v, Fig)}
-        return grid([[*pics.values()]], [*pics], 2.4) if pics else [*seen.values()][0]
+def _parts(seen): # Pictures and figures, apart
+    return [{k:v for k,v in seen.items() if isinstance(v, Fig)==fig} for fig in (False,True)]
+
+@patch
+def show(self:Step):
+    "Draw it again"
+    pics,figs = _parts(self.seen)
+    with self.surface.hold_sync():
+        self.surface.panels = [dict(title=k, w=a.shape[1], h=a.shape[0]) for k,a in pics.items()]
+        self.surface.base = rgba(pics.values())
+    self.below.value = ''.join(img_tag(on_dark(v) if self.dark else v, k) for k,v in figs.items())
+
+@patch
+def turn(self:Step, **values): # Values of controls, by name
+    "Turn several controls, and return the step"
+    for k,v in values.items(): setattr(self, k, v)
+    return self
+
+@patch
+def figures(self:Step): return _parts(self.seen)[1]
+
+@patch
+def picture(self:Step):
+    "The pictures in a row, or else the figure"
+    pics,figs = _parts(self.seen)
+    return grid([[*pics.values()]], [*pics], 2.4) if pics else [*figs.values()][0]
 
 # %% ../nbs/30_widgets.ipynb #45c48cce
 @torch.no_grad()
@@ -67,8 +83,8 @@ def step_batch(
     learn # A learner with pair loaders
 )->tuple: # Source images and labels, target images and labels, teacher's logits for the target
     "What the explorers of single steps work on"
-    net = Snapshots.nets(type('o', (), dict(learn=learn)))
-    net = net.get('teacher', net['student'])
+    nets = nets_of(learn)
+    net = nets.get('teacher', nets['student'])
     plain = lambda b: [o.as_subclass(Tensor) for o in b]
     (x_s,y_s,*_),(x_t,y_t) = plain(learn.dls.train.one_batch()),plain(learn.dls.valid.one_batch())
     n = min(len(x_s), len(x_t))
@@ -97,6 +113,8 @@ def trust_explorer(
 
 def _grey(a): return np.repeat(np.uint8(255*np.asarray(a, float).clip(0, 1))[...,None], 3, -1)
 
+
+# %% ../nbs/30_widgets.ipynb #trust002
 def trust_curve(
     p:Tensor, # Confidence, any shape
     lab:Tensor, # Guesses
@@ -114,6 +132,7 @@ def trust_curve(
     ax.axvline(thresh, c='#d55e00', lw=1); ax.set(xlabel='threshold', ylim=(0,1.02), xlim=(0,1)); ax.legend(frameon=False, fontsize=8)
     ax.spines[['top', 'right']].set_visible(False)
     return fig
+
 
 # %% ../nbs/30_widgets.ipynb #9bf31c7f
 def mix_explorer(
@@ -152,6 +171,8 @@ def augment_explorer(
     return Step(f, 'Strong augmentation', image=pick('image', range(len(x)), 110), strength=slide('strength', 0, .5), sigma=slide('blur, px', 0, 4),
                 seed=W.IntSlider(description='seed', min=0, max=99, layout=W.Layout(width='220px'))).turn(strength=strength, sigma=sigma)
 
+
+# %% ../nbs/30_widgets.ipynb #mask0002
 def mask_explorer(
     x:Tensor, # Normalised images, `B×3×H×W`
     ratio:float=.7, # Share of cells that are hidden (MIC)
@@ -166,6 +187,7 @@ def mask_explorer(
     return Step(f, 'Masked image', image=pick('image', range(len(x)), 110), ratio=slide('ratio', 0, 1), seed=W.IntSlider(description='seed', min=0, max=99, layout=W.Layout(width='220px')),
                 block=W.IntSlider(description='block, px', min=4, max=128, step=4, layout=W.Layout(width='240px'))).turn(ratio=ratio, block=block)
 
+
 # %% ../nbs/30_widgets.ipynb #b6d767d2
 def rare_class_explorer(
     counts, # Pixels of each class, `K`, or of each image and class, `N×K`, as in `dls.counts`
@@ -179,11 +201,13 @@ def rare_class_explorer(
         p,share = rare_class_probs(c, t),c/c.sum()
         fig = Fig(figsize=(7,2.6)); ax = fig.subplots(); i = np.arange(len(c))
         ax.bar(i-.2, share, .4, label='share of pixels', color='#999999'); ax.bar(i+.2, p, .4, label='probability to be asked for', color='#0072b2')
-        ax.set(title=f'temperature {t:.3g}'); ax.set_xticks(i, codes, rotation=35, ha='right'); ax.legend(frameon=False, fontsize=8)
+        ax.set_title(f'temperature {t:.3g}', loc='left', fontsize=9); ax.set_xticks(i, codes, rotation=35, ha='right'); ax.legend(frameon=False, fontsize=8, ncols=2, loc='lower right', bbox_to_anchor=(1,1))
         ax.spines[['top', 'right']].set_visible(False)
         return {'probabilities': fig}
     return Step(f, 'Rare class sampling', log_temp=slide('log10 of the temperature', -3, 1, 330)).turn(log_temp=float(np.log10(temp)))
 
+
+# %% ../nbs/30_widgets.ipynb #ema00001
 def ema_explorer(
     alpha:float=.999 # Where to start (DAFormer)
 )->Step:
@@ -199,3 +223,4 @@ def ema_explorer(
         return {'teacher': fig}
     s = W.IntSlider(value=1000, min=10, max=5000, step=10, description='steps', layout=W.Layout(width='300px'), continuous_update=False)
     return Step(f, 'The memory of the teacher', alpha=slide('alpha', .9, .9999, 300, step=.0001), steps=s).turn(alpha=alpha)
+

@@ -1,7 +1,8 @@
-"A JupyterLab of one's own on loopback, and a browser that drives it; nothing of it leaves the machine"
+"A JupyterLab (Notebook 7, Voilà) of one's own on loopback, and a browser that drives it; nothing of it leaves the machine"
 import json, os, shutil, signal, socket, subprocess, sys, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 import nbformat, pytest
 
 chromium = next((p for p in (os.environ.get('CHROMIUM'), *map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))) if p and os.path.exists(p)), None)
@@ -20,12 +21,23 @@ def _has(name):
     from importlib.util import find_spec
     return find_spec(name) is not None
 
+def needs(package, name):
+    "Skip a test of a front end that isn't installed"
+    if not _has(package): pytest.skip(f'{name} is not installed: `pip install {package}`')
+
+def host_of(url): return '{0.scheme}://{0.netloc}'.format(urlsplit(url))
+
 def _port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
+# What each front end is started with, and where it shows a notebook
+_lab = ['--expose-app-in-browser', '--LabApp.news_url=None', '--LabApp.extension_manager=readonly',
+        '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
+fronts = dict(jupyterlab=(_lab, 'lab/tree'), notebook=([*_lab, '--JupyterNotebookApp.expose_app_in_browser=True'], 'notebooks'), voila=([], 'voila/render'))
+
 @contextmanager
-def server(root, home, timeout=180):
-    "Run JupyterLab over folder `root`, with all that it keeps in `home`; gives its address and token"
+def server(root, home, front='jupyterlab', timeout=180):
+    "Run a front end over folder `root`, with all that it keeps in `home`; gives the address of its notebooks and the token"
     host,port,token = '127.0.0.1',_port(),'let-me-in'
     quiet = home/'settings/@jupyterlab/apputils-extension'; quiet.mkdir(parents=True)
     (quiet/'notification.jupyterlab-settings').write_text(json.dumps(dict(fetchNews='false', checkForUpdates=False)))
@@ -33,22 +45,23 @@ def server(root, home, timeout=180):
                 JUPYTERLAB_SETTINGS_DIR='settings', JUPYTERLAB_WORKSPACES_DIR='workspaces')
     env = os.environ | {k:str(home/v) for k,v in dirs.items()} | dict(PYDEVD_DISABLE_FILE_VALIDATION='1',
         PYTHONPATH=os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get('PYTHONPATH', '')]))
-    args = ['--no-browser', '--allow-root', f'--ip={host}', f'--port={port}', '--port-retries=0', f'--IdentityProvider.token={token}',
-            f'--ServerApp.root_dir={root}', '--expose-app-in-browser', '--LabApp.news_url=None', '--LabApp.extension_manager=readonly',
-            '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
+    args,where = fronts[front]
     url = f'http://{host}:{port}'
+    args = ['--no-browser', '--allow-root', f'--ip={host}', f'--port={port}', '--port-retries=0', f'--IdentityProvider.token={token}',
+            f'--ServerApp.root_dir={root}', *args]
+    app = ['-m', front] if front!='voila' else ['-m', 'jupyter_server', "--ServerApp.jpserver_extensions={'voila.server_extension':True}"]
     with open(home/'log', 'wb') as log:
-        p = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *args], env=env, stdout=log, stderr=log, start_new_session=True)
+        p = subprocess.Popen([sys.executable, *app, *args], env=env, stdout=log, stderr=log, start_new_session=True)
         try:
-            _wait(lambda: _answers(f'{url}/api/status?token={token}', p, home/'log'), timeout, 'JupyterLab to answer')
-            yield url,token
+            _wait(lambda: _answers(f'{url}/api/status?token={token}', p, home/'log'), timeout, f'{front} to answer')
+            yield f'{url}/{where}',token
         finally:
             p.send_signal(signal.SIGTERM)
             try: p.wait(20)
             except subprocess.TimeoutExpired: p.kill(); p.wait()
 
 def _answers(url, p, log):
-    if p.poll() is not None: raise RuntimeError(f'JupyterLab ended: {log.read_text()[-2000:]}')
+    if p.poll() is not None: raise RuntimeError(f'The server ended: {log.read_text()[-2000:]}')
     try: return urllib.request.urlopen(url, timeout=5).read()
     except OSError: return None
 
@@ -59,11 +72,17 @@ def _wait(f, timeout, what):
         time.sleep(.1)
     raise TimeoutError(f'waited {timeout} s for {what}')
 
+def at_panel(page, canvas, panel, x, y, of=0):
+    "Where on the screen a share `x`, `y` of an image of a surface is"
+    c = page.locator(canvas).nth(of); c.scroll_into_view_if_needed()
+    b,(l,t,w,h) = c.bounding_box(),json.loads(c.get_attribute('data-rects'))[panel]
+    return b['x']+l+w*x, b['y']+t+h*y
+
 class Notebook:
     "A notebook that is open in the browser"
     def __init__(self, page, url, token, name):
         self.page = page
-        page.goto(f'{url}/lab/tree/{name}?reset&token={token}', wait_until='domcontentloaded', timeout=120_000)
+        page.goto(f'{url}/{name}?reset&token={token}', wait_until='domcontentloaded', timeout=120_000)
         self.until("() => { const c = window.jupyterapp?.shell.currentWidget?.context; return c?.isReady && c.sessionContext.session?.kernel?.status==='idle' }", 180)
 
     def until(self, js, timeout=60, arg=None): return self.page.wait_for_function(js, arg=arg, timeout=1000*timeout)
@@ -91,10 +110,8 @@ class Notebook:
         return _wait(lambda: self.py(expr), timeout, f'`{expr}`')
 
     def at(self, canvas, panel, x, y, of=0):
-        "Where on the screen a share `x`, `y` of an image of a surface is"
-        c = self.page.locator(canvas).nth(of); c.scroll_into_view_if_needed()
-        b,(l,t,w,h) = c.bounding_box(),json.loads(c.get_attribute('data-rects'))[panel]
-        return b['x']+l+w*x, b['y']+t+h*y
+        "See `at_panel`"
+        return at_panel(self.page, canvas, panel, x, y, of)
 
     def drag(self, points, steps=8):
         "Press the mouse at the first point, and let it go at the last"

@@ -86,9 +86,15 @@ def test_projections_stay_in_place():
         (a,b),share = E.project([e, e+rng.normal(size=e.shape)*.01], method, perplexity=8)
         assert np.corrcoef(a.ravel(), b.ravel())[0,1]>.95 and (share is None)==(method=='tsne')
     with pytest.raises(ValueError, match='too few'): E.project([e[:4]], 'tsne')
-    try: import umap
-    except ImportError:
-        with pytest.raises(ValueError, match='umap-learn'): E.project([e], 'umap')
+
+def test_umap_stays_in_place():
+    pytest.importorskip('umap', reason='UMAP is not installed: `pip install umap-learn`')
+    rng = np.random.default_rng(0)
+    e = np.concatenate([rng.normal(size=(15,8))+m for m in (0,6,-6)])
+    (a,b),share = E.project([e, e+rng.normal(size=e.shape)*.01], 'umap', perplexity=8)
+    assert a.shape==(45,2) and np.isfinite(a).all() and share is None and np.corrcoef(a.ravel(), b.ravel())[0,1]>.9
+    mid = a.reshape(3,15,2).mean(1); near = ((a[:,None]-mid)**2).sum(-1).argmin(1)
+    assert np.array_equal(near, np.repeat([0,1,2], 15))
 
 def test_measures_against_loops():
     rng = np.random.default_rng(0)

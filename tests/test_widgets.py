@@ -1,5 +1,5 @@
 "The explorers without a browser: traits, events, tables, pictures"
-import base64, io, json, re
+import base64, io, json, re, sys
 import numpy as np, pytest, torch
 import matplotlib._pylab_helpers as pyplot_state
 from PIL import Image
@@ -69,7 +69,7 @@ def test_colours(by):
     else: assert len({(k,tuple(o)) for k,o in zip(key, c.tolist())})==key.nunique()==len(np.unique(c, axis=0))
     if by=='class':
         assert np.array_equal(c, sp.palette[t.cls])
-        p.blind = True; assert np.array_equal(u8(p.surface.rgb).reshape(-1,3), S.distinct_colors(3)[t.cls])
+        p.blind = True; assert np.array_equal(u8(p.surface.rgb).reshape(-1,3), S.palette(sp, True)[t.cls])
 
 def test_checkpoints_keep_pixels_and_change_what_is_said():
     p = explorer(queries=[(0,1,1,1)]); assert p.checkpoint==1
@@ -99,6 +99,16 @@ def test_every_control_is_a_trait():
     p.tabs.selected_index = 3; assert 'Click a pixel' in p.panes[3].children[0].value
     p.queries = [(0,0,0,1)]; assert '<table' in p.panes[3].children[0].value
     for i in range(3): p.tabs.selected_index = i; assert p.panes[i].children
+
+@pytest.mark.parametrize('from_a_hand', [False, True])
+def test_what_cannot_be_shown_is_taken_back(from_a_hand, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'umap', None)  # as if it weren't installed
+    p = explorer(); xy = p.surface.xy
+    with pytest.raises(ValueError, match='pip install umap-learn'):
+        if from_a_hand: p.handles['method'].value = 'umap'
+        else: p.method = 'umap'
+    assert (p.method, p.handles['method'].value, p.surface.busy, p.surface.xy)==('pca', 'pca', False, xy) and 'umap-learn' in p.surface.said
+    with pytest.raises(ValueError, match='umap-learn'): explorer(method='umap')
 
 def test_numbers_stand_in_for_names_and_one_class_is_enough():
     a = np.zeros((1,8,8,3), np.uint8)
