@@ -272,7 +272,7 @@ def adapt(
     out:Path, # Folder of the run, made when all arguments have proved good; see `new_folder`
     **o # The arguments of `pipa_train`
 )->tuple: # The folder, and a row of the results table
-    "One run, from data to pictures"
+    "One run, from data to pictures; on several processes rank 0 writes, and the row of the others is empty"
     o = AttrDict(o)
     size,(host,terms),(rank,world) = parse_size(o.size),host_terms(o.method, o.terms),start()
     set_seed(o.seed, reproducible=True)
@@ -304,7 +304,8 @@ def train(
     name = f"{Path(o['data']).name.replace(':', '_')}_{method_name(host, terms)}_seed{o['seed']}"
     out,row = adapt(out or f'runs/{name}', **o)
     if not row: return out
-    row |= dict(settings=' '.join([unusual(o)]+[f'ranks={n}' for n in [place()[1]] if n>1]).strip(), command=shlex.join(['pipa_train', *(a for a in sys.argv[1:] if not a.startswith('--out='))]), version=versions()['pipa'])
+    said = ' '.join([o for o in (unusual(o), f'ranks={place()[1]}'*(place()[1]>1)) if o])
+    row |= dict(settings=said, command=shlex.join(['pipa_train', *(a for a in sys.argv[1:] if not a.startswith('--out='))]), version=versions()['pipa'])
     write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
     return out
 

@@ -4,9 +4,7 @@
 
 # %% ../nbs/14_distrib.ipynb #ds000003
 from __future__ import annotations
-import copy
 import torch
-from torch import nn
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision

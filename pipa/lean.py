@@ -4,7 +4,6 @@
 
 # %% ../nbs/14_lean.ipynb #ln000003
 from __future__ import annotations
-import os
 from contextlib import nullcontext
 from multiprocessing import get_context
 import torch

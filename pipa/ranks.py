@@ -5,7 +5,6 @@
 # %% ../nbs/09_ranks.ipynb #rk000003
 from __future__ import annotations
 import atexit, os, tempfile
-from pathlib import Path
 import torch, torch.distributed as dist, torch.nn.functional as F, torch.multiprocessing as mp
 from torch import nn, Tensor
 from torch.autograd import Function
