@@ -27,7 +27,7 @@ def home(tmp_path_factory): return city(tmp_path_factory.mktemp('city'), n=5, si
 def cache_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m: m.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('xdg'))); yield
 
-class Steps(Callback):
+class Watch(Callback):
     "Keep the loss of each step"
     order = 70
     def before_fit(self): self.seen = []
@@ -38,7 +38,7 @@ def make(home, bs, method, *cbs, n=8, s=0, **kw):
     seed(s)
     g,r = [folder(home/d/'images', home/d/'masks', 'minicity') for d in ('game', 'real')]
     dls = uda_dls(g, r.unlabelled(), r, bs=bs, size=(64,64), n=n, device='cpu', bs_valid=2, seed=3)
-    return uda_learner(dls, 'light', method, cbs=[Steps(), *cbs], **{**small, **kw})
+    return uda_learner(dls, 'light', method, cbs=[Watch(), *cbs], **{**small, **kw})
 
 def run(home, bs, method, *cbs, epochs=1, s=None, **kw):
     "Train; what is left, as plain data. Ranks begin with different seeds, if `s` is None, to show that they agree"
@@ -49,7 +49,7 @@ def run(home, bs, method, *cbs, epochs=1, s=None, **kw):
         learn.fit_poly(epochs, 1e-3)
     nets = [learn.model] + ([learn.mean_teacher.teacher] if hasattr(learn, 'mean_teacher') else [])
     bank = learn.patch_contrast.bank if hasattr(learn, 'patch_contrast') else []
-    return dict(rows=rows, steps=learn.steps.seen, nets=[{k:v.clone() for k,v in o.state_dict().items()} for o in nets],
+    return dict(rows=rows, steps=learn.watch.seen, nets=[{k:v.clone() for k,v in o.state_dict().items()} for o in nets],
                 bank=[list(o) for o in bank], classes=sorted({type(m).__name__ for o in nets for m in o.modules()}))
 
 def same(a, b): return all(torch.equal(v, q[k]) for p,q in zip(a, b) for k,v in p.items())
@@ -86,6 +86,7 @@ def test_other_methods(home, kw):
     kw = dict(method='pipa') | kw
     agree(run(home, 4, s=0, **kw), on_ranks(lambda: run(home, 2, **kw), 2))
 
+@pytest.mark.slow
 def test_four_ranks(home): agree(run(home, 4, 'pipa', s=0), on_ranks(run, 4, home, 1, 'pipa'))
 
 def test_discriminators_stay_the_same(home):
@@ -118,7 +119,7 @@ def test_a_second_fit_goes_on(home):
     def go(bs):
         learn = make(home, bs, 'source', n=4)
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3); learn.fit(1, 1e-3)
-        return learn.dls.train.drawn,list(learn.dls.train.shard),learn.validate()[1:]
+        return learn.dls.train.drawn,list(learn.dls.train.shard),[float(o) for o in learn.validate()]
     (d,s,v),*ranks = go(4),*on_ranks(go, 2, 2)
     assert d==8 and [o[0] for o in ranks]==[8,8] and [o[1] for o in ranks]==[[0,2],[1,2]]
     for o in ranks: assert all(math.isclose(x, y, rel_tol=2e-2) or math.isnan(x) for x,y in zip(o[2], v))
@@ -163,7 +164,7 @@ def test_fastai_lends_its_launcher(home):
     "`distrib_ctx` of fastai, which wants accelerate: the net isn't wrapped, and the result is that of one process"
     pytest.importorskip('accelerate')
     def go():
-        os.environ.update(ACCELERATE_USE_CPU='true')
+        os.environ.update(ACCELERATE_USE_CPU='true', MASTER_ADDR='127.0.0.1', MASTER_PORT='29555')
         import fastai.distributed
         learn = make(home, 2, 'self_training')
         rows = []
@@ -171,7 +172,7 @@ def test_fastai_lends_its_launcher(home):
             learn.logger = lambda o: rows.append([float(v) for v in o[1:-1]])
             learn.fit_poly(1, 1e-3)
         assert not hasattr(learn, 'distributed_trainer') and type(learn.model).__name__!='DistributedDataParallel'
-        return dict(rows=rows, steps=learn.steps.seen, nets=[dict(o.state_dict()) for o in (learn.model, learn.mean_teacher.teacher)])
+        return dict(rows=rows, steps=learn.watch.seen, nets=[dict(o.state_dict()) for o in (learn.model, learn.mean_teacher.teacher)])
     agree(run(home, 4, 'self_training', s=0), on_ranks(go, 2))
 
 # the command
@@ -179,7 +180,7 @@ def test_fastai_lends_its_launcher(home):
 def args(home, **kw):
     from inspect import signature
     o = {k:p.default for k,p in signature(cli.pipa_train.__wrapped__).parameters.items()}
-    return o | dict(data=str(home), method='pipa', epochs=1, steps=2, size='64x64', crop='32x32', start=0, unlabelled=2) | kw
+    return o | dict(data=str(home), method='pipa', epochs=1, steps=2, size='64x64', crop='64x64', start=0, unlabelled=2) | kw
 
 @pytest.fixture(scope='module')
 def project(home, tmp_path_factory):
@@ -200,7 +201,7 @@ def test_command_on_two_ranks(project, tmp_path):
     assert sorted(p.name for p in Path(a).iterdir())==sorted(p.name for p in Path(one).iterdir())
     x,y = [pd.read_csv(Path(o)/'metrics.csv').drop(columns='time') for o in (one, a)]
     assert [*x]==[*y] and len(x)==len(y)==1
-    for c in x: assert math.isclose(x[c][0], y[c][0], rel_tol=2e-2, abs_tol=2e-3), c
+    for c in x: assert math.isclose(x[c][0], y[c][0], rel_tol=2e-2, abs_tol=2e-3) or x[c].isna()[0] and y[c].isna()[0], c
     assert json.loads((Path(a)/'config.json').read_text())['ranks']==2 and 'ranks=2' in json.loads((Path(a)/'row.json').read_text())['settings']
 
 @pytest.mark.slow
