@@ -27,7 +27,7 @@ def _device():
     return torch.device('cuda', torch.cuda.current_device()) if dist.get_backend()=='nccl' else torch.device('cpu')
 
 def start()->tuple: # Like `place`
-    "Meet the processes that a launcher (torchrun, accelerate, Slurm's srun) started beside this one; alone, nothing happens"
+    "Meet the processes that a launcher (torchrun, accelerate launch) started beside this one; alone, nothing happens"
     if int(os.environ.get('WORLD_SIZE', 1))>1 and not dist.is_initialized():
         if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0))%torch.cuda.device_count())
         dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
