@@ -12,7 +12,8 @@ from torch.func import functional_call
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from .losses import weighted_ce
-from .mix import block_mask, strong_augment, imagenet_mean, imagenet_std
+from .mix import imagenet_mean, imagenet_std
+from .ranks import block_mask, strong_augment, average_, same_, place
 from .models import resize
 from .callbacks import MeanTeacher, LossTerm, with_detail, _show
 
@@ -79,6 +80,7 @@ class AdvSeg(LossTerm):
     def view(self, z): return z.softmax(1)
     def make(self, n_in, device=None):
         self.net_d = discriminator(n_in, self.width).to(device)
+        if place()[1]>1: same_(self.net_d.parameters())
         self.opt_d = torch.optim.Adam(self.net_d.parameters(), self.lr, (.9,.99))
 
     def predict(self): self.seen,self.z_t = (self.x,self.x_t),self.model(self.x_t)[0]
@@ -96,7 +98,8 @@ def train_net(self:AdvSeg):
     for g in self.opt_d.param_groups: g['lr'] = self.lr*(1-self.pct_train)**.9
     self.opt_d.zero_grad()
     with torch.enable_grad(): l = (_bce(self.net_d(self.views[0]), 1.) + _bce(self.net_d(self.views[1]), 0.))/2
-    l.backward(); self.opt_d.step()
+    l.backward(); average_(p.grad for p in self.net_d.parameters())
+    self.opt_d.step()
     self.loss_d = l.detach()
 
 @patch

@@ -13,8 +13,9 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
 from matplotlib import pyplot as plt
-from .losses import weighted_ce, feat_dist, random_rank, pixel_contrast, patch_contrast
-from .mix import pseudo_label, margins, class_mask, class_mix, strong_augment, two_crops, crop_augment, aligned, imagenet_mean, imagenet_std
+from .losses import weighted_ce, random_rank
+from .mix import margins, class_mix, aligned, imagenet_mean, imagenet_std
+from .ranks import pseudo_label, class_mask, strong_augment, two_crops, crop_augment, pixel_contrast, patch_contrast, feat_dist, rows, whole_labels
 from .models import ProjHead, PatchHead
 
 # %% auto #0
@@ -31,6 +32,11 @@ def with_detail(
     "Give the closer look of a net its share in the loss (HRDA's detail loss)"
     return l if detail is None else l + detail.w*(f(detail.logits.float(), *map(detail.cut, ys)) - l)
 
+def _part(cb):
+    "What fastai's `GradientAccumulation` has multiplied the loss by before the terms come"
+    acc = getattr(cb.learn, 'gradient_accumulation', None)
+    return find_bs(cb.yb)/acc.n_acc if acc else 1
+
 class Pair(Callback):
     "Unpack a pair batch and a prediction with features, and keep the mean supervised loss of the epoch"
     order,name = MixedPrecision.order+1,'pair'
@@ -43,8 +49,8 @@ class Pair(Callback):
         if isinstance(self.pred, (tuple,list)): self.learn.pred,self.learn.feats = self.pred
     def after_loss(self):
         if not self.training: return
-        l = with_detail(self.loss_grad, self.loss_func, getattr(getattr(self, 'feats', None), 'detail', None), *self.yb)
-        if l is not self.loss_grad: self.learn.loss,self.learn.loss_grad = self.loss+(l-self.loss_grad).detach(),l
+        l = with_detail(self.loss_grad/_part(self), self.loss_func, getattr(getattr(self, 'feats', None), 'detail', None), *self.yb)
+        self.learn.loss,self.learn.loss_grad = l.detach().clone(),l*_part(self)
         self.total,self.n = self.total+self.loss.detach(),self.n+1
     @property
     def mean(self): return float(self.total)/self.n if getattr(self, 'n', 0) else float('nan')
@@ -205,7 +211,7 @@ class LossTerm(Callback):
 def after_loss(self:LossTerm):
     if not self.active: return
     l,n = self.score()
-    self.learn.loss_grad = self.loss_grad + self.w*l
+    self.learn.loss_grad = self.loss_grad + self.w*l*_part(self)
     self.learn.loss = self.loss + self.w*l.detach()
     self.total,self.count,self.n = self.total + l.detach(),self.count + n,self.n + 1
 
@@ -300,18 +306,18 @@ class PatchContrast(LossTerm):
 @patch
 def negatives(self:PatchContrast, f, y):
     "Remember some embeddings of this step with their labels and return those of the last few"
-    f,y = f.detach().float().movedim(1,-1).flatten(0,-2),y.flatten()
+    f,y = f.detach().float().flatten(2).transpose(1,2),whole_labels(y).flatten()
     if self.balanced: i = random_rank(y, int(y.max())+1).argsort(stable=True)
-    else: i = torch.randperm(len(f), device=f.device)
+    else: i = torch.randperm(len(y), device=f.device)
     i = i[:2*self.n_neg]
-    self.bank = (self.bank + [(f[i], y[i])])[-self.keep:]
+    self.bank = (self.bank + [(rows(f, i), y[i])])[-self.keep:]
     return [torch.cat(o) for o in zip(*self.bank)]
 
 @patch
 def score(self:PatchContrast):
     neg,y_neg = self.negatives(self.f, self.lab)
     (f_1,f_2),(y_1,y_2),(c_1,c_2) = [aligned(*o.chunk(2), self.crops, self.stride) for o in (self.f.float(), self.lab, self.conf)]
-    l,*n = patch_contrast(f_1, f_2, y_1, y_2, c_1, c_2, neg, y_neg, self.temp, self.thresh, self.form, return_n=True)
+    l,*n = patch_contrast(f_1, f_2, y_1, y_2, c_1, c_2, neg, y_neg, temp=self.temp, thresh=self.thresh, form=self.form, return_n=True)
     return l,sum(n)
 
 # %% ../nbs/10_callbacks.ipynb #d645920e

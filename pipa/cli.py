@@ -26,11 +26,11 @@ from .metrics import iou, miou, iou_table, pixel_acc, Validator
 from . import check, data, show, infer, export
 
 # %% auto #0
-__all__ = ['switches', 'parse_size', 'domains', 'named_domains', 'versions', 'new_folder', 'Before', 'write_run', 'measures',
-           'sentences', 'valid_bs', 'plain_log', 'parse_range', 'parse_switches', 'method_args', 'data_args',
-           'net_args', 'fit_args', 'adapt', 'train', 'pipa_train', 'open_net', 'eval_domain', 'write_scores',
-           'pipa_eval', 'pipa_export', 'settings', 'unusual', 'pipa_predict', 'pipa_convert', 'plan', 'add_row',
-           'pipa_study', 'pipa_check']
+__all__ = ['switches', 'parse_size', 'domains', 'named_domains', 'versions', 'new_folder', 'rank0_first', 'rank0_folder',
+           'Before', 'write_run', 'measures', 'sentences', 'valid_bs', 'plain_log', 'parse_range', 'parse_switches',
+           'method_args', 'data_args', 'net_args', 'fit_args', 'adapt', 'train', 'pipa_train', 'open_net',
+           'eval_domain', 'write_scores', 'pipa_eval', 'pipa_export', 'settings', 'unusual', 'pipa_predict',
+           'pipa_convert', 'plan', 'add_row', 'pipa_study', 'pipa_check']
 
 # %% ../nbs/31_cli.ipynb #e4da3b7f
 def parse_size(
@@ -106,6 +106,24 @@ def new_folder(
     while p.exists() and any(p.iterdir()): p,i = path.with_name(f'{path.name}_{i}'),i+1
     p.mkdir(parents=True, exist_ok=True)
     return p
+
+# %% ../nbs/31_cli.ipynb #sc000002
+from .ranks import start, place
+
+@contextmanager
+def rank0_first():
+    "Rank 0 goes first, and the other ranks when it has finished"
+    if place()[0]: distrib_barrier()
+    yield
+    if not place()[0]: distrib_barrier()
+
+def rank0_folder(
+    path # Wanted, see `new_folder`
+)->Path: # The same on all ranks
+    "The folder that rank 0 makes"
+    name = [str(new_folder(path)) if not place()[0] else None]
+    if place()[1]>1: torch.distributed.broadcast_object_list(name, 0)
+    return Path(name[0])
 
 # %% ../nbs/31_cli.ipynb #6512bd43
 class Before(Callback):
@@ -254,21 +272,22 @@ def adapt(
     out:Path, # Folder of the run, made when all arguments have proved good; see `new_folder`
     **o # The arguments of `pipa_train`
 )->tuple: # The folder, and a row of the results table
-    "One run, from data to pictures"
+    "One run, from data to pictures; on several processes rank 0 writes, and the row of the others is empty"
     o = AttrDict(o)
-    size,(host,terms) = parse_size(o.size),host_terms(o.method, o.terms)
+    size,(host,terms),(rank,world) = parse_size(o.size),host_terms(o.method, o.terms),start()
     set_seed(o.seed, reproducible=True)
-    src,tgt,val = domains(o.data, host, size)
+    with rank0_first(): src,tgt,val = domains(o.data, host, size)
     views = data_args(o, src, tgt)
     o.size = 'x'.join(map(str, views['size']))
-    dls = uda_dls(src, tgt, val, n=o.steps*views['bs'], num_workers=o.workers, bs_valid=valid_bs(val or src, views['bs']), **views)
+    dls = uda_dls(src, tgt, val, n=o.steps*views['bs']*world, shard=(rank,world), num_workers=o.workers, bs_valid=valid_bs(val or src, views['bs']), **views)
     before = Before(dls.valid)
-    learn = uda_learner(dls, method=o.method, arch=o.arch, pretrained=o.encoder or o.pretrained, lr=o.lr, things=src.space.things,
+    learn = uda_learner(dls, method=o.method, arch=o.arch, pretrained=o.encoder or o.pretrained, lr=o.lr, things=src.space.things, lean=o.get('lean', False),
                         cbs=[before, CSVLogger('metrics.csv')], n_unlabelled=o.unlabelled, **net_args(o), **method_args(o))
-    learn.path = out = new_folder(out)
-    text = json.dumps(dict(o, versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]])), indent=1)
-    write_file(out/'config.json', lambda f: f.write(text.encode()))
-    with nullcontext() if sys.stdout.isatty() else plain_log(learn): learn.fit_poly(o.epochs, **fit_args(o))
+    learn.path = out = rank0_folder(out)
+    text = json.dumps(dict(o, ranks=world, versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]])), indent=1)
+    if not rank: write_file(out/'config.json', lambda f: f.write(text.encode()))
+    with nullcontext() if rank or sys.stdout.isatty() else plain_log(learn): learn.fit_poly(o.epochs, **fit_args(o))
+    if rank: return out,{}
     row = dict(benchmark=o.data, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms)
     return out,row | write_run(out, learn, before, o) | measures(learn)
 
@@ -284,7 +303,9 @@ def train(
     method_cbs(host, terms)
     name = f"{Path(o['data']).name.replace(':', '_')}_{method_name(host, terms)}_seed{o['seed']}"
     out,row = adapt(out or f'runs/{name}', **o)
-    row |= dict(settings=unusual(o), command=shlex.join(['pipa_train', *(a for a in sys.argv[1:] if not a.startswith('--out='))]), version=versions()['pipa'])
+    if not row: return out
+    said = ' '.join([o for o in (unusual(o), f'ranks={place()[1]}'*(place()[1]>1)) if o])
+    row |= dict(settings=said, command=shlex.join(['pipa_train', *(a for a in sys.argv[1:] if not a.startswith('--out='))]), version=versions()['pipa'])
     write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
     return out
 
@@ -316,6 +337,7 @@ def pipa_train(
     preset:str=None, # daformer, pipa_daformer, hrda, pipa_hrda: as published, whatever --size --bs --rcs --zoom --crop say
     rcs:float=.5, # Temperature of rare class sampling; 0 draws source images evenly
     zoom:float=1., # Views are zoomed in by up to this factor
+    lean:store_true=False, # Less memory: backpropagate each loss as soon as it is made
     workers:int=0, # Processes that load data
     threads:int=0, # CPU threads; 0 leaves it to torch
     unlabelled:int=32, # Target images for the label-free scores in the table; 0 leaves them out
@@ -324,6 +346,7 @@ def pipa_train(
     "Adapt a segmenter from a labelled source to an unlabelled target, and write a run folder"
     o = dict(locals())
     with sentences(): out = train(**o)
+    if place()[0]: return
     print(pd.read_csv(out/'classes.csv').to_string(index=False))
     print(f'In {out.resolve()}:\n' + '\n'.join(f'  {p.name}' for p in sorted(out.iterdir())))
 
@@ -446,7 +469,7 @@ def pipa_export(
         if off>1e-3: raise ValueError(f"`{dest}` differs from the net by {off:.2g} of its largest logit: don't use it.")
 
 # %% ../nbs/31_cli.ipynb #1e221739
-_elsewhere = 'out threads workers unlabelled pdb xtra'.split()
+_elsewhere = 'out threads workers lean unlabelled pdb xtra'.split()
 def _parser(): return anno_parser(pipa_train.__wrapped__, 'pipa_train')
 
 def _flat(o): return {k:v for k,v in o.items() if k!='switch'} | parse_switches(o.get('switch', ''))

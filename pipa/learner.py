@@ -17,6 +17,8 @@ from .models import light, segformer, daformer
 from .hrda import hrda
 from .callbacks import *
 from .baselines import MinEnt, AdvSeg, AdvEnt, FDA, MIC
+from .distrib import Ranks
+from .lean import Lean
 
 # %% auto #0
 __all__ = ['nets', 'host_terms', 'method_name', 'method_cbs', 'param_groups', 'adamw', 'poly_lr', 'SegLoss', 'target_dl',
@@ -202,6 +204,7 @@ def uda_learner(
     metrics=None, # More metrics
     cbs=None, # More callbacks
     path='.', # Where `learn.save` and loggers write
+    lean:bool=False, # Backpropagate each loss as soon as it is made? Less memory, see `Lean`
     **kwargs # To `method_cbs`
 )->Learner:
     "A learner that adapts `model` from the source to the target of `dls`"
@@ -212,6 +215,7 @@ def uda_learner(
     ms = [TermColumn(cb, cb.name) for cb in parts if isinstance(cb, (Pair, LossTerm))]
     ms += [MIoU(dls.c)] + ([TeacherMIoU(dls.c)] if has_teacher else []) + L(metrics)
     if n_unlabelled: ms += validators(target_dl(dls, n_unlabelled))
+    parts += [Lean()]*lean + [Ranks()]*(num_distrib()>1)
     return Learner(dls, net, SegLoss(), partial(adamw, wd=wd), lr=lr, splitter=param_groups, metrics=ms, cbs=parts+L(cbs),
                    path=path, train_bn=False, wd_bn_bias=True)
 

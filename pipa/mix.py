@@ -133,6 +133,12 @@ def jitter(x:Tensor, # One image in [0,1], `3×H×W`
 # %% ../nbs/02_mix.ipynb #17e62166
 def _coins(n, p, per_image): return (torch.rand(n if per_image else 1) < p).expand(n).tolist()
 
+def _among(x, of):
+    "The images of the whole batch; one black pixel stands for an image of another process, as only its draws matter"
+    xs = [torch.zeros(3, 1, 1)]*(len(x)*of[1])
+    xs[of[0]::of[1]] = x
+    return xs
+
 def _in_unit(f, x, mean, std):
     m,s = (torch.tensor(o, device=x.device, dtype=x.dtype).view(-1,1,1) for o in (mean,std))
     return (f((x*s+m).clamp(0,1)) - m)/s
@@ -145,15 +151,16 @@ def strong_augment(x:Tensor, # Normalised images, `B×3×H×W`
                    sigma:tuple=(.15,1.15), # Range of the blur's standard deviation, px (DACS)
                    mean:tuple=imagenet_mean, # Mean that the images were normalised with
                    std:tuple=imagenet_std, # Standard deviation that they were normalised with
-                   per_image:bool=False # Decide for each image? Published: once for the batch
+                   per_image:bool=False, # Decide for each image? Published: once for the batch
+                   of:tuple=(0,1) # These are images `of[0]::of[1]` of a batch, and draws are made for all of it
 )->Tensor: # Like `x`
     "Colour jitter, then blur, each by the toss of a coin"
-    out = []
-    for o,j,b in zip(x, _coins(len(x), p_jitter, per_image), _coins(len(x), p_blur, per_image)):
+    out,xs = [],_among(x, of)
+    for o,j,b in zip(xs, _coins(len(xs), p_jitter, per_image), _coins(len(xs), p_blur, per_image)):
         if j: o = _in_unit(lambda i: jitter(i, strength), o, mean, std)
         if b: o = blur(o, torch.empty(1).uniform_(*sigma).item())
         out.append(o)
-    return torch.stack(out)
+    return torch.stack(out[of[0]::of[1]])
 
 # %% ../nbs/02_mix.ipynb #642e92ef
 def crop_iou(d:Tensor, # Offsets between two crops (rows, columns), `…×2`, px
@@ -240,16 +247,18 @@ def two_crops(x:Tensor, # Images, `B×C×H×W`
               iou:tuple=(.1,1.), # Least and largest overlap (CAC)
               scale:tuple=(1.,1.), # Range of a random resize before, relative to the input (PiPa: .8 to 2)
               flip:float=.5, # Probability to mirror a crop, drawn for each
-              tries:int=50 # Draws before both crops are the same (CAC)
+              tries:int=50, # Draws before both crops are the same (CAC)
+              of:tuple=(0,1) # These are images `of[0]::of[1]` of a batch, and draws are made for all of it
 )->Crops: # Crops and where they overlap
     "Cut two overlapping windows from each image, mirrored at random"
     size = _pair(size, stride)
-    zoom = torch.empty(len(x)).uniform_(*scale)
+    n,mine = len(x)*of[1],slice(of[0], None, of[1])
+    zoom = torch.empty(n).uniform_(*scale)
+    real = torch.tensor([[max(1, round(d*s)) for d in x.shape[-2:]] for s in zoom.tolist()])
+    at = crop_corners((real - torch.tensor(size)).clamp(min=0), size, stride, iou, tries)
+    zoom,real,at_1,at_2,flip_1,flip_2 = (o[mine] for o in (zoom, real, *at, *(torch.rand(2, n) < flip)))
     xs = [_zoom(o, s) for o,s in zip(x, zoom.tolist())]
-    real = torch.tensor([o.shape[-2:] for o in xs])
-    at_1,at_2 = crop_corners((real - torch.tensor(size)).clamp(min=0), size, stride, iou, tries)
     cut = lambda at: torch.stack([_window(o, a, size) for o,a in zip(xs, at.tolist())])
-    flip_1,flip_2 = torch.rand(2, len(x)) < flip
     return Crops(unflip(cut(at_1), flip_1), unflip(cut(at_2), flip_2), *overlap(at_1, at_2, size, real, stride),
                  flip_1, flip_2, at_1, at_2, zoom)
 
@@ -279,7 +288,8 @@ def crop_augment(x:Tensor, # Normalised images, `B×3×H×W`
                  p_gray:float=.2, # Probability of grey (CAC)
                  strength:tuple=(.4,.4,.4,.1), # Largest change of brightness, contrast, saturation (share), hue (turns) (CAC)
                  mean:tuple=imagenet_mean, # Mean that the images were normalised with
-                 std:tuple=imagenet_std # Standard deviation that they were normalised with
+                 std:tuple=imagenet_std, # Standard deviation that they were normalised with
+                 of:tuple=(0,1) # These are images `of[0]::of[1]` of a batch, and draws are made for all of it
 )->Tensor: # Like `x`
     "Blur, colour jitter and grey, tossed for each image"
     def colour(o, j, g):
@@ -287,12 +297,13 @@ def crop_augment(x:Tensor, # Normalised images, `B×3×H×W`
         if j: o = _shuffled(o, [lambda i: TF.adjust_brightness(i, 1+b), lambda i: TF.adjust_contrast(i, 1+c),
                                 lambda i: TF.adjust_saturation(i, 1+s), lambda i: TF.adjust_hue(i, h)])
         return TF.rgb_to_grayscale(o, 3) if g else o
-    out,n = [],len(x)
-    for o,b,j,g in zip(x, *(_coins(n, p, True) for p in (p_blur,p_jitter,p_gray))):
+    out,xs = [],_among(x, of)
+    n = len(xs)
+    for o,b,j,g in zip(xs, *(_coins(n, p, True) for p in (p_blur,p_jitter,p_gray))):
         if b: o = blur(o, 1.1, 5)
         if j or g: o = _in_unit(lambda i: colour(i, j, g), o, mean, std)
         out.append(o)
-    return torch.stack(out)
+    return torch.stack(out[of[0]::of[1]])
 
 # %% ../nbs/02_mix.ipynb #9778d5d2
 def block_mask(shape:tuple, # Shape of the images: batch first, height and width last

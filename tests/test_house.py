@@ -98,7 +98,7 @@ def test_version():
 layers = dict(labels='', losses='', mix='', metrics='', mit='', lite='', models='mit lite', hrda='models', minicity='labels', domains='labels',
               rare='labels domains', layouts='labels domains minicity', data='labels domains rare layouts', names='mit lite', files='',
               weights='lite names files', checkpoints='models hrda files weights names labels',
-              callbacks='mix losses models', baselines='callbacks mix losses models')
+              ranks='losses mix', callbacks='mix losses models ranks', baselines='callbacks mix losses models ranks')
 leaves = 'labels losses mix mit lite models hrda minicity'.split()
 number = {re.sub(r'^\d+[a-z]?_', '', p.stem):p.stem[:2] for p in nbs}
 
