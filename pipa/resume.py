@@ -4,14 +4,14 @@
 
 # %% ../nbs/12_resume.ipynb #res00003
 from __future__ import annotations
-import inspect, os, re, signal, sys, threading, time, zipfile
+import inspect, multiprocessing, os, re, signal, sys, threading, time, zipfile
 from itertools import islice
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from fastai.torch_basics import *
 from fastai.callback.core import Callback, CancelEpochException, CancelTrainException
-from fastai.callback.progress import CSVLogger, ProgressCallback
+from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
@@ -22,7 +22,7 @@ from .callbacks import Pair, MeanTeacher, LossTerm, PatchContrast, FeatureDistan
 
 # %% auto #0
 __all__ = ['kept', 'pack', 'cb_state', 'load_cb_state', 'state_of', 'load_state', 'asked_for', 'differences', 'write_state',
-           'checkpoints', 'read_state', 'claim', 'Checkpoint']
+           'checkpoints', 'read_state', 'claim', 'Checkpoint', 'pss', 'Memory']
 
 # %% ../nbs/12_resume.ipynb #res00008
 def pack(
@@ -143,8 +143,8 @@ def asked_for(
     learn:Learner # When its fit begins
 )->dict: # Name, such as `mix.w`, and value
     "The settings that the result depends on, as far as they can be seen"
-    dl,hs,quiet = learn.dls.train,learn.opt.hypers,(Checkpoint,CSVLogger,ProgressCallback,Recorder)
-    parts = {'views':dl.dataset} | {o.name:o for o in learn.cbs if not isinstance(o, quiet)}
+    dl,hs = learn.dls.train,learn.opt.hypers
+    parts = {'views':dl.dataset} | {o.name:o for o in learn.cbs if o.order<Recorder.order}   # those after it look on
     res = {f'{n}.{k}':v for n,o in parts.items() if hasattr(o, '__dict__') for k,v in _settings(o).items()}
     rates = {f'schedule of {k}':[np.asarray(f(p)).tolist() for p in (.01,.1,.5,.9)] for o in learn.cbs if isinstance(o, ParamScheduler) for k,f in o.scheds.items()}
     for d in ('source', 'target'):
@@ -381,3 +381,24 @@ def resume(self:Learner,
     print(f"Going on from `{file}`: " + (f"epoch {epoch} of {state['n_epoch']}, step {step} of {state['n_iter']}." if epoch<state['n_epoch'] else "all epochs are done."))
     self._do_fit = partial(_rest_of_fit, self, state, strict)
     return state['at']
+
+# %% ../nbs/12_resume.ipynb #res00050
+def pss(
+    pid:int # Process
+)->float: # MB; 0 if it has ended; NaN where there is no `/proc`
+    "The memory of a process, with a fair share of what it shares"
+    try: text = Path(f'/proc/{pid}/smaps_rollup').read_text()
+    except (FileNotFoundError, ProcessLookupError): return 0. if Path('/proc/self/smaps_rollup').exists() else float('nan')
+    return int(re.search(r'^Pss: *(\d+)', text, re.M)[1])*1024/1e6
+
+class Memory(Callback):
+    "Add the memory of this process and of its workers to a table, every so many steps"
+    order = Checkpoint.order-1
+    def __init__(self,
+        file, # CSV with the columns step, process, workers, loss; longer with each row
+        every:int=20 # Steps
+    ): store_attr()
+    def after_batch(self):
+        if not self.training or self.train_iter%self.every: return
+        row = self.train_iter,pss(os.getpid()),sum(pss(p.pid) for p in multiprocessing.active_children()),float(self.loss.detach())
+        with open(self.file, 'a') as f: f.write('{},{:.1f},{:.1f},{:.5f}\n'.format(*row))
