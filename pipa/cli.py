@@ -31,8 +31,8 @@ from . import check, data, show, infer, export
 __all__ = ['switches', 'parse_size', 'domains', 'named_domains', 'versions', 'new_folder', 'Before', 'write_run', 'measures',
            'sentences', 'valid_bs', 'plain_log', 'parse_range', 'parse_switches', 'method_args', 'data_args',
            'net_args', 'fit_args', 'adapt', 'resumed', 'train', 'pipa_train', 'open_net', 'eval_domain', 'write_scores',
-           'pipa_eval', 'pipa_export', 'settings', 'unusual', 'pipa_predict', 'pipa_convert', 'plan', 'add_row',
-           'interrupted', 'pipa_study', 'pipa_check']
+           'pipa_eval', 'pipa_export', 'settings', 'unusual', 'pipa_predict', 'pipa_convert', 'plan', 'interrupted',
+           'add_row', 'pipa_study', 'pipa_check']
 
 # %% ../nbs/31_cli.ipynb #e4da3b7f
 def parse_size(
@@ -291,7 +291,7 @@ def adapt(
     return out,row
 
 # %% ../nbs/31_cli.ipynb #rsm00004
-_free = 'out threads workers resume minutes pdb xtra'.split()
+_free = 'out threads workers resume minutes'.split()
 
 def resumed(
     out:str, # Folder of the run
@@ -607,16 +607,7 @@ def plan(
                 runs.setdefault(_key(settings(args)), (f'{m}_seed{int(s)}' + (f'_{v}' if v else ''), args))
     return list(runs.values())
 
-# %% ../nbs/31_cli.ipynb #37693cfc
-def add_row(
-    file, # Table, CSV; made when it isn't there
-    row:dict # Value of each column
-):
-    "Add a row to a table on disk, whole or not at all"
-    file,df = Path(file),pd.DataFrame([row])
-    if file.exists(): df = pd.concat([pd.read_csv(file), df])
-    write_file(file, lambda f: df.to_csv(f, index=False, float_format='%.4f'))
-
+# %% ../nbs/31_cli.ipynb #rsm00006
 def interrupted(
     out:Path, # Folder that a run would have
     args:list # Arguments of `pipa_train`
@@ -629,6 +620,16 @@ def interrupted(
         except ValueError: continue
         if lock: lock.close()
         if said.startswith('pipa_train') and _key(settings(said, strict=False))==_key(settings(args)): return p
+
+# %% ../nbs/31_cli.ipynb #37693cfc
+def add_row(
+    file, # Table, CSV; made when it isn't there
+    row:dict # Value of each column
+):
+    "Add a row to a table on disk, whole or not at all"
+    file,df = Path(file),pd.DataFrame([row])
+    if file.exists(): df = pd.concat([pd.read_csv(file), df])
+    write_file(file, lambda f: df.to_csv(f, index=False, float_format='%.4f'))
 
 @call_parse
 def pipa_study(

@@ -39,8 +39,8 @@ def pack(
     raise TypeError(f"A checkpoint holds tensors and plain values, not a {type(o).__name__}.")
 
 # %% ../nbs/12_resume.ipynb #res00012
-kept = {Pair:'total n', LossTerm:'steps total n count', MeanTeacher:'teacher t', PatchContrast:'bank', FeatureDistance:'frozen',
-        TrackerCallback:'best wait', ParamScheduler:'hps', GradientAccumulation:'count'}
+kept = {Pair:'total n', LossTerm:'steps total n count', MeanTeacher:'teacher t', PatchContrast:'bank',
+        FeatureDistance:'frozen', TrackerCallback:'best wait', ParamScheduler:'hps', GradientAccumulation:'count'}
 
 def _names(cb): return [n for c,ns in kept.items() if isinstance(cb, c) for n in ns.split() if n in vars(cb)]
 
@@ -76,7 +76,8 @@ def state_dict(self:Recorder):
 @patch
 def load_state_dict(self:Recorder, state):
     "Go on with curves from `state_dict`"
-    self.lrs,self.iters,self.losses,self.values = state['lrs'],state['iters'],[*state['losses']],[L(v) for v in state['values']]
+    self.lrs,self.iters = state['lrs'],state['iters']
+    self.losses,self.values = [*state['losses']],[L(v) for v in state['values']]
     self.smooth_loss.val,self.smooth_loss.count = to_cpu(state['smooth'][0]),state['smooth'][1]
 
 @patch
@@ -100,12 +101,13 @@ def state_of(
 )->dict: # Tensors and plain values, all on the CPU
     "All that a fit needs to go on from here"
     dls,net,scaler = learn.dls,get_model(learn.model),getattr(learn, 'scaler', None)
-    return pack(dict(pipa_checkpoint=1, at=at, n_epoch=learn.n_epoch, n_iter=len(dls.train), train_iter=learn.train_iter,
-        pct_train=learn.pct_train, student=net, opt=learn.opt.state_dict(), scaler=scaler.state_dict() if scaler else {},
+    return pack(dict(pipa_checkpoint=1, versions=dict(pipa=__version__, torch=str(torch.__version__)),
+        at=at, n_epoch=learn.n_epoch, n_iter=len(dls.train), train_iter=learn.train_iter, pct_train=learn.pct_train,
+        student=net, opt=learn.opt.state_dict(), scaler=scaler.state_dict() if scaler else {},
         grads={k:p.grad for k,p in net.named_parameters() if p.grad is not None},
+        callbacks={o.name:s for o in learn.cbs if (s := cb_state(o))}, rng=rng or get_random_states(),
         loaders=[o.rng.getstate() for o in dls.loaders], pairs={k:getattr(dls.train, k, None) for k in ('seed', 'drawn')},
-        callbacks={o.name:s for o in learn.cbs if (s := cb_state(o))}, rng=rng or get_random_states(), asked=asked or asked_for(learn),
-        versions=dict(pipa=__version__, torch=str(torch.__version__))))
+        asked=asked or asked_for(learn)))
 
 def _set_rng(state):
     name,keys,*rest = state['numpy_state']
@@ -132,12 +134,19 @@ def load_state(
     _set_rng(state['rng'])
 
 # %% ../nbs/12_resume.ipynb #res00021
-def _plain(o): return all(map(_plain, o)) if isinstance(o, (list,tuple)) else o is None or isinstance(o, (bool,int,float,str))
+def _plain(o):
+    return all(map(_plain, o)) if isinstance(o, (list,tuple)) else o is None or isinstance(o, (bool,int,float,str))
 
 def _settings(o):
     "Arguments of `o` that are plain values"
-    vs = {k:vars(o)[k] for k in inspect.signature(type(o).__init__).parameters if k in vars(o)} | vars(o).get('kw', {}) | vars(o).get('aug', {})
-    return {k:v for k,v in vs.items() if _plain(v)}
+    own = {k:vars(o)[k] for k in inspect.signature(type(o).__init__).parameters if k in vars(o)}
+    more = [vars(o).get(k, {}) for k in ('kw', 'aug')]
+    return {k:v for d in (own, *more) for k,v in d.items() if _plain(v)}
+
+def _images(domain):
+    "How many, and the first and the last"
+    ims = [Path(o).name for o in getattr(domain, 'images', ())]
+    return f'{len(ims)}, from {ims[0]} to {ims[-1]}' if ims else None
 
 def asked_for(
     learn:Learner # When its fit begins
@@ -146,11 +155,11 @@ def asked_for(
     dl,hs = learn.dls.train,learn.opt.hypers
     parts = {'views':dl.dataset} | {o.name:o for o in learn.cbs if o.order<Recorder.order}   # those after it look on
     res = {f'{n}.{k}':v for n,o in parts.items() if hasattr(o, '__dict__') for k,v in _settings(o).items()}
-    rates = {f'schedule of {k}':[np.asarray(f(p)).tolist() for p in (.01,.1,.5,.9)] for o in learn.cbs if isinstance(o, ParamScheduler) for k,f in o.scheds.items()}
-    for d in ('source', 'target'):
-        ims = getattr(getattr(dl.dataset, d, None), 'images', None)
-        if ims is not None: res[f'{d} images'] = f"{len(ims)}, from {Path(ims[0]).name} to {Path(ims[-1]).name}"
-    return pack(res | rates | dict(epochs=learn.n_epoch, steps=len(dl), bs=dl.bs, lr=[h['lr'] for h in hs], wd=[h['wd'] for h in hs]))
+    sched = [(k, f) for o in learn.cbs if isinstance(o, ParamScheduler) for k,f in o.scheds.items()]
+    rates = {f'schedule of {k}':[np.asarray(f(p)).tolist() for p in (.01,.1,.5,.9)] for k,f in sched}
+    ims = {f'{d} images':_images(getattr(dl.dataset, d, None)) for d in ('source', 'target')}
+    lrs = dict(lr=[h['lr'] for h in hs], wd=[h['wd'] for h in hs])
+    return pack(res | rates | ims | lrs | dict(epochs=learn.n_epoch, steps=len(dl), bs=dl.bs))
 
 def differences(
     was:dict, # From `asked_for`
@@ -179,7 +188,8 @@ def checkpoints(
     folder # Folder of a run
 )->list: # Files, the newest first
     "The checkpoints in a folder"
-    return sorted((p for p in Path(folder).glob('checkpoint_*.pt') if re.fullmatch(r'checkpoint_\d+_\d+\.pt', p.name)), reverse=True)
+    fs = Path(folder).glob('checkpoint_*.pt')
+    return sorted((p for p in fs if re.fullmatch(r'checkpoint_\d+_\d+\.pt', p.name)), reverse=True)
 
 def _read(file):
     try:
@@ -197,7 +207,8 @@ def read_state(
     "Read the newest checkpoint that is sound, without running anything in it"
     path = Path(path)
     files = checkpoints(path) if path.is_dir() else [path]
-    if not files: raise FileNotFoundError(f"There is no checkpoint in `{path}`, so there is nothing to go on from: begin anew.")
+    if not files: raise FileNotFoundError(
+        f"There is no checkpoint in `{path}`, so there is nothing to go on from: begin anew.")
     if not files[0].exists(): raise FileNotFoundError(f"There is no `{path}`: check the path.")
     said = []
     for f in files:
@@ -257,12 +268,14 @@ class Checkpoint(Callback):
 def begin(self:Checkpoint):
     "A fit begins, or goes on"
     old = [] if self.going_on else checkpoints(self.path)
-    if old and self.file is None: print(f"`{old[0]}` is of an earlier fit, and the first checkpoint of this one replaces it.")
+    if old and self.file is None:
+        print(f"`{old[0]}` is of an earlier fit, and the first checkpoint of this one replaces it.")
     if not self.going_on: self.file = None
-    for p in self.path.glob('.checkpoint_*.pt.*'): p.unlink(missing_ok=True)   # of a process that was killed as it wrote
+    for p in self.path.glob('.checkpoint_*.pt.*'): p.unlink(missing_ok=True)   # of a process killed as it wrote
     self.settings,self.since,self.asked,self.rng,self.going_on = asked_for(self.learn),time.monotonic(),None,None,False
     if self.signals and threading.current_thread() is threading.main_thread():
-        self.old = {s:signal.signal(s, self.mark) for s in _signals if signal.getsignal(s) not in (signal.SIG_IGN, None)}
+        ours = [s for s in _signals if signal.getsignal(s) not in (signal.SIG_IGN, None)]   # nohup ignores SIGHUP
+        self.old = {s:signal.signal(s, self.mark) for s in ours}
 
 @patch
 def let_go(self:Checkpoint):
@@ -272,10 +285,10 @@ def let_go(self:Checkpoint):
 
 @patch
 def mark(self:Checkpoint, sig, frame):
-    "A signal came: remember it for the end of the step; a second one, or one outside of a fit, means what it did before"
-    inside = frame
-    while inside is not None and not (inside.f_code.co_name=='fit' and inside.f_locals.get('self') is self.learn): inside = inside.f_back
-    if inside is not None and self.asked is None: self.asked = sig; return
+    "Remember a signal for the end of the step; a second one, or one outside of a fit, means what it did before"
+    def ours(f): return f.f_code.co_name=='fit' and f.f_locals.get('self') is self.learn
+    while frame is not None and not ours(frame): frame = frame.f_back
+    if frame is not None and self.asked is None: self.asked = sig; return
     self.let_go(); os.kill(os.getpid(), sig)
 
 # %% ../nbs/12_resume.ipynb #res00035
@@ -298,7 +311,8 @@ def save(self:Checkpoint):
     try: file = write_state(self.path, state_of(self.learn, self.at, self.rng, self.settings))
     except (OSError, RuntimeError) as e:
         kept = f'`{self.file}` stays' if self.file else 'there is none yet'
-        print(f"No checkpoint could be written to `{self.path}` ({e}); {kept}. Training goes on: make room.", file=sys.stderr)
+        said = f"No checkpoint could be written to `{self.path}` ({e}); {kept}. Training goes on: make room."
+        print(said, file=sys.stderr)
         return
     for p in {*checkpoints(self.path)}-{file, self.file}: p.unlink(missing_ok=True)
     self.file,self.since = file,time.monotonic()
@@ -310,8 +324,8 @@ def stop(self:Checkpoint):
     if self.at[1] and self.within(): self.save()
     self.let_go()
     (epoch,step),sig = self.at,signal.Signals(self.asked)
-    how = f"`{self.file}` has all that is needed to go on: the same command with --resume, or learn.resume()" if self.file else \
-        "There is no checkpoint yet, so it begins anew next time"
+    go_on = f"`{self.file}` has all that is needed to go on: the same command with --resume, or learn.resume()"
+    how = go_on if self.file else "There is no checkpoint yet, so it begins anew next time"
     said = f"Stopped by {sig.name} at epoch {epoch}, step {step} of {len(self.dls.train)}. {how}."
     self.at = None
     if sig==signal.SIGINT: raise KeyboardInterrupt(said)
@@ -360,8 +374,17 @@ def _rest_of_fit(learn, state, strict):
 def _same(learn, state, strict):
     "Raise, or say, what differs from the interrupted fit"
     diff = differences(state['asked'], asked_for(learn))
-    if diff and strict: raise ValueError(f"This fit is not the one that was interrupted: {'; '.join(diff)}. Make it the same, or give `strict=False`.")
+    if diff and strict: raise ValueError(
+        f"This fit is not the one that was interrupted: {'; '.join(diff)}. Make it the same, or give `strict=False`.")
     if diff: print(f"Other than before: {'; '.join(diff)}.")
+
+def _take_student(learn, state, file):
+    "Load the student, if it is one"
+    net,had = get_model(learn.model).state_dict(),state['student']
+    odd = [k for k,p in net.items() if k not in had or had[k].shape!=p.shape] + [*had.keys()-net.keys()]
+    if odd: raise ValueError(f"`{file}` is of another net: {', '.join(odd[:3])}{' …' if len(odd)>3 else ''}. "
+                             "Build the one of the interrupted run.")
+    get_model(learn.model).load_state_dict(had)
 
 @patch
 def resume(self:Learner,
@@ -369,16 +392,17 @@ def resume(self:Learner,
     strict:bool=True # Must the next fit be as the interrupted one? Else differences are said and accepted
 )->tuple: # Epochs that are done, and batches that are done in the next
     "Take weights from a checkpoint, and let the next fit, the same as the interrupted one, go on from there"
-    if num_distrib()>1: raise NotImplementedError("A run on several devices can't go on exactly: each has random states of its own. Begin anew.")
+    if num_distrib()>1: raise NotImplementedError(
+        "A run on several devices can't go on exactly, for each has random states of its own: begin anew.")
     state,file = read_state(path or self.path)
-    net,(epoch,step),v = get_model(self.model),state['at'],state['versions']
-    odd = [k for k,p in net.state_dict().items() if k not in state['student'] or state['student'][k].shape!=p.shape] + [*state['student'].keys()-net.state_dict().keys()]
-    if odd: raise ValueError(f"`{file}` is of another net: {', '.join(odd[:3])}{' …' if len(odd)>3 else ''}. Build the one of the interrupted run.")
-    net.load_state_dict(state['student'])
+    _take_student(self, state, file)
+    (epoch,step),n,v = state['at'],state['n_epoch'],state['versions']['torch']
     for o in self.cbs:
         if isinstance(o, Checkpoint): o.file,o.going_on = file if file in checkpoints(self.path) else None,True
-    if v['torch']!=str(torch.__version__): print(f"Written with torch {v['torch']}; this is {torch.__version__}, so last digits may differ.")
-    print(f"Going on from `{file}`: " + (f"epoch {epoch} of {state['n_epoch']}, step {step} of {state['n_iter']}." if epoch<state['n_epoch'] else "all epochs are done."))
+    now = str(torch.__version__)
+    if v!=now: print(f"Written with torch {v}; this is {now}, so last digits may differ.")
+    where = f"epoch {epoch} of {n}, step {step} of {state['n_iter']}." if epoch<n else "all epochs are done."
+    print(f"Going on from `{file}`: {where}")
     self._do_fit = partial(_rest_of_fit, self, state, strict)
     return state['at']
 
@@ -388,7 +412,8 @@ def pss(
 )->float: # MB; 0 if it has ended; NaN where there is no `/proc`
     "The memory of a process, with a fair share of what it shares"
     try: text = Path(f'/proc/{pid}/smaps_rollup').read_text()
-    except (FileNotFoundError, ProcessLookupError): return 0. if Path('/proc/self/smaps_rollup').exists() else float('nan')
+    except (FileNotFoundError, ProcessLookupError):
+        return 0. if Path('/proc/self/smaps_rollup').exists() else float('nan')
     return int(re.search(r'^Pss: *(\d+)', text, re.M)[1])*1024/1e6
 
 class Memory(Callback):
@@ -400,5 +425,6 @@ class Memory(Callback):
     ): store_attr()
     def after_batch(self):
         if not self.training or self.train_iter%self.every: return
-        row = self.train_iter,pss(os.getpid()),sum(pss(p.pid) for p in multiprocessing.active_children()),float(self.loss.detach())
+        workers = sum(pss(p.pid) for p in multiprocessing.active_children())
+        row = self.train_iter,pss(os.getpid()),workers,float(self.loss.detach())
         with open(self.file, 'a') as f: f.write('{},{:.1f},{:.1f},{:.5f}\n'.format(*row))
