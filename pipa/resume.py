@@ -242,7 +242,7 @@ class Checkpoint(Callback):
         steps:int=0, # Steps between two checkpoints within an epoch; 0 for none
         minutes:float=0., # Minutes between two checkpoints within an epoch; 0 for none
         signals:bool=True # Save and stop at SIGTERM, SIGHUP and Ctrl-C?
-    ): store_attr(); self.at,self.file,self.asked,self.old,self.going_on = None,None,None,{},False
+    ): store_attr(); self.at,self.file,self.asked,self.old,self.going_on = None,None,None,{},None
 
     def before_fit(self): self.at = None
     def before_train(self):
@@ -272,7 +272,8 @@ def begin(self:Checkpoint):
         print(f"`{old[0]}` is of an earlier fit, and the first checkpoint of this one replaces it.")
     if not self.going_on: self.file = None
     for p in self.path.glob('.checkpoint_*.pt.*'): p.unlink(missing_ok=True)   # of a process killed as it wrote
-    self.settings,self.since,self.asked,self.rng,self.going_on = asked_for(self.learn),time.monotonic(),None,None,False
+    self.settings,self.going_on = self.going_on or asked_for(self.learn),None
+    self.since,self.asked,self.rng = time.monotonic(),None,None
     if self.signals and threading.current_thread() is threading.main_thread():
         ours = [s for s in _signals if signal.getsignal(s) not in (signal.SIG_IGN, None)]   # nohup ignores SIGHUP
         self.old = {s:signal.signal(s, self.mark) for s in ours}
@@ -373,10 +374,13 @@ def _rest_of_fit(learn, state, strict):
 # %% ../nbs/12_resume.ipynb #res00039
 def _same(learn, state, strict):
     "Raise, or say, what differs from the interrupted fit"
-    diff = differences(state['asked'], asked_for(learn))
+    now = asked_for(learn)
+    diff = differences(state['asked'], now)
     if diff and strict: raise ValueError(
         f"This fit is not the one that was interrupted: {'; '.join(diff)}. Make it the same, or give `strict=False`.")
     if diff: print(f"Other than before: {'; '.join(diff)}.")
+    for o in learn.cbs:
+        if isinstance(o, Checkpoint): o.going_on = now   # before the optimizer gets its later rates
 
 def _take_student(learn, state, file):
     "Load the student, if it is one"
@@ -398,7 +402,7 @@ def resume(self:Learner,
     _take_student(self, state, file)
     (epoch,step),n,v = state['at'],state['n_epoch'],state['versions']['torch']
     for o in self.cbs:
-        if isinstance(o, Checkpoint): o.file,o.going_on = file if file in checkpoints(self.path) else None,True
+        if isinstance(o, Checkpoint): o.file,o.going_on = file if file in checkpoints(self.path) else None,state['asked']
     now = str(torch.__version__)
     if v!=now: print(f"Written with torch {v}; this is {now}, so last digits may differ.")
     where = f"epoch {epoch} of {n}, step {step} of {state['n_iter']}." if epoch<n else "all epochs are done."

@@ -115,6 +115,16 @@ def test_stopped_twice_in_one_epoch(home, tmp_path):
     c = make(home, tmp_path/'b', s=2, n=10); assert c.resume()==(1,3); fit(c)
     equal(a, c)
 
+def test_stopped_after_each_epoch(home, tmp_path):
+    "What was asked for stays what it was, though the rate is another by now"
+    a = fit(make(home, tmp_path/'a', 'self_training'), 3)
+    for s in (3, 6, None):
+        learn = make(home, tmp_path/'b', 'self_training', *([Do(s+1, lambda: 1/0)] if s else []), s=0 if s==3 else 7)
+        if s!=3: assert learn.resume()==((s or 9)//3-1,0)
+        if s:
+            with pytest.raises(ZeroDivisionError): fit(learn, 3)
+    equal(a, fit(learn, 3))
+
 def test_stopped_while_it_is_validated(home, tmp_path):
     class Then(Callback):
         def before_validate(self):
