@@ -311,8 +311,8 @@ def save(self:Checkpoint):
     if rank_distrib(): return
     try: file = write_state(self.path, state_of(self.learn, self.at, self.rng, self.settings))
     except (OSError, RuntimeError) as e:
-        kept = f'`{self.file}` stays' if self.file else 'there is none yet'
-        said = f"No checkpoint could be written to `{self.path}` ({e}); {kept}. Training goes on: make room."
+        last = f'`{self.file}` stays' if self.file else 'there is none yet'
+        said = f"No checkpoint could be written to `{self.path}` ({e}); {last}. Training goes on: make room."
         print(said, file=sys.stderr)
         return
     for p in {*checkpoints(self.path)}-{file, self.file}: p.unlink(missing_ok=True)
