@@ -267,6 +267,7 @@ class Checkpoint(Callback):
 @patch
 def begin(self:Checkpoint):
     "A fit begins, or goes on"
+    self.let_go()   # of a fit that ended in an error
     old = [] if self.going_on else checkpoints(self.path)
     if old and self.file is None:
         print(f"`{old[0]}` is of an earlier fit, and the first checkpoint of this one replaces it.")
