@@ -653,10 +653,9 @@ def pipa_study(
     env = dict(os.environ, OMP_WAIT_POLICY='PASSIVE')
     if todo and '--data' not in args: [domains('minicity', o, parse_size(size)) for o in ('oracle', 'pipa')]
     def run(job):
-        old = interrupted(Path(runs)/job[0], job[1])
-        out = old or new_folder(Path(runs)/job[0])
-        cmd = [str(Path(sys.executable).with_name('pipa_train')), *job[1], f'--threads={max(1, defaults.cpus//jobs)}',
-               f'--out={out}', *['--resume']*bool(old)]
+        out = (old := interrupted(Path(runs)/job[0], job[1])) or new_folder(Path(runs)/job[0])
+        more = [f'--threads={max(1, defaults.cpus//jobs)}', f'--out={out}', *['--resume']*bool(old)]
+        cmd = [str(Path(sys.executable).with_name('pipa_train')), *job[1], *more]
         with open(f'{out}.log', 'a' if old else 'w') as f: code = subprocess.run(cmd, stdout=f, stderr=f, env=env).returncode
         return job,out,code
     with ThreadPoolExecutor(jobs) as pool:
