@@ -22,15 +22,16 @@ from fastai.callback.progress import CSVLogger
 from .data import minicity, folder, codes_space, uda_dls, write_file
 from .learner import uda_learner, method_cbs, host_terms, method_name
 from .checkpoints import save, load, space_of, save_hf, save_official, load_official
+from .resume import Checkpoint, checkpoints, claim
 from .metrics import iou, miou, iou_table, pixel_acc, Validator
 from . import check, data, show, infer, export
 
 # %% auto #0
 __all__ = ['switches', 'parse_size', 'domains', 'named_domains', 'versions', 'new_folder', 'rank0_first', 'rank0_folder',
            'Before', 'write_run', 'measures', 'sentences', 'valid_bs', 'plain_log', 'parse_range', 'parse_switches',
-           'method_args', 'data_args', 'net_args', 'fit_args', 'adapt', 'train', 'pipa_train', 'open_net',
+           'method_args', 'data_args', 'net_args', 'fit_args', 'adapt', 'resumed', 'train', 'pipa_train', 'open_net',
            'eval_domain', 'write_scores', 'pipa_eval', 'pipa_export', 'settings', 'unusual', 'pipa_predict',
-           'pipa_convert', 'plan', 'add_row', 'pipa_study', 'pipa_check']
+           'pipa_convert', 'plan', 'interrupted', 'add_row', 'pipa_study', 'pipa_check']
 
 # %% ../nbs/31_cli.ipynb #e4da3b7f
 def parse_size(
@@ -138,6 +139,17 @@ class Before(Callback):
     def after_epoch(self):
         if self.preds is None: self.preds = self.answer()
 
+# %% ../nbs/31_cli.ipynb #rsm00002
+@patch
+def state_dict(self:Before):
+    "The answers after the first epoch, if there are any yet"
+    return dict(preds=self.preds)
+
+@patch
+def load_state_dict(self:Before, state):
+    "Go on with answers from `state_dict`"
+    self.preds = to_cpu(state['preds'])
+
 # %% ../nbs/31_cli.ipynb #c20ad4d7
 def write_run(
     out:Path, # Folder of the run
@@ -174,6 +186,9 @@ def sentences():
     except (ValueError, FileNotFoundError, KeyError, NotImplementedError, ImportError) as e:
         if os.environ.get('PIPA_DEBUG'): raise
         sys.exit(f'pipa: {e.args[0] if len(e.args)==1 else e}')
+    except KeyboardInterrupt as e:
+        print(f'pipa: {e.args[0]}' if e.args else 'pipa: stopped', file=sys.stderr)
+        sys.exit(130)
 
 # %% ../nbs/31_cli.ipynb #e4000101
 def _size(path):
@@ -282,14 +297,38 @@ def adapt(
     dls = uda_dls(src, tgt, val, n=o.steps*views['bs']*world, shard=(rank,world), num_workers=o.workers, bs_valid=valid_bs(val or src, views['bs']), **views)
     before = Before(dls.valid)
     learn = uda_learner(dls, method=o.method, arch=o.arch, pretrained=o.encoder or o.pretrained, lr=o.lr, things=src.space.things, lean=o.get('lean', False),
-                        cbs=[before, CSVLogger('metrics.csv')], n_unlabelled=o.unlabelled, **net_args(o), **method_args(o))
-    learn.path = out = rank0_folder(out)
+                        cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)], n_unlabelled=o.unlabelled, **net_args(o), **method_args(o))
+    learn.path = out = Path(out) if o.resume else rank0_folder(out)
+    lock = None if rank else claim(out)
     text = json.dumps(dict(o, ranks=world, versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]])), indent=1)
-    if not rank: write_file(out/'config.json', lambda f: f.write(text.encode()))
+    if o.resume: checkpoints(out) and learn.resume()
+    elif not rank: write_file(out/'config.json', lambda f: f.write(text.encode()))
     with nullcontext() if rank or sys.stdout.isatty() else plain_log(learn): learn.fit_poly(o.epochs, **fit_args(o))
     if rank: return out,{}
     row = dict(benchmark=o.data, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms)
-    return out,row | write_run(out, learn, before, o) | measures(learn)
+    row |= write_run(out, learn, before, o) | measures(learn)
+    return out,row
+
+# %% ../nbs/31_cli.ipynb #rsm00004
+_free = 'out threads workers resume minutes'.split()
+
+def resumed(
+    out:str, # Folder of the run
+    o:dict # Arguments of `pipa_train`
+)->tuple: # Arguments of the run that goes on, `None` if it is finished, and those of its command; raises a sentence
+    "What an interrupted run was asked for"
+    out,usual = Path(out),vars(_parser().parse_args([]))
+    if not (out/'config.json').is_file(): raise FileNotFoundError(
+        f"`{out}` holds no run that could go on: name its folder with --out, or begin one without --resume.")
+    if (out/'row.json').is_file(): print(f'`{out}` is finished, there is nothing to go on with.'); return None,[]
+    was = json.loads((out/'config.json').read_text(encoding='utf8'))
+    was['threads'] = was['versions']['threads']
+    if o.get('preset') or was.get('preset'): was.pop('size', None)   # that of the preset, not what was asked for
+    odd = [k for k in o if k in was and k not in _free and o[k]!=usual.get(k) and o[k]!=was[k]]
+    if odd: raise ValueError(f"The run in `{out}` was begun with " + ', '.join(f'--{k}={was[k]} and not {o[k]}' for k in odd)
+        + ": leave out what it knows itself, or begin another run in another folder.")
+    keep = {k for k in _free if o.get(k)!=usual.get(k)} | {'out', 'resume'}
+    return {k: o[k] if k in keep else was.get(k, o[k]) for k in o},shlex.split(was['command'])[1:]
 
 # %% ../nbs/31_cli.ipynb #9318f921
 def train(
@@ -298,15 +337,20 @@ def train(
     **o # The other arguments of `pipa_train`
 )->Path: # Folder of the run
     "One run with its row of results in its folder"
-    if threads: torch.set_num_threads(threads)
     host,terms = host_terms(o['method'], o['terms'])
     method_cbs(host, terms)
     name = f"{Path(o['data']).name.replace(':', '_')}_{method_name(host, terms)}_seed{o['seed']}"
-    out,row = adapt(out or f'runs/{name}', **o)
+    out,said = out or f'runs/{name}',sys.argv[1:]
+    if o.get('resume'): o,said = resumed(out, dict(o, threads=threads))
+    if not o: return Path(out)
+    threads = o.pop('threads', threads)
+    if threads: torch.set_num_threads(threads)
+    out,row = adapt(out, **o)
     if not row: return out
-    said = ' '.join([o for o in (unusual(o), f'ranks={place()[1]}'*(place()[1]>1)) if o])
-    row |= dict(settings=said, command=shlex.join(['pipa_train', *(a for a in sys.argv[1:] if not a.startswith('--out='))]), version=versions()['pipa'])
+    apart = ' '.join([o for o in (unusual(o), f'ranks={place()[1]}'*(place()[1]>1)) if o])
+    row |= dict(settings=apart, command=shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))]), version=versions()['pipa'])
     write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
+    for p in [*checkpoints(out), out/'.lock']: p.unlink(missing_ok=True)
     return out
 
 # %% ../nbs/31_cli.ipynb #1f0e3dad
@@ -341,7 +385,9 @@ def pipa_train(
     workers:int=0, # Processes that load data
     threads:int=0, # CPU threads; 0 leaves it to torch
     unlabelled:int=32, # Target images for the label-free scores in the table; 0 leaves them out
-    out:str=None # Folder of the run; default runs/DATA_METHOD_seedN
+    out:str=None, # Folder of the run; default runs/DATA_METHOD_seedN
+    minutes:float=10., # Minutes between two checkpoints within an epoch, besides those after each; 0 for none
+    resume:store_true=False, # Go on with the interrupted run in the folder; what isn't said is as it was
 ):
     "Adapt a segmenter from a labelled source to an unlabelled target, and write a run folder"
     o = dict(locals())
@@ -469,7 +515,7 @@ def pipa_export(
         if off>1e-3: raise ValueError(f"`{dest}` differs from the net by {off:.2g} of its largest logit: don't use it.")
 
 # %% ../nbs/31_cli.ipynb #1e221739
-_elsewhere = 'out threads workers lean unlabelled pdb xtra'.split()
+_elsewhere = 'out threads workers lean unlabelled resume minutes pdb xtra'.split()
 def _parser(): return anno_parser(pipa_train.__wrapped__, 'pipa_train')
 
 def _flat(o): return {k:v for k,v in o.items() if k!='switch'} | parse_switches(o.get('switch', ''))
@@ -584,6 +630,20 @@ def plan(
                 runs.setdefault(_key(settings(args)), (f'{m}_seed{int(s)}' + (f'_{v}' if v else ''), args))
     return list(runs.values())
 
+# %% ../nbs/31_cli.ipynb #rsm00006
+def interrupted(
+    out:Path, # Folder that a run would have
+    args:list # Arguments of `pipa_train`
+)->Path|None: # Its folder, or that of a namesake with a number
+    "The run with these settings that was begun, is not finished, and that nobody works on"
+    for p in sorted(out.parent.glob(f'{out.name}*')):
+        if not (p/'config.json').is_file() or (p/'row.json').exists(): continue
+        said = json.loads((p/'config.json').read_text(encoding='utf8')).get('command', '')
+        try: lock = claim(p)
+        except ValueError: continue
+        if lock: lock.close()
+        if said.startswith('pipa_train') and _key(settings(said, strict=False))==_key(settings(args)): return p
+
 # %% ../nbs/31_cli.ipynb #37693cfc
 def add_row(
     file, # Table, CSV; made when it isn't there
@@ -616,10 +676,10 @@ def pipa_study(
     env = dict(os.environ, OMP_WAIT_POLICY='PASSIVE')
     if todo and '--data' not in args: [domains('minicity', o, parse_size(size)) for o in ('oracle', 'pipa')]
     def run(job):
-        out = new_folder(Path(runs)/job[0])
-        cmd = [str(Path(sys.executable).with_name('pipa_train')), *job[1], f'--threads={max(1, defaults.cpus//jobs)}',
-               f'--out={out}']
-        with open(f'{out}.log', 'w') as f: code = subprocess.run(cmd, stdout=f, stderr=f, env=env).returncode
+        out = (old := interrupted(Path(runs)/job[0], job[1])) or new_folder(Path(runs)/job[0])
+        more = [f'--threads={max(1, defaults.cpus//jobs)}', f'--out={out}', *['--resume']*bool(old)]
+        cmd = [str(Path(sys.executable).with_name('pipa_train')), *job[1], *more]
+        with open(f'{out}.log', 'a' if old else 'w') as f: code = subprocess.run(cmd, stdout=f, stderr=f, env=env).returncode
         return job,out,code
     with ThreadPoolExecutor(jobs) as pool:
         for f in progress_bar(as_completed([pool.submit(run, o) for o in todo]), total=len(todo)):

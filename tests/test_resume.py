@@ -1,0 +1,527 @@
+"A run that was stopped anywhere, by anything, ends bit by bit as one that was not"
+import errno, json, multiprocessing as mp, os, random, resource, signal, sys, time, warnings, zipfile
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from torch import nn
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import CSVLogger
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
+import fastai.callback.all # lr_find, fit_one_cycle
+from pipa import cli, resume
+from pipa.data import PairSet, folder, uda_dls
+from pipa.hrda import hrda
+from pipa.labels import space
+from pipa.learner import uda_learner
+from pipa.models import light
+from pipa.resume import *
+from tiny import city, seed
+
+fork = mp.get_context('fork')
+methods = 'source minent advseg advent fda self_training daformer mic hrda pixel patch pipa oracle'.split()
+
+class Tiny(nn.Module):
+    "An encoder with all that has a state: running statistics and random numbers"
+    widths,stride = (8,8,12,16),4
+    def __init__(self):
+        super().__init__()
+        def part(i, o, s): return nn.Sequential(nn.Conv2d(i, o, s+1, s, 1), nn.BatchNorm2d(o), nn.GELU(), nn.Dropout2d(.1))
+        self.parts = nn.ModuleList(part(i, o, s) for i,o,s in ((3,8,4), (8,8,2), (8,12,2), (12,16,2)))
+    def forward(self, x):
+        return [x := p(x) for p in self.parts]
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory): return city(tmp_path_factory.mktemp('city'), n=4, size=(64,64))
+
+@pytest.fixture(scope='module', autouse=True)
+def cache_home(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as m: m.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('xdg'))); yield
+
+def make(home, path, method='pipa', *cbs, s=0, n=6, workers=0, keep=dict(), target=None, **kw):
+    "A small learner with a Checkpoint; `s` is the seed of everything"
+    seed(s); Path(path).mkdir(exist_ok=True, parents=True)
+    g,r = [folder(home/d/'images', home/d/'masks', 'minicity') for d in ('game', 'real')]
+    dls = uda_dls(r if method=='oracle' else g, r.unlabelled(), r.take([0,1]), bs=2, size=(64,64), n=n, device='cpu', num_workers=workers)
+    net = hrda(Tiny(), dls.c, crop=(32,32), dim=16) if method=='hrda' else light(Tiny(), n_out=dls.c)
+    if method in ('advseg', 'advent'): kw['host'] = dict(width=4)
+    small = dict(hidden=8, crop=(32,32), thresh=.1, things=(5,), patch=dict(thresh=.05), pixel=dict(min_pixels=4)) | kw
+    return uda_learner(dls, net, method, path=path, cbs=[CSVLogger('metrics.csv'), Checkpoint(**keep), *cbs], **small)
+
+def fit(learn, n=2, f='fit_poly', **kw):
+    with learn.no_bar(), learn.no_logging(): getattr(learn, f)(n, 1e-3, **kw)
+    return learn
+
+def weights(learn):
+    nets = dict(s=learn.model) | ({'t':learn.mean_teacher.teacher} if hasattr(learn, 'mean_teacher') else {})
+    return {f'{n}.{k}':v for n,m in nets.items() for k,v in m.state_dict().items()}
+
+def rows(learn): return pd.read_csv(learn.path/'metrics.csv').drop(columns='time')
+
+def equal(a, b):
+    wa,wb = weights(a),weights(b)
+    assert wa.keys()==wb.keys() and not [k for k in wa if not torch.equal(wa[k], wb[k])]
+    pd.testing.assert_frame_equal(rows(a), rows(b), check_exact=True)
+    assert torch.equal(torch.stack(a.recorder.losses), torch.stack(b.recorder.losses)) and a.recorder.lrs==b.recorder.lrs
+    assert a.recorder.iters==b.recorder.iters and str(a.recorder.values)==str(b.recorder.values)
+
+class Do(Callback):
+    "Do something once that many steps are done"
+    order = 500
+    def __init__(self, at, f): self.when,self.f = at,f
+    def after_batch(self):
+        if self.training and self.train_iter==self.when: self.f()
+
+def term(): os.kill(os.getpid(), signal.SIGTERM)
+
+def stopped(learn, n=2, code=128+signal.SIGTERM, **kw):
+    with pytest.raises(SystemExit) as e: fit(learn, n, **kw)
+    assert e.value.code==code
+    return learn
+
+# the same end
+
+@pytest.mark.parametrize('method', methods)
+def test_stopped_within_an_epoch(home, tmp_path, method):
+    "Every method, with and without workers: 4 steps of 6, in two epochs, and then a learner from another seed"
+    w = methods.index(method)%3
+    a = fit(make(home, tmp_path/'a', method))
+    stopped(make(home, tmp_path/'b', method, Do(4, term), workers=w))
+    b = make(home, tmp_path/'b', method, s=9, workers=w)
+    assert b.resume()==(1,1)
+    equal(a, fit(b))
+
+@pytest.mark.slow
+@pytest.mark.parametrize('workers', [0,2])
+@pytest.mark.parametrize('method', [*methods, 'mic+pipa', 'advent+pixel'])
+def test_two_and_two_are_four(home, tmp_path, method, workers):
+    a = fit(make(home, tmp_path/'a', method, workers=workers), 4)
+    with pytest.raises(ZeroDivisionError): fit(make(home, tmp_path/'b', method, Do(7, lambda: 1/0), workers=workers), 4)
+    b = make(home, tmp_path/'b', method, s=9, workers=workers)
+    assert b.resume()==(2,0)
+    equal(a, fit(b, 4))
+
+def test_the_random_states_are_those_of_the_uninterrupted_run(home, tmp_path):
+    def draws(): return random.random(),np.random.rand(),float(torch.rand(()))
+    fit(make(home, tmp_path/'a')); want = draws()
+    stopped(make(home, tmp_path/'b', 'pipa', Do(2, term)))
+    b = make(home, tmp_path/'b', s=3); b.resume(); fit(b)
+    assert draws()==want
+
+def test_stopped_twice_in_one_epoch(home, tmp_path):
+    a = fit(make(home, tmp_path/'a', n=10))
+    stopped(make(home, tmp_path/'b', 'pipa', Do(6, term), n=10))
+    b = make(home, tmp_path/'b', 'pipa', Do(8, term), s=1, n=10); assert b.resume()==(1,1); stopped(b)
+    c = make(home, tmp_path/'b', s=2, n=10); assert c.resume()==(1,3); fit(c)
+    equal(a, c)
+
+def test_stopped_after_each_epoch(home, tmp_path):
+    "What was asked for stays what it was, though the rate is another by now"
+    a = fit(make(home, tmp_path/'a', 'self_training'), 3)
+    for s in (3, 6, None):
+        learn = make(home, tmp_path/'b', 'self_training', *([Do(s+1, lambda: 1/0)] if s else []), s=0 if s==3 else 7)
+        if s!=3: assert learn.resume()==((s or 9)//3-1,0)
+        if s:
+            with pytest.raises(ZeroDivisionError): fit(learn, 3)
+    equal(a, fit(learn, 3))
+
+def test_stopped_while_it_is_validated(home, tmp_path):
+    class Then(Callback):
+        def before_validate(self):
+            if self.epoch==0: term()
+    a = fit(make(home, tmp_path/'a'))
+    stopped(make(home, tmp_path/'b', 'pipa', Then(), workers=1))
+    b = make(home, tmp_path/'b', s=5); assert b.resume()==(0,3)
+    equal(a, fit(b))
+
+def test_an_epoch_that_is_not_a_whole_number_of_batches(home, tmp_path):
+    a = fit(make(home, tmp_path/'a', n=7))
+    stopped(make(home, tmp_path/'b', 'pipa', Do(2, term), n=7, workers=1))
+    b = make(home, tmp_path/'b', n=7, workers=2); b.resume()
+    equal(a, fit(b))
+
+def test_kept_workers(home, tmp_path):
+    def build(p, *cbs, s=0):
+        l = make(home, p, 'source', *cbs, s=s, n=10); l.dls.train = l.dls.train.new(num_workers=2, persistent_workers=True); return l
+    a = fit(build(tmp_path/'a'), 3)
+    stopped(build(tmp_path/'b', Do(7, term)), 3)
+    b = build(tmp_path/'b', s=4)
+    b.dls.train.one_batch(); [*b.dls.train]   # its workers know another seed by now
+    b.resume()
+    equal(a, fit(b, 3))
+
+class Scaled(MixedPrecision):
+    "What fastai's MixedPrecision does, with half precision on the CPU, and a scaler that moves"
+    def before_fit(self):
+        self.autocast,self.scales = torch.autocast('cpu', dtype=torch.bfloat16),[]
+        self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=2.**20, growth_interval=2)
+
+@pytest.mark.parametrize('cbs', [lambda: [Scaled()], lambda: [GradientAccumulation(5), GradientClip(.5)],
+    lambda: [SaveModelCallback('miou'), EarlyStoppingCallback('valid_loss', patience=2), ReduceLROnPlateau('valid_loss', patience=1)]], ids=['scaler', 'accumulation', 'trackers'])
+def test_callbacks_of_fastai(home, tmp_path, cbs):
+    a = make(home, tmp_path/'a', 'self_training', *cbs()); fit(a, 4, 'fit')
+    b = make(home, tmp_path/'b', 'self_training', *cbs(), Do(8, term)); stopped(b, 4, f='fit')
+    b = make(home, tmp_path/'b', 'self_training', *cbs(), s=3); b.resume(); fit(b, 4, 'fit')
+    equal(a, b)
+    for t in ('save_model', 'early_stopping', 'reduce_lr_on_plateau'):
+        if hasattr(a, t): assert getattr(a, t).best==getattr(b, t).best and getattr(getattr(a, t), 'wait', 0)==getattr(getattr(b, t), 'wait', 0)
+
+def test_a_cycle(home, tmp_path):
+    "Any schedule of fastai is a function of the share that is done"
+    a = fit(make(home, tmp_path/'a', 'source'), f='fit_one_cycle')
+    stopped(make(home, tmp_path/'b', 'source', Do(2, term)), f='fit_one_cycle')
+    b = make(home, tmp_path/'b', 'source', s=3); b.resume()
+    equal(a, fit(b, f='fit_one_cycle'))
+    assert a.recorder.hps==b.recorder.hps
+
+def test_a_term_with_a_state_of_its_own(home, tmp_path):
+    "The discriminator and its optimizer"
+    a = fit(make(home, tmp_path/'a', 'advent')); want = a.adv_ent.state_dict()
+    stopped(make(home, tmp_path/'b', 'advent', Do(2, term)))
+    b = make(home, tmp_path/'b', 'advent', s=3); b.resume(); fit(b)
+    got = b.adv_ent.state_dict()
+    assert want['steps']==got['steps']==6 and all(torch.equal(v, got['net'][k]) for k,v in want['net'].items())
+
+# killed at any moment, in processes of their own
+
+def say_to(file, mode='w'):
+    "What this process says goes to a file"
+    sys.stdout = sys.stderr = open(file, mode, buffering=1)
+    for o in (1, 2): os.dup2(sys.stdout.fileno(), o)
+
+def child(home, path, out, n, keep, workers, before=None):
+    "Go on if there is something to go on from, and keep the weights at the end"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    say_to(path.with_suffix('.log'), 'a')
+    if before: before()
+    learn = make(home, path, workers=workers, n=8, keep=keep, s=random.randrange(99) if checkpoints(path) else 0)
+    if checkpoints(path): learn.resume()
+    (path/'ready').touch()
+    fit(learn, n)
+    torch.save(weights(learn), out)
+
+def attempt(home, path, n, keep=dict(steps=1), workers=0, kill=None, after=0., **kw):
+    "One process; gives its exit code"
+    (path/'ready').unlink(missing_ok=True)
+    p = fork.Process(target=child, args=(home, path, path.with_suffix('.pt'), n, keep, workers), kwargs=kw); p.start()
+    if kill:
+        end = time.time()+60
+        while not (path/'ready').exists() and p.is_alive() and time.time()<end: time.sleep(.01)
+        time.sleep(after)
+        if p.is_alive(): os.kill(p.pid, kill)
+    p.join(120)
+    return p.exitcode
+
+def same_end(home, a, b, n):
+    wa,wb = [torch.load(p.with_suffix('.pt')) for p in (a, b)]
+    assert not [k for k in wa if not torch.equal(wa[k], wb[k])], b.with_suffix('.log').read_text()
+    ra,rb = [pd.read_csv(p/'metrics.csv').drop(columns='time') for p in (a, b)]
+    pd.testing.assert_frame_equal(ra, rb, check_exact=True)
+    assert ra.epoch.tolist()==[*range(n)]
+
+def sound(path):
+    "What is there under its name is whole; gives the place of the newest"
+    for f in checkpoints(path): assert read_state(f)[0]['pipa_checkpoint']==1
+    return read_state(path)[0]['at'] if checkpoints(path) else (0,0)
+
+def killed_again_and_again(home, tmp_path, n, kills, workers, seed):
+    a,b,rng = tmp_path/'a',tmp_path/'b',random.Random(seed)
+    assert attempt(home, a, n, workers=workers)==0, a.with_suffix('.log').read_text()
+    at,seen = (0,0),set()
+    for i in range(kills):
+        sig = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT][i%3]
+        code = attempt(home, b, n, workers=workers, kill=sig, after=rng.random()*1.2)
+        now = sound(b)
+        assert now>=at, f'{now} after {at}: something was lost'
+        at = now
+        if code==0: break
+        seen.add(code)
+        log = b.with_suffix('.log').read_text()
+        if sig!=signal.SIGKILL: assert f'Stopped by {sig.name}' in log and 'learn.resume()' in log, (code, log)
+    assert seen, 'it was never killed'
+    if code: assert attempt(home, b, n, workers=workers)==0, b.with_suffix('.log').read_text()
+    same_end(home, a, b, n)
+    assert not [*b.glob('.checkpoint*')], 'what a killed process left is removed'
+
+def test_killed(home, tmp_path): killed_again_and_again(home, tmp_path, 5, 5, 1, 3)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('s', range(4))
+def test_killed_many_times(home, tmp_path, s): killed_again_and_again(home, tmp_path, 20, 40, s%3, s)
+
+def test_disk_full(home, tmp_path):
+    "No file may be larger than half a checkpoint, from the third epoch on: training goes on, says so, and stops without loss"
+    a,b = tmp_path/'a',tmp_path/'b'
+    assert attempt(home, a, 4)==0
+    class Full(Callback):
+        order = 600
+        def before_epoch(self):
+            size = checkpoints(self.path)[0].stat().st_size if self.epoch==2 else 0
+            if size: resource.setrlimit(resource.RLIMIT_FSIZE, (size//2, size//2))
+    def full():
+        global make
+        build = make
+        def make(*args, **kw): return build(*args, **kw).add_cb(Full())
+    assert attempt(home, b, 4, keep={}, before=full)==0, b.with_suffix('.log').read_text()
+    log = b.with_suffix('.log').read_text()
+    assert 'No checkpoint could be written' in log and '`'+str(b/'checkpoint_002_000000.pt')+'` stays' in log
+    assert [p.name for p in checkpoints(b)]==['checkpoint_002_000000.pt', 'checkpoint_001_000000.pt'] and sound(b)==(2,0)
+    same_end(home, a, b, 4)
+    assert attempt(home, b, 4, keep={})==0
+    same_end(home, a, b, 4)
+
+@pytest.mark.parametrize('workers', [0,2])
+def test_exception_in_a_worker(home, tmp_path, workers):
+    a,b = tmp_path/'a',tmp_path/'b'
+    assert attempt(home, a, 3, workers=workers)==0
+    def broken():
+        f = PairSet.__getitem__
+        def get(self, ticket):
+            if ticket[3]%7==3: raise OSError('the share with the images is away')
+            return f(self, ticket)
+        PairSet.__getitem__ = get
+    assert attempt(home, b, 3, keep={}, workers=workers, before=broken)==1
+    assert 'the share with the images is away' in b.with_suffix('.log').read_text()
+    sound(b)
+    assert attempt(home, b, 3, workers=workers)==0
+    same_end(home, a, b, 3)
+
+# files
+
+@pytest.fixture(scope='module')
+def two(home, tmp_path_factory):
+    "A run with two checkpoints"
+    learn = make(home, tmp_path_factory.mktemp('two'), 'source'); fit(learn)
+    return learn
+
+def copied(two, to):
+    for f in checkpoints(two.path): (to/f.name).write_bytes(f.read_bytes())
+    return checkpoints(to)
+
+def test_names_and_number_of_checkpoints(two):
+    assert [p.name for p in checkpoints(two.path)]==['checkpoint_002_000000.pt', 'checkpoint_001_000000.pt']
+
+def flat(o, at=''):
+    if isinstance(o, dict): return {k:v for n,x in o.items() for k,v in flat(x, f'{at}.{n}').items()}
+    if isinstance(o, (list,tuple)): return {k:v for n,x in enumerate(o) for k,v in flat(x, f'{at}.{n}').items()}
+    return {at: o.tolist() if isinstance(o, torch.Tensor) else o}
+
+def test_damaged_files_are_never_believed(two, tmp_path, capsys):
+    "Cut off anywhere, or a bit turned anywhere: the one before is taken, or the content is what it was"
+    new,old = copied(two, tmp_path)
+    good,rng,seen = new.read_bytes(),random.Random(0),set()
+    want = str(flat(torch.load(new, weights_only=True)))
+    for i in range(40):
+        bad = bytearray(good)
+        if i%3: bad[rng.randrange(len(bad))] ^= 1<<rng.randrange(8)
+        else: bad = bad[:rng.randrange(len(bad))]
+        new.write_bytes(bad)
+        state,file = read_state(tmp_path)
+        seen.add(file.name)
+        if file==new: assert str(flat(state))==want
+        else: assert state['at']==(1,0) and 'is damaged' in capsys.readouterr().out
+    assert old.name in seen
+
+def test_both_damaged(two, tmp_path):
+    for f in copied(two, tmp_path): f.write_bytes(b'x')
+    with pytest.raises(ValueError, match='begin anew'): read_state(tmp_path)
+
+def test_strangers_run_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'was here'),)
+    f = tmp_path/'checkpoint_001_000000.pt'; torch.save(dict(pipa_checkpoint=1, at=(1,0), x=Evil()), f)
+    with pytest.raises(ValueError, match='damaged or no checkpoint'): read_state(f)
+    assert not (tmp_path/'was here').exists()
+
+def test_no_checkpoint_of_ours(tmp_path):
+    torch.save(dict(w=torch.ones(2)), tmp_path/'checkpoint_001_000000.pt')
+    with pytest.raises(ValueError, match='no checkpoint of this version'): read_state(tmp_path)
+    with pytest.raises(FileNotFoundError, match='nothing to go on from'): read_state(tmp_path/'..'/tmp_path.parent)
+    with pytest.raises(FileNotFoundError, match='check the path'): read_state(tmp_path/'nope')
+
+def test_the_folder_may_have_any_name(two, tmp_path):
+    f = write_state(tmp_path/'Läufe 🚗/x y', read_state(two.path)[0])
+    assert read_state(f.parent)[0]['at']==(2,0) and [*f.parent.iterdir()]==[f]
+
+# what differs
+
+def test_other_settings_are_named(home, tmp_path):
+    stopped(make(home, tmp_path, 'self_training', Do(2, term)))
+    b = make(home, tmp_path, 'self_training', alpha=.9); b.resume()
+    with pytest.raises(ValueError, match=r'mean_teacher\.alpha was 0\.999 and is 0\.9\. '): fit(b)
+    for n,kw,said in ((3, {}, 'epochs was 2 and is 3'), (2, dict(warmup=.5), 'schedule of lr was'), (2, dict(lr=2e-3), 'lr was')):
+        b = make(home, tmp_path, 'self_training'); b.resume()
+        with pytest.raises(ValueError, match=said), b.no_bar(), b.no_logging(): b.fit_poly(n, **{'lr':1e-3, **kw})
+    b = make(home, tmp_path, 'mic', n=8); b.resume()
+    with pytest.raises(ValueError, match=r'steps was 3 and is 4.*mic\.w was not there and is 1|mic\.w was not there and is 1.*steps was 3 and is 4'): fit(b)
+
+def test_differences_may_be_accepted(home, tmp_path, capsys):
+    stopped(make(home, tmp_path, 'self_training', Do(2, term)))
+    b = make(home, tmp_path, 'self_training', alpha=.9); b.resume(strict=False); fit(b)
+    assert 'mean_teacher.alpha was 0.999 and is 0.9' in capsys.readouterr().out and len(rows(b))==2
+
+def test_other_images_are_named(home, tmp_path):
+    stopped(make(home, tmp_path/'a', 'source', Do(2, term)))
+    more = city(tmp_path/'more', n=5, size=(64,64))
+    b = make(more, tmp_path/'a', 'source'); b.resume()
+    with pytest.raises(ValueError, match='source images was 4, from 0.png to 3.png and is 5'): fit(b)
+
+def test_another_net_is_named(home, tmp_path):
+    stopped(make(home, tmp_path, 'source', Do(2, term)))
+    b = make(home, tmp_path, 'pipa')
+    with pytest.raises(ValueError, match='of another net: pro'): b.resume()
+
+def test_a_finished_run(home, tmp_path, capsys):
+    a = fit(make(home, tmp_path, 'source')); was = rows(a)
+    b = make(home, tmp_path, 'source', s=3); b.resume(); fit(b)
+    assert 'all epochs are done' in capsys.readouterr().out
+    equal(a, b)
+    assert {m.name:m for m in b.metrics}['miou'].value==was.miou.iloc[-1]
+
+# what else a callback may not do
+
+def test_only_a_fit_writes(home, tmp_path):
+    l = make(home, tmp_path, 'self_training')
+    with l.no_bar(), l.no_logging(): l.validate(); l.get_preds(); l.lr_find(num_it=3, show_plot=False)
+    assert not checkpoints(tmp_path)
+    fit(l); was = [(p.name, p.stat().st_mtime_ns) for p in checkpoints(tmp_path)]
+    with l.no_bar(), l.no_logging(): l.validate()
+    assert was and was==[(p.name, p.stat().st_mtime_ns) for p in checkpoints(tmp_path)]
+
+def test_signals_mean_what_they_meant_before(home, tmp_path):
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    fit(make(home, tmp_path/'a', 'source'), 1)
+    stopped(make(home, tmp_path/'b', 'source', Do(1, term)))
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]==before
+    with pytest.raises(ZeroDivisionError): fit(l := make(home, tmp_path/'c', 'source', Do(1, lambda: 1/0)))
+    with pytest.raises(KeyboardInterrupt): os.kill(os.getpid(), signal.SIGINT); time.sleep(1)   # outside of the fit
+    l.checkpoint.let_go()
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]==before
+
+def test_a_second_signal_is_obeyed(home, tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT); time.sleep(1)
+        raise AssertionError('still here')
+    with pytest.raises(KeyboardInterrupt) as e: fit(make(home, tmp_path, 'source', Do(2, twice)))
+    assert not e.value.args and not checkpoints(tmp_path)
+
+def test_a_signal_that_is_ignored_stays_ignored(home, tmp_path):
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try: fit(make(home, tmp_path, 'source', Do(1, lambda: os.kill(os.getpid(), signal.SIGHUP))), 1)
+    finally: signal.signal(signal.SIGHUP, old)
+
+def test_a_loader_without_numbers_begins_its_epoch_again(home, tmp_path, capsys):
+    "Other loaders go on between epochs, where they draw the same numbers"
+    from fastai.data.load import DataLoader
+    from fastai.data.core import DataLoaders
+    from tiny import pairs
+    def build(p, *cbs, s=0):
+        l = make(home, p, 'source', *cbs)
+        l.dls = DataLoaders(DataLoader([*zip(*(o.repeat_interleave(4, 0) for o in pairs()))], bs=2, shuffle=True), l.dls.valid); l.dls.n_inp = 1
+        seed(s+1); return l
+    a = fit(build(tmp_path/'a'))
+    b = build(tmp_path/'b', Do(6, term)); stopped(b)
+    assert [p.name for p in checkpoints(tmp_path/'b')]==['checkpoint_001_000000.pt'] and 'epoch 1, step 2' in capsys.readouterr().err
+    c = build(tmp_path/'b', s=4); assert c.resume()==(1,0); equal(a, fit(c))
+
+def test_every_so_many_minutes(home, tmp_path):
+    l = make(home, tmp_path, 'source', keep=dict(minutes=1e-6)); seen = []
+    l.add_cb(Do(5, lambda: seen.extend(p.name for p in checkpoints(tmp_path)))); fit(l)
+    assert seen==['checkpoint_001_000001.pt', 'checkpoint_001_000000.pt']
+
+def test_an_earlier_fit_is_named(home, tmp_path, capsys):
+    fit(make(home, tmp_path, 'source'))
+    fit(make(home, tmp_path, 'source'), 1)
+    assert 'is of an earlier fit' in capsys.readouterr().out and [p.name for p in checkpoints(tmp_path)]==['checkpoint_001_000000.pt']
+
+def test_one_process_a_folder(tmp_path):
+    def other(): sys.exit(3 if claimed(tmp_path) else 4)
+    def claimed(p):
+        try: return claim(p)
+        except ValueError as e: assert 'Another process works in' in str(e)
+    lock = claim(tmp_path)
+    p = fork.Process(target=other); p.start(); p.join(); assert p.exitcode==4
+    lock.close()
+    p = fork.Process(target=other); p.start(); p.join(); assert p.exitcode==3
+
+# the commands
+
+opts = dict(epochs=2, unlabelled=2, steps=3, bs=2, size='64x64', crop='64x64', start=0, thresh=.1)
+
+@pytest.fixture(scope='module')
+def data(home, tmp_path_factory):
+    to = tmp_path_factory.mktemp('cli')/'town'; to.mkdir()
+    for a,b in (('game','source'), ('real','target'), ('real','valid')): (to/b).symlink_to(home/a)
+    (to/'codes.txt').write_text('\n'.join(space('minicity').codes))
+    return to
+
+def command(data, at=None, sig=signal.SIGTERM, log='log', f=cli.pipa_train, **kw):
+    "In a process of its own; gives exit code and what it said"
+    def go():
+        say_to(log)
+        sys.argv = ['pipa_train', f'--data={data}', *(f'--{k}' if v is True else f'--{k}={v}' for k,v in kw.items())]
+        if at: cli.uda_learner = partial_do(at, sig)
+        f(data=str(data), **kw)
+    p = fork.Process(target=go); p.start(); p.join(200)
+    return p.exitcode,Path(log).read_text()
+
+def partial_do(at, sig):
+    def f(*args, cbs=(), **kw): return uda_learner(*args, cbs=[*cbs, Do(at, lambda: os.kill(os.getpid(), sig))], **kw)
+    return f
+
+@pytest.fixture(scope='module')
+def through(data, tmp_path_factory):
+    "The run folder of a command that nobody interrupted"
+    out = tmp_path_factory.mktemp('through')/'run'
+    code,said = command(data, out=str(out), log=out.with_suffix('.log'), **opts); assert not code, said
+    return out
+
+def same_folder(a, b):
+    "Files and row are those of the uninterrupted run"
+    names = {p.name for p in a.iterdir()}
+    assert names=={p.name for p in b.iterdir()} and not [n for n in names if 'checkpoint' in n or 'lock' in n]
+    for n in ('weights.safetensors', 'teacher.safetensors', 'classes.csv'): assert (a/n).read_bytes()==(b/n).read_bytes(), n
+    ra,rb = [json.loads((o/'row.json').read_text()) for o in (a, b)]
+    assert ra.pop('command').replace(f' --out={a}', '')==rb.pop('command').replace(f' --out={b}', '') and str(ra)==str(rb)
+
+@pytest.mark.parametrize('sig', [signal.SIGTERM, signal.SIGINT])
+def test_the_command_goes_on(data, through, tmp_path, monkeypatch, sig):
+    monkeypatch.chdir(tmp_path)
+    code,said = command(data, at=4, sig=sig, out='b', **opts)
+    assert code==128+sig and f'Stopped by {sig.name} at epoch 1, step 1 of 3' in said and '--resume' in said and 'Traceback' not in said, said
+    assert {'config.json', 'metrics.csv', 'checkpoint_001_000001.pt'} <= {p.name for p in Path('b').iterdir()} and not Path('b/row.json').exists()
+    code,said = command(data, out='b', resume=True); assert not code and 'epoch 1 of 2, step 1 of 3' in said, said
+    same_folder(through, Path('b'))
+    code,said = command(data, out='b', resume=True); assert not code and '`b` is finished, there is nothing to go on with.' in said
+
+def test_sentences_of_the_command(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code,said = command(data, out='nowhere', resume=True)
+    assert code==1 and said.strip().splitlines()[-1].startswith('pipa: `nowhere` holds no run that could go on')
+    command(data, at=1, out='b', **opts)
+    code,said = command(data, out='b', resume=True, bs=3, patch=.5)
+    assert code==1 and 'begun with' in said and '--bs=2 and not 3' in said and '--patch=0.1 and not 0.5' in said and 'Traceback' not in said
+    lock = claim('b')
+    code,said = command(data, out='b', resume=True); assert code==1 and 'Another process works in `b`' in said
+    lock.close()
+
+def test_killed_after_the_last_epoch(data, through, tmp_path, monkeypatch):
+    "All epochs are done, but nothing is written yet"
+    monkeypatch.chdir(tmp_path)
+    def boom(*args, **kw): os.kill(os.getpid(), signal.SIGKILL)
+    with monkeypatch.context() as m: m.setattr(cli, 'write_run', boom); assert command(data, out='b', **opts)[0]==-signal.SIGKILL
+    code,said = command(data, out='b', resume=True); assert not code and 'all epochs are done' in said, said
+    same_folder(through, Path('b'))
+
+def test_a_study_finds_its_interrupted_runs(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = [f'--data={data}', *(f'--{k}={v}' for k,v in opts.items())]
+    command(data, at=1, out='r/pipa_seed0', **opts)
+    assert cli.interrupted(Path('r/pipa_seed0'), args)==Path('r/pipa_seed0')
+    assert cli.interrupted(Path('r/pipa_seed0'), [*args, '--lr=.1']) is None and cli.interrupted(Path('r/mic_seed0'), args) is None
+    def hold(q): lock = claim('r/pipa_seed0'); q.put(1); time.sleep(30)
+    q = fork.Queue(); p = fork.Process(target=hold, args=(q,)); p.start(); q.get()
+    try: assert cli.interrupted(Path('r/pipa_seed0'), args) is None, 'somebody works on it'
+    finally: p.kill(); p.join()
+    Path('r/pipa_seed0/row.json').write_text('{}')
+    assert cli.interrupted(Path('r/pipa_seed0'), args) is None, 'it is finished'
