@@ -15,6 +15,7 @@ from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.vision.core import PILImage, imagenet_stats
 from .domains import *
 from .layouts import *
+from .limits import between
 from .rare import *
 
 # %% auto #0
@@ -301,6 +302,8 @@ class MaskOf(Transform):
     def encodes(self, o:Path): return TensorMask(torch.from_numpy(read_mask(self.masks[str(o)], self.space)))
 
 # %% ../nbs/08_data.ipynb #d9d4f495
+def _picture(o): return PILImage.create(read_image(o) if isinstance(o, (str,Path)) else o)
+
 class EvalDL(TfmdDL):
     "Validation batches `(x, y)`"
 
@@ -313,10 +316,15 @@ def eval_dl(
 )->TfmdDL:
     "Loader of whole images with masks at their own size"
     if domain.masks is None: raise ValueError(f"The validation domain `{domain.name}` has no masks: a score needs them.")
-    ds = Datasets([Path(o) for o in domain.images], tfms=[[PILImage.create, Fit(size), ToTensor()], [MaskOf(domain)]], n_inp=1)
+    ds = Datasets([Path(o) for o in domain.images], tfms=[[_picture, Fit(size), ToTensor()], [MaskOf(domain)]], n_inp=1)
     return EvalDL(ds, bs=bs, device=device, num_workers=num_workers, after_batch=_after_batch())
 
 # %% ../nbs/08_data.ipynb #642e92ef
+def _in_range(bs, size, num_workers, zoom=(1.,1.), zoom_t=None, rcs_temp=None, **_):
+    for k,v,least in (('bs', bs, 1), ('num_workers', num_workers, 0), ('height of `size`', size[0], 32), ('width of `size`', size[1], 32)): between(k, v, least)
+    for k,(lo,hi) in dict(zoom=zoom, zoom_t=zoom_t or zoom).items(): between(f'least {k}', lo, 1); between(f'largest {k}', hi, lo)
+    if rcs_temp is not None: between('rcs_temp', rcs_temp, 0, above=True)
+
 def _fit_together(source, target, valid, n, bs, shard):
     if source.masks is None: raise ValueError(f"The source domain `{source.name}` has no masks: adaptation starts from labels.")
     for d,what in ((source, 'source'), (target, 'target')):
@@ -354,6 +362,7 @@ def uda_dls(
 )->DataLoaders: # `train` yields `(x_s, y_s, x_t)`, `valid` yields `(x, y)`
     "Pair loaders of a source and a target domain"
     valid,device,n = valid or source,device or default_device(),n or len(source)
+    _in_range(bs, size, num_workers, rcs_temp=rcs_temp, **kwargs)
     _fit_together(source, target, valid, n, bs, shard)
     counts = class_counts(source)
     if min_crop_ratio is None: kwargs.setdefault('min_crop', min_share)
