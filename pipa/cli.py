@@ -5,7 +5,7 @@
 # %% ../nbs/31_cli.ipynb #c81e728d
 from __future__ import annotations
 import warnings; warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
-import json, os, platform, shlex, subprocess, sys
+import argparse, json, os, platform, shlex, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -21,18 +21,20 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from .domains import image_size
 from .data import class_counts, minicity, folder, codes_space, uda_dls, write_file
-from .limits import between, one_line, place
+from .limits import between, one_line, one_of, place
 from .learner import uda_learner, method_cbs, host_terms, method_name
 from .checkpoints import save, load, space_of, save_hf, save_official, load_official
+from .guard import Guard
+from .record import data_stamp, differences, read_config, repeat, revisions, seed_all
 from .metrics import iou, miou, iou_table, pixel_acc, Validator
 from . import check, data, show, infer, export
 
 # %% auto #0
 __all__ = ['switches', 'parse_size', 'domains', 'named_domains', 'versions', 'new_folder', 'Before', 'write_run', 'measures',
            'sentences', 'valid_bs', 'plain_log', 'parse_range', 'parse_switches', 'method_args', 'data_args',
-           'net_args', 'fit_args', 'look_before', 'adapt', 'train', 'pipa_train', 'open_net', 'eval_domain',
-           'write_scores', 'pipa_eval', 'pipa_export', 'settings', 'unusual', 'pipa_predict', 'pipa_convert', 'plan',
-           'add_row', 'pipa_study', 'pipa_check']
+           'net_args', 'fit_args', 'look_before', 'origins', 'watch', 'adapt', 'train', 'pipa_train', 'open_net',
+           'eval_domain', 'write_scores', 'pipa_eval', 'pipa_export', 'settings', 'unusual', 'pipa_predict',
+           'pipa_convert', 'plan', 'add_row', 'pipa_study', 'pipa_check']
 
 # %% ../nbs/31_cli.ipynb #e4da3b7f
 def parse_size(
@@ -261,9 +263,38 @@ def look_before(
     "Say what is wrong with a run before it begins"
     for k,least in dict(epochs=1, steps=1, bs=1, workers=0, threads=0, unlabelled=0, rcs=0, zoom=1).items():
         if k in o: between(f'--{k}', o[k], least)
-    between('--seed', o.seed, 0, 2**32-1)
+    between('--seed', o.seed, 0, 2**32-1); one_of('--guard', o.get('guard', 'off'), ('stop', 'skip', 'off'))
     for p in target.images if target else (): image_size(p)
     if valid: class_counts(valid)
+
+# %% ../nbs/31_cli.ipynb #rec31002
+def origins(
+    o, # The arguments of `pipa_train`
+    src, # Source `Domain`
+    tgt, # Target `Domain`
+    val=None # Domain to report on
+)->dict: # What `config.json` says beside the options
+    "What a run was made of"
+    stamps = {k: data_stamp(d) for k,d in dict(source=src, target=tgt, valid=val).items() if d}
+    now = dict(versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]]), data_stamps=stamps, git=revisions())
+    if o.get('config'):
+        for l in differences(read_config(o.config), now): print(f'pipa: {l}', file=sys.stderr)
+    return now
+
+def watch(
+    learn, # Learner that will be fitted
+    how:str # 'stop', 'skip' or 'off', see `pipa.guard.Guard`
+):
+    "Have somebody look at numbers that go wrong"
+    if how=='off': return
+    learn.add_cb(g := Guard(how))
+    if how=='skip': learn.metrics += g.column
+
+def _given(o):
+    "Options that the shell's command names, if this is its call"
+    p = _parser()
+    for a in p._actions: a.default = argparse.SUPPRESS
+    return [k for k,v in vars(p.parse_known_args(sys.argv[1:])[0]).items() if k in o and o[k]==v]
 
 # %% ../nbs/31_cli.ipynb #6f4922f4
 def adapt(
@@ -274,7 +305,7 @@ def adapt(
     o = AttrDict(o)
     size,(host,terms) = parse_size(o.size),host_terms(o.method, o.terms)
     look_before(o)
-    set_seed(o.seed, reproducible=True)
+    seed_all(o.seed, o.deterministic)
     src,tgt,val = domains(o.data, host, size)
     look_before(o, tgt, val)
     views = data_args(o, src, tgt)
@@ -283,8 +314,9 @@ def adapt(
     before = Before(dls.valid)
     learn = uda_learner(dls, method=o.method, arch=o.arch, pretrained=o.encoder or o.pretrained, lr=o.lr, things=src.space.things,
                         cbs=[before, CSVLogger('metrics.csv')], n_unlabelled=o.unlabelled, **net_args(o), **method_args(o))
+    watch(learn, o.get('guard', 'off'))
     learn.path = out = new_folder(out)
-    text = json.dumps(dict(o, versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]])), indent=1)
+    text = json.dumps(dict(o, **origins(o, src, tgt, val)), indent=1)
     write_file(out/'config.json', lambda f: f.write(text.encode()))
     with nullcontext() if sys.stdout.isatty() else plain_log(learn): learn.fit_poly(o.epochs, **fit_args(o))
     row = dict(benchmark=o.data, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms)
@@ -338,11 +370,14 @@ def pipa_train(
     workers:int=0, # Processes that load data
     threads:int=0, # CPU threads; 0 leaves it to torch
     unlabelled:int=32, # Target images for the label-free scores in the table; 0 leaves them out
-    out:str=None # Folder of the run; default runs/DATA_METHOD_seedN
+    out:str=None, # Folder of the run; default runs/DATA_METHOD_seedN
+    guard:str='stop', # At a number that isn't finite: stop, skip the batch and count, or off
+    deterministic:store_true=False, # Deterministic algorithms alone, slower on a GPU
+    config:str=None # config.json of a run, or its folder: repeat it; what is said besides counts more
 ):
     "Adapt a segmenter from a labelled source to an unlabelled target, and write a run folder"
     o = dict(locals())
-    with sentences(): out = train(**o)
+    with sentences(): out = train(**repeat(o, vars(_parser().parse_args([])), _given(o)))
     print(pd.read_csv(out/'classes.csv').to_string(index=False))
     print(f'In {out.resolve()}:\n' + '\n'.join(f'  {p.name}' for p in sorted(out.iterdir())))
 
@@ -467,7 +502,7 @@ def pipa_export(
         if off>1e-3: raise ValueError(f"`{dest}` differs from the net by {off:.2g} of its largest logit: don't use it.")
 
 # %% ../nbs/31_cli.ipynb #1e221739
-_elsewhere = 'out threads workers unlabelled pdb xtra'.split()
+_elsewhere = 'out threads workers unlabelled guard deterministic config pdb xtra'.split()
 def _parser(): return anno_parser(pipa_train.__wrapped__, 'pipa_train')
 
 def _flat(o): return {k:v for k,v in o.items() if k!='switch'} | parse_switches(o.get('switch', ''))
