@@ -628,7 +628,7 @@ def plan(
         for m in (method_name(*o) for o in pairs):
             for v in vary:
                 args = _with([f'--method={m}', f'--seed={int(s)}', *more], v)
-                runs.setdefault(_key(settings(args)), (f'{m}_seed{int(s)}' + (f'_{v}' if v else ''), args))
+                runs.setdefault(_key(settings(args)), (f'{m}_seed{int(s)}' + (f'_{v}' if v else '').translate({ord(c): '_' for c in '/\\'}), args))
     return list(runs.values())
 
 # %% ../nbs/31_cli.ipynb #37693cfc

@@ -61,6 +61,11 @@ def read_config(
     if not isinstance(was, dict) or 'method' not in was: raise ValueError(f"`{file}` holds no options of a run: name the `config.json` that pipa_train wrote.")
     return was
 
+def _asked_size(was):
+    "What the command said, for a preset's own size is written down in its place"
+    said = re.search(r'--size[= ](\d+x\d+)', was.get('command', ''))
+    return said[1] if said else '128x256'
+
 def repeat(
     o:dict, # Options of the command
     usual:dict, # Their defaults
@@ -71,6 +76,7 @@ def repeat(
     was = read_config(o['config'])
     odd = [k for k in was if k not in usual and k not in _record]
     if odd: raise ValueError(f"`{o['config']}` has the option `{odd[0]}`, which pipa_train doesn't know: was it written by another version? Delete it there if it doesn't matter.")
+    if was.get('preset'): was = dict(was, size=_asked_size(was))
     if threads := was.get('versions', {}).get('threads'): was = dict(was, threads=threads)
     mine = {k for k in o if o[k]!=usual.get(k)} | {*given, *_not_taken}
     return {k: v if k in mine else was.get(k, v) for k,v in o.items()}
