@@ -296,6 +296,10 @@ def _given(o):
     for a in p._actions: a.default = argparse.SUPPRESS
     return [k for k,v in vars(p.parse_known_args(sys.argv[1:])[0]).items() if k in o and o[k]==v]
 
+def _tell(out):
+    print(pd.read_csv(out/'classes.csv').to_string(index=False))
+    print(f'In {out.resolve()}:\n' + '\n'.join(f'  {p.name}' for p in sorted(out.iterdir())))
+
 # %% ../nbs/31_cli.ipynb #6f4922f4
 def adapt(
     out:Path, # Folder of the run, made when all arguments have proved good; see `new_folder`
@@ -377,9 +381,7 @@ def pipa_train(
 ):
     "Adapt a segmenter from a labelled source to an unlabelled target, and write a run folder"
     o = dict(locals())
-    with sentences(): out = train(**repeat(o, vars(_parser().parse_args([])), _given(o)))
-    print(pd.read_csv(out/'classes.csv').to_string(index=False))
-    print(f'In {out.resolve()}:\n' + '\n'.join(f'  {p.name}' for p in sorted(out.iterdir())))
+    with sentences(): _tell(train(**repeat(o, vars(_parser().parse_args([])), _given(o))))
 
 # %% ../nbs/31_cli.ipynb #e4000111
 def open_net(
@@ -656,8 +658,7 @@ def pipa_study(
     "Run methods times terms times seeds, and add a row for each to a table that hasn't got it"
     with sentences():
         between('--jobs', jobs, 1); parse_size(size); place(runs); place(table, folder=False)
-        more = [f'--size={size}', *_words(args)]
-        have,all_ = _keys(table),plan(methods, seeds, terms, sweep, more)
+        have,all_ = _keys(table),plan(methods, seeds, terms, sweep, [f'--size={size}', *_words(args)])
         todo = [(n,a) for n,a in all_ if _key(settings(a)) not in have]
         for _,a in todo: method_cbs(*(settings(a)[k] for k in ('host','terms')))
     print(f'{len(all_)-len(todo)} of {len(all_)} runs are in {table}')

@@ -13,7 +13,7 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from fastai.callback.fp16 import MixedPrecision
 from .limits import one_line, one_of
 from .data import write_file
-from .callbacks import LossTerm, MeanTeacher, Pair
+from .callbacks import LossTerm, Pair
 from .metrics import TermColumn
 
 # %% auto #0

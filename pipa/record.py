@@ -61,6 +61,7 @@ def read_config(
     if not isinstance(was, dict) or 'method' not in was: raise ValueError(f"`{file}` holds no options of a run: name the `config.json` that pipa_train wrote.")
     return was
 
+# %% ../nbs/29_record.ipynb #rec00021
 def _asked_size(was):
     "What the command said, for a preset's own size is written down in its place"
     said = re.search(r'--size[= ](\d+x\d+)', was.get('command', ''))
