@@ -4,7 +4,7 @@
 
 # %% ../nbs/29_record.ipynb #rec00003
 from __future__ import annotations
-import hashlib, json, os, subprocess
+import hashlib, json, os, re, subprocess
 from pathlib import Path
 import torch
 from fastai.torch_core import set_seed
