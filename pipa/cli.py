@@ -19,7 +19,7 @@ from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
-from .domains import image_size
+from .domains import image_size, read_image
 from .data import class_counts, minicity, folder, codes_space, uda_dls, write_file
 from .limits import between, one_line, one_of, place
 from .learner import uda_learner, method_cbs, host_terms, method_name
@@ -265,7 +265,9 @@ def look_before(
         if k in o: between(f'--{k}', o[k], least)
     between('--seed', o.seed, 0, 2**32-1); one_of('--guard', o.get('guard', 'off'), ('stop', 'skip', 'off'))
     for p in target.images if target else (): image_size(p)
-    if valid: class_counts(valid)
+    if not valid: return
+    class_counts(valid)
+    for p in valid.images: read_image(p)
 
 # %% ../nbs/31_cli.ipynb #rec31002
 def origins(

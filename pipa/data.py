@@ -302,8 +302,6 @@ class MaskOf(Transform):
     def encodes(self, o:Path): return TensorMask(torch.from_numpy(read_mask(self.masks[str(o)], self.space)))
 
 # %% ../nbs/08_data.ipynb #d9d4f495
-def _picture(o): return PILImage.create(read_image(o) if isinstance(o, (str,Path)) else o)
-
 class EvalDL(TfmdDL):
     "Validation batches `(x, y)`"
 
@@ -316,7 +314,7 @@ def eval_dl(
 )->TfmdDL:
     "Loader of whole images with masks at their own size"
     if domain.masks is None: raise ValueError(f"The validation domain `{domain.name}` has no masks: a score needs them.")
-    ds = Datasets([Path(o) for o in domain.images], tfms=[[_picture, Fit(size), ToTensor()], [MaskOf(domain)]], n_inp=1)
+    ds = Datasets([Path(o) for o in domain.images], tfms=[[PILImage.create, Fit(size), ToTensor()], [MaskOf(domain)]], n_inp=1)
     return EvalDL(ds, bs=bs, device=device, num_workers=num_workers, after_batch=_after_batch())
 
 # %% ../nbs/08_data.ipynb #642e92ef
