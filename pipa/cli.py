@@ -5,7 +5,7 @@
 # %% ../nbs/31_cli.ipynb #c81e728d
 from __future__ import annotations
 import warnings; warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
-import json, os, platform, shlex, subprocess, sys
+import argparse, json, os, platform, shlex, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -13,25 +13,28 @@ from importlib.metadata import version, PackageNotFoundError
 from inspect import signature
 from pathlib import Path
 import pandas as pd, torch
-from PIL import Image
 from fastcore.script import call_parse, store_true, anno_parser
 from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
-from .data import minicity, folder, codes_space, uda_dls, write_file
+from .domains import image_size, read_image
+from .data import class_counts, minicity, folder, codes_space, uda_dls, write_file
+from .limits import between, one_line, one_of, writable
 from .learner import uda_learner, method_cbs, host_terms, method_name
 from .checkpoints import save, load, space_of, save_hf, save_official, load_official
 from .resume import Checkpoint, checkpoints, claim
+from .guard import Guard
+from .record import data_stamp, differences, read_config, repeat, revisions, seed_all
 from .metrics import iou, miou, iou_table, pixel_acc, Validator
 from . import check, data, show, infer, export
 
 # %% auto #0
 __all__ = ['switches', 'parse_size', 'domains', 'named_domains', 'versions', 'new_folder', 'rank0_first', 'rank0_folder',
            'Before', 'write_run', 'measures', 'sentences', 'valid_bs', 'plain_log', 'parse_range', 'parse_switches',
-           'method_args', 'data_args', 'net_args', 'fit_args', 'adapt', 'resumed', 'train', 'pipa_train', 'open_net',
-           'eval_domain', 'write_scores', 'pipa_eval', 'pipa_export', 'settings', 'unusual', 'pipa_predict',
-           'pipa_convert', 'plan', 'interrupted', 'add_row', 'pipa_study', 'pipa_check']
+           'method_args', 'data_args', 'net_args', 'fit_args', 'look_before', 'origins', 'watch', 'adapt', 'resumed',
+           'train', 'pipa_train', 'open_net', 'eval_domain', 'write_scores', 'pipa_eval', 'pipa_export', 'settings',
+           'unusual', 'pipa_predict', 'pipa_convert', 'plan', 'interrupted', 'add_row', 'pipa_study', 'pipa_check']
 
 # %% ../nbs/31_cli.ipynb #e4da3b7f
 def parse_size(
@@ -60,7 +63,7 @@ def domains(
         return (target if oracle else minicity('game', 'train', size=size)),target,minicity('real', 'val', size=size)
     if ':' in data and not Path(data).is_dir(): return named_domains(*data.split(':', 1), oracle)
     root = Path(data)
-    if not root.is_dir():
+    if not data or not root.is_dir():
         raise FileNotFoundError(f"`--data {data}` is neither `minicity` nor a folder, nor a pair such as gta:cityscapes.")
     codes = codes_space(root/'codes.txt' if (root/'codes.txt').is_file() else _no_codes(root))
     src,tgt = ('target' if oracle else 'source'),root/'target'
@@ -102,7 +105,7 @@ def new_folder(
     path # Wanted
 )->Path:
     "`path`, or the first of `path_2`, `path_3` … that doesn't exist yet; made"
-    path,i = Path(path),2
+    path,i = writable(path),2
     p = path
     while p.exists() and any(p.iterdir()): p,i = path.with_name(f'{path.name}_{i}'),i+1
     p.mkdir(parents=True, exist_ok=True)
@@ -183,25 +186,23 @@ def measures(
 def sentences():
     "Turn an error about an argument or a file into one line"
     try: yield
-    except (ValueError, FileNotFoundError, KeyError, NotImplementedError, ImportError) as e:
+    except (ValueError, OSError, KeyError, NotImplementedError, ImportError, FloatingPointError) as e:
         if os.environ.get('PIPA_DEBUG'): raise
-        sys.exit(f'pipa: {e.args[0] if len(e.args)==1 else e}')
+        sys.exit(f'pipa: {one_line(e)}')
+    except torch.OutOfMemoryError as e:
+        if os.environ.get('PIPA_DEBUG'): raise
+        sys.exit(f'pipa: The memory of the device is full: try a smaller --bs, --size or --net, or --lean ({one_line(e)}).')
     except KeyboardInterrupt as e:
         print(f'pipa: {e.args[0]}' if e.args else 'pipa: stopped', file=sys.stderr)
         sys.exit(130)
 
 # %% ../nbs/31_cli.ipynb #e4000101
-def _size(path):
-    try:
-        with Image.open(path) as im: return im.size
-    except OSError as e: raise ValueError(f"`{path}` can't be read as a picture ({e}): copy it again.") from None
-
 def valid_bs(
     domain, # Labelled `Domain`
     bs:int # Wanted
 )->int: # `bs`, or 1 where images or masks differ in size and can't be stacked
     "How many validation images may go together"
-    return bs if len({(_size(x), _size(y)) for x,y in zip(domain.images, domain.masks)})<2 else 1
+    return bs if len({(image_size(x), image_size(y)) for x,y in zip(domain.images, domain.masks)})<2 else 1
 
 # %% ../nbs/31_cli.ipynb #70efdf2e
 @contextmanager
@@ -239,7 +240,8 @@ def parse_switches(
     for k,_,v in (p.partition('=') for p in text.split()):
         if k not in o or not v: raise ValueError(f"There is no switch `{k}={v}`: those are {', '.join(switches)}.")
         t = type(switches[k])
-        o[k] = v.lower() in ('1', 'true', 'yes') if t is bool else t(v)
+        try: o[k] = v.lower() in ('1', 'true', 'yes') if t is bool else t(v)
+        except ValueError: raise ValueError(f"The switch `{k}={v}` needs a {'whole ' if t is int else ''}number, such as {k}={switches[k]}.") from None
     return o
 
 # %% ../nbs/31_cli.ipynb #9dae7fb1
@@ -256,7 +258,10 @@ def method_args(
         scale = (1.28,3.2) if 'daformer' in o.preset else (.8,2.)
         teacher = dict(buffers=s.buffers, margin=(0,0)) # the loader marks margins
         return kw | dict(released=True, pixel=pixel, patch=dict(patch, scale=scale), teacher=teacher)
-    return kw | dict(crop=parse_size(o.crop), pixel=dict(pixel, min_pixels=8, max_views=50), patch=dict(patch, thresh=.6))
+    crop = parse_size(o.crop, '--crop')
+    if 'size' in o and any(a>b for a,b in zip(crop, parse_size(o.size))):
+        raise ValueError(f"`--crop {o.crop}` doesn't fit into `--size {o.size}`: give a smaller crop or a larger size.")
+    return kw | dict(crop=crop, pixel=dict(pixel, min_pixels=8, max_views=50), patch=dict(patch, thresh=.6))
 
 # %% ../nbs/31_cli.ipynb #f61602c3
 def data_args(
@@ -282,6 +287,58 @@ def fit_args(
     "The arguments of a command as those of `fit_poly`"
     return dict(head_mult=10., warmup=1500/(o.epochs*o.steps)) if o.preset else dict(head_mult=2.)
 
+# %% ../nbs/31_cli.ipynb #lim31002
+def look_before(
+    o, # The arguments of `pipa_train`
+    target=None, # Target `Domain`
+    valid=None # Labelled `Domain` to report on
+):
+    "Say what is wrong with a run before it begins"
+    for k,least in dict(epochs=1, steps=1, bs=1, workers=0, threads=0, unlabelled=0, rcs=0, zoom=1).items():
+        if k in o: between(f'--{k}', o[k], least)
+    between('--seed', o.seed, 0, 2**32-1); one_of('--guard', o.get('guard', 'off'), ('stop', 'skip', 'off'))
+    for p in target.images if target else (): image_size(p)
+    if not valid: return
+    class_counts(valid)
+    for p in valid.images: read_image(p)
+
+# %% ../nbs/31_cli.ipynb #rec31002
+def origins(
+    o, # The arguments of `pipa_train`
+    src, # Source `Domain`
+    tgt, # Target `Domain`
+    val=None # Domain to report on
+)->dict: # What `config.json` says beside the options
+    "What a run was made of"
+    stamps = {k: data_stamp(d) for k,d in dict(source=src, target=tgt, valid=val).items() if d}
+    now = dict(versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]]), data_stamps=stamps, git=revisions())
+    if o.get('config'):
+        for l in differences(read_config(o.config), now): print(f'pipa: {l}', file=sys.stderr)
+    return now
+
+def watch(
+    learn, # Learner that will be fitted
+    how:str # 'stop', 'skip' or 'off', see `pipa.guard.Guard`
+):
+    "Have somebody look at numbers that go wrong"
+    if how=='off': return
+    learn.add_cb(g := Guard(how))
+    if how=='skip': learn.metrics += g.column
+
+def _given(o):
+    "Options that the shell's command names, if this is its call"
+    p = _parser()
+    for a in p._actions: a.default = argparse.SUPPRESS
+    return [k for k,v in vars(p.parse_known_args(sys.argv[1:])[0]).items() if k in o and o[k]==v]
+
+def _tell(out):
+    print(pd.read_csv(out/'classes.csv').to_string(index=False))
+    print(f'In {out.resolve()}:\n' + '\n'.join(f'  {p.name}' for p in sorted(out.iterdir())))
+
+def _run(o):
+    with sentences(): out = train(**repeat(o, vars(_parser().parse_args([])), _given(o)))
+    if not place()[0]: _tell(out)
+
 # %% ../nbs/31_cli.ipynb #6f4922f4
 def adapt(
     out:Path, # Folder of the run, made when all arguments have proved good; see `new_folder`
@@ -290,17 +347,20 @@ def adapt(
     "One run, from data to pictures; on several processes rank 0 writes, and the row of the others is empty"
     o = AttrDict(o)
     size,(host,terms),(rank,world) = parse_size(o.size),host_terms(o.method, o.terms),start()
-    set_seed(o.seed, reproducible=True)
+    look_before(o)
+    seed_all(o.seed, o.deterministic)
     with rank0_first(): src,tgt,val = domains(o.data, host, size)
+    look_before(o, tgt, val)
     views = data_args(o, src, tgt)
     o.size = 'x'.join(map(str, views['size']))
     dls = uda_dls(src, tgt, val, n=o.steps*views['bs']*world, shard=(rank,world), num_workers=o.workers, bs_valid=valid_bs(val or src, views['bs']), **views)
     before = Before(dls.valid)
     learn = uda_learner(dls, method=o.method, arch=o.arch, pretrained=o.encoder or o.pretrained, lr=o.lr, things=src.space.things, lean=o.get('lean', False),
                         cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)], n_unlabelled=o.unlabelled, **net_args(o), **method_args(o))
+    watch(learn, o.get('guard', 'off'))
     learn.path = out = Path(out) if o.resume else rank0_folder(out)
     lock = None if rank else claim(out)
-    text = json.dumps(dict(o, ranks=world, versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]])), indent=1)
+    text = json.dumps(dict(o, ranks=world, **origins(o, src, tgt, val)), indent=1)
     if o.resume: checkpoints(out) and learn.resume()
     elif not rank: write_file(out/'config.json', lambda f: f.write(text.encode()))
     with nullcontext() if rank or sys.stdout.isatty() else plain_log(learn): learn.fit_poly(o.epochs, **fit_args(o))
@@ -337,10 +397,11 @@ def train(
     **o # The other arguments of `pipa_train`
 )->Path: # Folder of the run
     "One run with its row of results in its folder"
+    between('--threads', threads, 0)
     host,terms = host_terms(o['method'], o['terms'])
     method_cbs(host, terms)
     name = f"{Path(o['data']).name.replace(':', '_')}_{method_name(host, terms)}_seed{o['seed']}"
-    out,said = out or f'runs/{name}',sys.argv[1:]
+    out,said = writable(out or f'runs/{name}'),sys.argv[1:]
     if o.get('resume'): o,said = resumed(out, dict(o, threads=threads))
     if not o: return Path(out)
     threads = o.pop('threads', threads)
@@ -388,13 +449,12 @@ def pipa_train(
     out:str=None, # Folder of the run; default runs/DATA_METHOD_seedN
     minutes:float=10., # Minutes between two checkpoints within an epoch, besides those after each; 0 for none
     resume:store_true=False, # Go on with the interrupted run in the folder; what isn't said is as it was
+    guard:str='stop', # At a number that isn't finite: stop, skip the batch and count, or off
+    deterministic:store_true=False, # Deterministic algorithms alone, slower on a GPU
+    config:str=None # config.json of a run, or its folder: repeat it; what is said besides counts more
 ):
     "Adapt a segmenter from a labelled source to an unlabelled target, and write a run folder"
-    o = dict(locals())
-    with sentences(): out = train(**o)
-    if place()[0]: return
-    print(pd.read_csv(out/'classes.csv').to_string(index=False))
-    print(f'In {out.resolve()}:\n' + '\n'.join(f'  {p.name}' for p in sorted(out.iterdir())))
+    _run(dict(locals()))
 
 # %% ../nbs/31_cli.ipynb #e4000111
 def open_net(
@@ -444,8 +504,8 @@ def write_scores(
 )->str: # Table and means, for people
     "Write tables and picture of a score"
     t,means = infer.class_table(cm, space),infer.mean_table(cm, space)
-    t.to_csv(out/'classes.csv', index=False)
-    pd.DataFrame(cm.numpy(), space.codes, space.codes).rename_axis('truth').to_csv(out/'confusion.csv')
+    matrix = pd.DataFrame(cm.numpy(), space.codes, space.codes).rename_axis('truth')
+    write_file(out/'classes.csv', lambda f: t.to_csv(f, index=False)); write_file(out/'confusion.csv', matrix.to_csv)
     show.confusion_picture(cm, space).savefig(out/'confusion.png', dpi=100)
     row = dict(row, **dict(zip(means['mean'], means.iou)), accuracy=pixel_acc(cm), **dict(zip(space.codes, t.iou)))
     write_file(out/'row.json', lambda f: f.write(json.dumps(row, indent=1).encode()))
@@ -476,6 +536,7 @@ def pipa_eval(
 ):
     "Score weights on labelled images: IoU and accuracy of each class, means, and the confusion matrix"
     with sentences():
+        if out: writable(out)
         net,meta,sp,file = open_net(weights, teacher)
         trained = parse_size(meta.get('size', '128x256'))
         if mode!='slide' and (crop or stride): raise ValueError("`--crop` and `--stride` are for windows: add `--mode slide`.")
@@ -504,6 +565,7 @@ def pipa_export(
     with sentences():
         net,meta,sp,file = open_net(weights, teacher)
         dest = Path(out) if out else file.with_suffix('.onnx')
+        if dest.suffix in ('.onnx', '.pt2'): writable(dest, folder=False)
         if file.suffix=='.onnx': raise ValueError(f"`{file}` is exported already.")
         print('Tracing the net; large ones take minutes.', flush=True)
         hw = parse_size(size or meta.get('size', '128x256'))
@@ -515,7 +577,7 @@ def pipa_export(
         if off>1e-3: raise ValueError(f"`{dest}` differs from the net by {off:.2g} of its largest logit: don't use it.")
 
 # %% ../nbs/31_cli.ipynb #1e221739
-_elsewhere = 'out threads workers lean unlabelled resume minutes pdb xtra'.split()
+_elsewhere = 'out threads workers lean unlabelled resume minutes guard deterministic config pdb xtra'.split()
 def _parser(): return anno_parser(pipa_train.__wrapped__, 'pipa_train')
 
 def _flat(o): return {k:v for k,v in o.items() if k!='switch'} | parse_switches(o.get('switch', ''))
@@ -556,6 +618,7 @@ def pipa_predict(
 ):
     "Segment an image or a folder of images: label ids, a coloured picture and an overlay of each"
     with sentences():
+        writable(out)
         net,meta,sp,_ = open_net(weights, teacher)
         if not (size or meta.get('size')): raise ValueError(f'`{weights}` does not say at which size its net is used: give one, such as --size 512x1024.')
         hw = parse_size(size or meta['size'])
@@ -583,6 +646,7 @@ def pipa_convert(
         net,meta = load(file, which=which)
         dest = Path(out) if out else Path(file).with_name(Path(file).stem+_endings[to])
         if dest.exists() and dest.samefile(file): raise ValueError(f"`{dest}` is the file that is read: name another one with --out.")
+        writable(dest, folder=to=='hf')
         sp = codes_space(classes) if classes else space_of(meta)
         if sp and sp.n!=net.n_out: raise ValueError(f"The net has {net.n_out} classes and `--classes {classes}` names {sp.n}.")
         if size: meta['size'] = 'x'.join(map(str, parse_size(size)))
@@ -601,10 +665,20 @@ def _with(args, v):
 
 def _key(o): return tuple(sorted((k, str(v)) for k,v in o.items()))
 
+def _words(args):
+    try: return shlex.split(args)
+    except ValueError as e: raise ValueError(f"`--args {args}` can't be taken apart ({e}): close what was opened.") from None
+
+def _rows(table):
+    try: df = pd.read_csv(table)
+    except ValueError as e: raise ValueError(f"`{table}` can't be read as a table ({e}): name another one.") from None
+    if 'method' not in df: raise ValueError(f"`{table}` has no column `method`, so it is no table of results: name another one.")
+    return df.to_dict('records')
+
 def _keys(table):
     "The settings of each row; where there is no command, the defaults"
     if not Path(table).exists(): return set()
-    rows = pd.read_csv(table).to_dict('records')
+    rows = _rows(table)
     columns = lambda r: ' '.join(f'--{k}={r[k]}' for k in ('method','seed','epochs') if k in r)
     command = lambda r: r['command'] if isinstance(r.get('command'), str) else ''
     return {_key(settings(f'{columns(r)} {command(r)}', strict=False)) for r in rows}
@@ -623,11 +697,13 @@ def plan(
     pairs = dict.fromkeys(host_terms(m, t) for m in methods.split(',') for t in terms.split(','))
     vary = [f'{k}={v}' for k,_,vs in (o.partition('=') for o in sweep.split()) for v in vs.split(',')] or ['']
     runs = {}
+    if bad := [o for o in seeds.split(',') if not o.strip().isdecimal()]:
+        raise ValueError(f"`--seeds {seeds}`: `{bad[0]}` is no seed: write whole numbers from 0 on, separated by commas.")
     for s in seeds.split(','):
         for m in (method_name(*o) for o in pairs):
             for v in vary:
                 args = _with([f'--method={m}', f'--seed={int(s)}', *more], v)
-                runs.setdefault(_key(settings(args)), (f'{m}_seed{int(s)}' + (f'_{v}' if v else ''), args))
+                runs.setdefault(_key(settings(args)), (f'{m}_seed{int(s)}' + (f'_{v}' if v else '').translate({ord(c): '_' for c in '/\\'}), args))
     return list(runs.values())
 
 # %% ../nbs/31_cli.ipynb #rsm00006
@@ -667,9 +743,9 @@ def pipa_study(
     sweep:str='' # Settings to vary one at a time, with values: "patch=.01,.1,1 temp=.05,.2"
 ):
     "Run methods times terms times seeds, and add a row for each to a table that hasn't got it"
-    more = [f'--size={size}', *shlex.split(args)]
     with sentences():
-        have,all_ = _keys(table),plan(methods, seeds, terms, sweep, more)
+        between('--jobs', jobs, 1); parse_size(size); writable(runs); writable(table, folder=False)
+        have,all_ = _keys(table),plan(methods, seeds, terms, sweep, [f'--size={size}', *_words(args)])
         todo = [(n,a) for n,a in all_ if _key(settings(a)) not in have]
         for _,a in todo: method_cbs(*(settings(a)[k] for k in ('host','terms')))
     print(f'{len(all_)-len(todo)} of {len(all_)} runs are in {table}')
@@ -699,6 +775,7 @@ def pipa_check(
 ):
     "Look at a data set before training: what is wrong, what is strange, how often each class occurs, and a sheet of pictures"
     with sentences():
+        writable(out); between('--workers', workers or 0, 0)
         found = check.report(check.domains_of(data, masks, codes, root), out, n_workers=workers)
         print(f'In {Path(out).resolve()}: ' + ', '.join(sorted(p.name for p in Path(out).iterdir())))
         if (found.level=='wrong').any(): sys.exit('pipa: training would refuse this data, see above.')

@@ -15,6 +15,7 @@ from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.vision.core import PILImage, imagenet_stats
 from .domains import *
 from .layouts import *
+from .limits import between
 from .rare import *
 
 # %% auto #0
@@ -317,6 +318,11 @@ def eval_dl(
     return EvalDL(ds, bs=bs, device=device, num_workers=num_workers, after_batch=_after_batch())
 
 # %% ../nbs/08_data.ipynb #642e92ef
+def _in_range(bs, size, num_workers, zoom=(1.,1.), zoom_t=None, rcs_temp=None, **_):
+    for k,v,least in (('bs', bs, 1), ('num_workers', num_workers, 0), ('height of `size`', size[0], 32), ('width of `size`', size[1], 32)): between(k, v, least)
+    for k,(lo,hi) in dict(zoom=zoom, zoom_t=zoom_t or zoom).items(): between(f'least {k}', lo, 1); between(f'largest {k}', hi, lo)
+    if rcs_temp is not None: between('rcs_temp', rcs_temp, 0, above=True)
+
 def _fit_together(source, target, valid, n, bs, shard):
     if source.masks is None: raise ValueError(f"The source domain `{source.name}` has no masks: adaptation starts from labels.")
     for d,what in ((source, 'source'), (target, 'target')):
@@ -354,6 +360,7 @@ def uda_dls(
 )->DataLoaders: # `train` yields `(x_s, y_s, x_t)`, `valid` yields `(x, y)`
     "Pair loaders of a source and a target domain"
     valid,device,n = valid or source,device or default_device(),n or len(source)
+    _in_range(bs, size, num_workers, rcs_temp=rcs_temp, **kwargs)
     _fit_together(source, target, valid, n, bs, shard)
     counts = class_counts(source)
     if min_crop_ratio is None: kwargs.setdefault('min_crop', min_share)

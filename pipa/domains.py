@@ -7,13 +7,13 @@ from __future__ import annotations
 import numpy as np, torch
 from dataclasses import dataclass, replace
 from pathlib import Path
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.io import decode_image
 from .labels import LabelSpace, label_space, pack, space
 
 # %% auto #0
-__all__ = ['Domain', 'codes_space', 'pair', 'folder', 'read_image', 'read_numbers', 'complaint', 'class_numbers', 'read_mask',
-           '_exts']
+__all__ = ['Domain', 'codes_space', 'pair', 'folder', 'read_image', 'image_size', 'read_numbers', 'complaint', 'class_numbers',
+           'fractions', 'read_mask', '_exts']
 
 # %% ../nbs/06_domains.ipynb #2b9b6952
 @dataclass
@@ -38,22 +38,34 @@ def _pictures(path):
     path = Path(path).expanduser()
     if not path.is_dir(): raise FileNotFoundError(f"`{path}` is not a folder: give the folder that holds the pictures.")
     files = {p.relative_to(path).with_suffix('').as_posix(): p for p in sorted(path.rglob('*'))
-             if p.suffix.lower() in _exts and not p.name.startswith('.')}
+             if p.suffix.lower() in _exts and not p.name.startswith('.') and not p.is_dir()}
     if not files: raise FileNotFoundError(f"No picture ({', '.join(sorted(_exts))}) in `{path}`: is it the right folder?")
     return files
 
 # %% ../nbs/06_domains.ipynb #36c265e6
+def _lines(file):
+    "The lines of a text file that hold something"
+    try: text = Path(file).read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError: raise ValueError(f"`{file}` is no text in UTF-8: save the class names in that encoding, one a line.") from None
+    return [l.strip() for l in text.splitlines() if l.strip()]
+
 def codes_space(
     codes, # A `LabelSpace`, the name of a known one, a list of class names, or a text file with one name a line
-)->LabelSpace:
+)->LabelSpace: # Raises `ValueError`, or `KeyError` for a name that isn't known
     "The label space that `codes` means; a file may also hold nothing but the name of a known one"
     if isinstance(codes, LabelSpace): return codes
-    if isinstance(codes, (str, Path)) and Path(codes).is_file():
-        codes = [l.strip() for l in Path(codes).read_text(encoding='utf8').splitlines() if l.strip()]
+    if isinstance(codes, Path) and not codes.is_file(): raise FileNotFoundError(f"There is no file `{codes}`: write the class names in it, one a line.")
+    file = codes if isinstance(codes, (str, Path)) and Path(codes).is_file() else None
+    if file:
+        codes = _lines(file)
+        if not codes: raise ValueError(f"`{file}` is empty: write the class names in it, one a line, in the order of the numbers in the masks.")
         if len(codes)==1: codes = codes[0]
-    if isinstance(codes, str): return space(codes)
     known = next((o for o in map(space, ('camvid', 'cityscapes')) if o.codes==[*codes]), None)
-    return label_space(codes, known and known.palette, things=known.things if known else ())
+    try: return space(codes) if isinstance(codes, str) else label_space(codes, known and known.palette, things=known.things if known else ())
+    except (KeyError, ValueError) as e:
+        if not file: raise
+        more = ' A list of classes has two lines or more.' if isinstance(codes, str) else ''
+        raise ValueError(f"`{file}`: {e.args[0]}.{more}") from None
 
 # %% ../nbs/06_domains.ipynb #56ffa744
 def pair(
@@ -79,7 +91,11 @@ def folder(
 
 # %% ../nbs/06_domains.ipynb #33d06d4f
 def _unreadable(path, what, e):
-    return ValueError(f"`{path}` can't be read as a {what} ({e}): it may be cut off; copy or make it again.")
+    if isinstance(e, FileNotFoundError): return FileNotFoundError(f"There is no file `{path}`: was it moved or deleted?")
+    if isinstance(e, Image.DecompressionBombError): return ValueError(f"`{path}` says that it has more pixels than Pillow "
+        "opens unasked: if you trust it, cut it into pieces.")
+    why = 'it is a folder' if isinstance(e, IsADirectoryError) else str(e).splitlines()[0] if str(e) else type(e).__name__
+    return ValueError(f"`{path}` can't be read as a {what} ({why}): it may be cut off; copy or make it again.")
 
 def read_image(
     path, # Of a picture; raises `ValueError` with its name when it can't be read
@@ -91,9 +107,15 @@ def read_image(
         if least: o.draft('RGB', least[::-1])
         o.load()
         return o if o.mode=='RGB' else o.convert('RGB')
-    except (OSError, UnidentifiedImageError, SyntaxError) as e:
-        if isinstance(e, FileNotFoundError): raise
-        raise _unreadable(path, 'picture', e) from None
+    except Exception as e: raise _unreadable(path, 'picture', e) from None # decoders of damaged files raise a dozen types
+
+def image_size(
+    path # Of a picture; raises `ValueError` with its name when it isn't one
+)->tuple: # Height and width
+    "The size that a picture's header names, without decoding it"
+    try:
+        with Image.open(path) as o: return o.height,o.width
+    except Exception as e: raise _unreadable(path, 'picture', e) from None
 
 # %% ../nbs/06_domains.ipynb #08ef5662
 def read_numbers(
@@ -105,9 +127,7 @@ def read_numbers(
             if not (o.format=='PNG' and ';16B' in str(o.tile) and o.mode!='I;16'): return np.array(o)
         raw = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
         return decode_image(raw).movedim(0, -1).numpy()
-    except (OSError, UnidentifiedImageError, SyntaxError, RuntimeError) as e:
-        if isinstance(e, FileNotFoundError): raise
-        raise _unreadable(path, 'mask', e) from None
+    except Exception as e: raise _unreadable(path, 'mask', e) from None
 
 # %% ../nbs/06_domains.ipynb #6a54ef51
 def complaint(
@@ -141,13 +161,20 @@ def class_numbers(
     if y.ndim==3 and max(sp.ids, default=0)>0xffff: return pack(y[...,:3])
     return y
 
+def fractions(
+    path, # Of a mask
+    y:np.ndarray # What it holds
+)->str:
+    "The sentence about a mask of fractions"
+    return f"`{path}` holds {y.dtype}: a mask holds whole numbers; save it without scaling."
+
 def read_mask(
     path, # A picture of class numbers
     space:LabelSpace # Turns its numbers into train ids
 )->np.ndarray: # `h x w`, uint8 train ids, `space.ignore` where there is no class; raises `ValueError` for a mask that can't be right
     "Read a mask and translate it to train ids"
     y = class_numbers(read_numbers(path), space)
-    if y.dtype.kind not in 'iub': raise ValueError(f"`{path}` holds {y.dtype}: a mask holds whole numbers; save it without scaling.")
+    if y.dtype.kind not in 'iub': raise ValueError(fractions(path, y))
     few = np.flatnonzero(Image.fromarray(y).histogram()) if y.dtype==np.uint8 and y.ndim==2 else y
     why = complaint(few, space, y.shape[2] if y.ndim==3 else 1)
     if why: raise ValueError(f"`{path}` {why}.")

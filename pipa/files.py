@@ -24,11 +24,16 @@ class Unread:
     def __setstate__(self, state): pass
     def __repr__(self): return 'an object that was not read'
 
+def _asked(file):
+    "Names that a pickle asks for, as far as they can be told"
+    try: return torch.serialization.get_unsafe_globals_in_checkpoint(file) if zipfile.is_zipfile(file) else []
+    except Exception: return [] # a pickle with other operations, which loading refuses by name
+
 def _load(file):
     "What `torch.load` may read; stand-ins for the rest, as far as its origin is known"
     serial = torch.serialization
-    strange = serial.get_unsafe_globals_in_checkpoint(file) if zipfile.is_zipfile(file) else []
-    known = [(OrderedDict if o.endswith('Dict') else Unread, o) for o in strange if o.split('.')[0] in _writers]
+    strange = [o for o in _asked(file) if o.split('.')[0] in _writers and not o.endswith('.Learner')]
+    known = [(OrderedDict if o.endswith('Dict') else Unread, o) for o in strange]
     with serial.safe_globals(known), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Detected pickle protocol')
         return torch.load(file, map_location='cpu', weights_only=True)
@@ -42,9 +47,15 @@ def _refusal(file, e):
     if 'torchscript' in str(e).lower():
         return f"`{file}` is a TorchScript program, not weights: save the net's `state_dict()` instead."
     asked = re.search(r'GLOBAL ([\w.]+)', str(e))
+    if asked and asked[1].endswith('.Learner'): return (f"`{file}` is a learner that fastai pickled. Opening it could run any program, "
+        "so it was not opened: take `weights.safetensors` of the run, or, where it was written, "
+        "`pipa.checkpoints.save('weights.safetensors', learn.model, learn.dls.space)`.")
     if asked: return (f"`{file}` is a pickle that asks for `{asked[1]}`. "
         "To give it that could run any program, so it was not opened. "
         f"If you trust it, keep its weights alone, in the environment that wrote it: {_strip.format(file)}")
+    with open(file, 'rb') as f: start = f.read(512).lstrip().lower()
+    if start.startswith((b'<!doctype', b'<html')): return (f"`{file}` is a web page that was saved under this name, "
+        "not a file of weights: download the file itself; copy it again.")
     return (f"`{file}` is not a file of weights (safetensors or PyTorch), or is damaged or cut off "
             f"({type(e).__name__}): copy it again.")
 
@@ -108,4 +119,5 @@ def read(
     state,meta = (_safe_file if start[8:]==b'{' else _torch_file)(file)
     config = file.with_name('config.json')
     if 'pipa_format' in meta or not config.is_file(): return state,meta
-    return state,dict(meta, config=json.loads(config.read_text(encoding='utf8')))
+    try: return state,dict(meta, config=json.loads(config.read_text(encoding='utf8')))
+    except ValueError as e: raise ValueError(f"`{config}` is no JSON ({e}): copy it again, or delete it.") from None

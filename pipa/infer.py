@@ -15,6 +15,7 @@ from fastprogress.fastprogress import progress_bar
 from fastcore.meta import delegates
 from fastai.vision.core import imagenet_stats
 from .labels import cityscapes
+from .limits import between
 from .models import get_logits, resize
 from .data import Domain, read_image, read_mask, write_file, _exts
 from .metrics import confusion, iou, iou_table
@@ -285,6 +286,7 @@ def evaluate(
 )->Tensor: # K×K, int64: pixels of true class (row) and predicted class (column), ignored pixels left out
     "Compare predictions with the masks of a domain, at the size of the masks"
     if domain.masks is None: raise ValueError(f"The domain `{domain.name}` has no masks: a score needs them.")
+    between('bs', bs, 1)
     sp = domain.space
     cm = torch.zeros(sp.n, sp.n, dtype=torch.int64)
     for some in _batches(domain, bs if mode=='whole' else 1, progress):
@@ -388,6 +390,7 @@ def predict_folder(
 )->tuple: # How many pictures there were, and the reason for each that couldn't be read, by name
     "Write `_labels.png` (train ids), `_color.png` and `_overlay.png` for each picture, or raw ids alone"
     if ids not in ('train', 'raw'): raise ValueError(f"There are no `{ids}` ids: choose `train` or `raw`.")
+    between('alpha', alpha, 0, 1)
     files,out,failed = find_images(images, out),Path(out).expanduser(),{}
     for name,file in _bar(files.items(), progress):
         try: image = as_image(file)

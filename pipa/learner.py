@@ -10,6 +10,7 @@ from fastai.torch_basics import *
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.callback.schedule import ParamScheduler
+from .limits import between, one_of
 from .losses import weighted_ce
 from .metrics import MIoU, TeacherMIoU, TermColumn, validators
 from .checkpoints import load_pretrained
@@ -62,6 +63,17 @@ def _host(name, method, base, start, things, more):
                          " join some with +, or give a list of callbacks.")
     return hosts[name]()
 
+# %% ../nbs/20_learner.ipynb #lim20002
+def _in_range(alpha, thresh, trust, start, w_pixel, w_patch, host, pixel, patch, teacher):
+    "Refuse numbers and names with which a method can't work"
+    for k,v in dict(alpha=alpha, thresh=thresh).items(): between(k, v, 0, 1)
+    for k,v in dict(start=start, w_pixel=w_pixel, w_patch=w_patch, weight=host.get('w', 0)).items(): between(k, v, 0)
+    one_of('trust', trust, ('batch', 'image', 'pixel')); one_of('buffers', teacher.get('buffers', 'mean'), ('mean', 'copy'))
+    for o in (pixel, patch):
+        one_of('form', o.get('form', 'released'), ('released', 'paper')); between('temp', o.get('temp', 1), 0, above=True)
+    between('target', pixel.get('target', 1), 0, 1); between('samples', pixel.get('max_samples', 1024), 2)
+    for k in ('n_neg', 'keep'): between(k, patch.get(k, 1), 1)
+
 # %% ../nbs/20_learner.ipynb #e4da3b7f
 def method_cbs(
     method:str='pipa', # A host, hosts joined by `+`, or 'pixel', 'patch', 'pipa': see `host_terms`
@@ -83,6 +95,7 @@ def method_cbs(
 )->list: # Callbacks
     "The callbacks of a method by name"
     name,terms = host_terms(method, terms)
+    _in_range(alpha, thresh, trust, start, w_pixel, w_patch, host or {}, pixel or {}, patch or {}, teacher or {})
     more,pixel,patch = host or {},pixel or {},(dict(start=10_000, scale=(.8,2.)) if released else {}) | (patch or {})
     mt = MeanTeacher(alpha, thresh, trust, **(dict(margin=(15,120)) if released else {}) | (teacher or {}))
     base = [mt, Mix(start=start, **(mix or {}))]
@@ -168,7 +181,7 @@ def target_dl(
     n:int=32 # Images, evenly spread over the target's training images; at most all of them
 ): # A loader with batches `(x,)`
     "Loader of unlabelled target images, as they are validated"
-    ims = dls.train.dataset.target.images
+    ims = dls.train.dataset.target.images; between('n_unlabelled', n, 0)
     return dls.test_dl([ims[i] for i in np.linspace(0, len(ims)-1, min(n, len(ims))).round().astype(int)])
 
 # %% ../nbs/20_learner.ipynb #b6d767d2
@@ -208,6 +221,7 @@ def uda_learner(
     **kwargs # To `method_cbs`
 )->Learner:
     "A learner that adapts `model` from the source to the target of `dls`"
+    between('lr', lr, 0, above=True); between('wd', wd, 0)
     net = make_net(model, dls.c, arch, pretrained, **(net or {})).to(dls.device)
     parts = method_cbs(method, **kwargs) if isinstance(method, str) else [Pair()] + [cb for cb in L(method) if not isinstance(cb, Pair)]
     if any(isinstance(cb, (PixelContrast, PatchContrast)) for cb in parts): add_heads(net, hidden=hidden)

@@ -6,10 +6,9 @@
 from __future__ import annotations
 import hashlib, json, os, re, numpy as np
 from pathlib import Path
-from PIL import Image
 from fastcore.basics import defaults
 from fastcore.parallel import parallel
-from .domains import Domain, complaint, read_numbers
+from .domains import Domain, complaint, fractions, image_size, read_numbers
 from .labels import pack
 
 # %% auto #0
@@ -77,9 +76,9 @@ def look(
 )->dict: # `values`, `counts`, `bands`, `size` of the mask, `image`: size of the image; or `error`
     "What a mask holds: its raw numbers and how often each occurs"
     try:
-        y = read_numbers(mask)
-        with Image.open(image) as o: hw = [o.height, o.width]
+        y,hw = read_numbers(mask),[*image_size(image)]
     except (ValueError, OSError) as e: return dict(error=str(e))
+    if y.dtype.kind not in 'iub': return dict(error=fractions(mask, y))
     bands = y.shape[2] if y.ndim==3 and y.dtype==np.uint8 else 1
     if y.ndim==3: y = pack(y[...,:3] if bands>2 else y[...,[0,0,0]]) if bands>1 else y[...,0]
     if y.dtype in (np.uint8, np.uint16): v = np.flatnonzero(n := np.bincount(y.ravel())); n = n[v]

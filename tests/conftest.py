@@ -1,5 +1,5 @@
 "The same surroundings for everybody: one thread a process, no window, nothing from the net."
-import os
+import os, socket
 
 for k,v in dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', MPLBACKEND='Agg', HF_HUB_OFFLINE='1').items(): os.environ.setdefault(k, v)
 
@@ -8,3 +8,18 @@ def pytest_xdist_auto_num_workers(config):
     "One process a core, but none to spare for a single file or name: starting them takes longer than most tests"
     few = config.option.keyword or config.option.lf or config.option.usepdb or any(o.endswith('.py') or '::' in o for o in config.args)
     return 0 if few else min(os.cpu_count() or 1, 8)
+
+
+# Tests ask the net for nothing: connections of this process end at this machine, which the tests in a browser need.
+def _here(host): return host in (None, '', 'localhost', '0.0.0.0', '::', socket.gethostname()) or str(host).startswith(('127.', '::1'))
+
+def _guarded(name, host_of):
+    real = getattr(socket.socket if name.startswith('connect') else socket, name)
+    def f(*args, **kwargs):
+        host = host_of(*args)
+        if not _here(host.decode() if isinstance(host, bytes) else host): raise RuntimeError(f'a test asks the network for {host!r}')
+        return real(*args, **kwargs)
+    return f
+
+for name in ('connect', 'connect_ex'): setattr(socket.socket, name, _guarded(name, lambda s,a,*_: a[0] if isinstance(a, tuple) else None))
+socket.getaddrinfo = _guarded('getaddrinfo', lambda host=None,*_: host)

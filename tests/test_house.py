@@ -95,8 +95,8 @@ def test_version():
 
 # --- arrows go down ---------------------------------------------------------------------------------------------------------------------
 # What a module may import from pipa; modules that aren't named may import whatever has a lower number.
-layers = dict(labels='', losses='', mix='', metrics='', mit='', lite='', models='mit lite', hrda='models', minicity='labels', domains='labels',
-              rare='labels domains', layouts='labels domains minicity', data='labels domains rare layouts', names='mit lite', files='',
+layers = dict(limits='', labels='', losses='', mix='', metrics='', mit='', lite='', models='mit lite', hrda='models', minicity='labels', domains='labels',
+              rare='labels domains', layouts='labels domains minicity', data='limits labels domains rare layouts', names='mit lite', files='',
               weights='lite names files', checkpoints='models hrda files weights names labels',
               ranks='losses mix', callbacks='mix losses models ranks', baselines='callbacks mix losses models ranks')
 leaves = 'labels losses mix mit lite models hrda minicity'.split()

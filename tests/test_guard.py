@@ -1,0 +1,153 @@
+"Guard: who went wrong is named, nothing is spoilt, the batch is kept and fails again"
+import json
+from pathlib import Path
+import numpy as np, pytest, torch
+from fastai.callback.core import Callback
+from fastai.callback.schedule import *
+from pipa.callbacks import *
+from pipa.data import PairSet, folder, uda_dls
+from pipa.guard import Guard, batch_files, keep_batch, replay
+from pipa.labels import space
+from pipa.learner import uda_learner
+from pipa.limits import one_line
+from pipa.models import light
+from tiny import city, fit, seed, toy
+
+nan,inf = float('nan'),float('inf')
+def terms(): return [Pair(), MeanTeacher(), Mix(), PixelContrast(min_pixels=4, max_views=20), PatchContrast(size=(32,32), thresh=0., n_neg=20), FeatureDistance([1,2], min_ratio=.5)]
+
+class At(Callback):
+    "Do something to the learner at one step"
+    order = -5
+    def __init__(self, step=0, **fs):
+        self.step = step
+        for k,f in fs.items(): setattr(self, k, lambda f=f: f(self.learn) if self.train_iter==step and self.training else None)
+
+def spoil(name, value=nan):
+    "A callback that makes one thing wrong"
+    def image(l): l.xb[0][0,0,3,3] = value
+    def target(l): l.yb[1][1,2,5,5] = value
+    def source(l): l.loss_func = lambda p,y: p[0].mean()*0+value if isinstance(p, tuple) else p.mean()*0+value
+    def gradient(l): next(l.model.decode_head.parameters()).register_hook(lambda g: g*0+value)
+    def weight(l):
+        with torch.no_grad(): next(l.model.decode_head.parameters())[0] = value
+    if name in ('image', 'target', 'source', 'gradient', 'weight'): return At(before_batch=locals()[name])
+    def term(l):
+        o = getattr(l, name); score = o.score
+        def f(): x,n = score(); return x*0+value,n
+        o.score = f
+    return At(before_batch=term)
+
+def state(l): return {k:v.clone() for k,v in l.model.state_dict().items()}
+def same(a, b): return all(torch.equal(v, b[k]) for k,v in a.items())
+def stopped(learn):
+    with pytest.raises(FloatingPointError) as e: fit(learn)
+    return one_line(e.value)
+
+says = dict(image='source image 0 of the batch holds', target='target image 1 of the batch holds', source='the source loss is', mix='the loss of mix is', pixel_contrast='the loss of pixel_contrast is',
+            patch_contrast='the loss of patch_contrast is', feature_distance='the loss of feature_distance is', gradient='the gradient of', weight='weights were not finite before the step')
+
+@pytest.mark.parametrize('name,value', [*((k, nan) for k in says), ('image', inf), ('mix', inf)])
+def test_who_it_was(name, value, tmp_path):
+    learn = toy([*terms(), Guard(out=tmp_path), spoil(name, value)]); before = state(learn)
+    text = stopped(learn)
+    assert text.startswith('Step 0 (epoch 0, batch 0): ') and says[name] in text and 'pipa.guard.replay' in text and '\n' not in text
+    assert name=='weight' or all(torch.equal(v, before[k]) for k,v in learn.model.named_parameters()), 'a weight was moved'
+    assert {p.name for p in tmp_path.iterdir()}=={'step_0.safetensors', 'step_0.json'}
+
+def test_nothing_wrong_changes_nothing():
+    a,b,c = (fit(toy([*terms(), *g], n=4)) for g in ([], [Guard()], [Guard('skip')]))
+    assert same(state(a), state(b)) and same(state(a), state(c)) and c.guard.total_skipped==0
+    assert a.recorder.values==b.recorder.values or np.allclose(np.array(a.recorder.values), np.array(b.recorder.values), equal_nan=True)
+
+@pytest.mark.parametrize('name', ['image', 'target', 'patch_contrast', 'gradient'])
+def test_a_skipped_batch_leaves_no_trace(name, tmp_path):
+    g = Guard('skip', tmp_path); learn = toy([*terms(), g, spoil(name)]); learn.metrics += g.column
+    learn.create_opt(); before = state(learn)
+    fit(learn)
+    assert same(before, state(learn)), 'weights, or statistics of a norm'
+    assert not learn.opt.state_dict()['state'] or all(not s.get('mom', torch.zeros(1)).any() if torch.is_tensor(s.get('mom', 0)) else True for s in learn.opt.state_dict()['state'])
+    assert (g.mean, g.total_skipped, learn.mix.steps, learn.mean_teacher.t, learn.patch_contrast.bank)==(1, 1, 0, 0, [])
+    assert learn.recorder.metric_names[-2]=='skipped' and learn.recorder.values[-1][-1]==1 and np.isfinite(learn.recorder.values[-1][0])
+
+def test_after_a_skipped_batch_it_goes_on(tmp_path):
+    x = At(1, before_batch=lambda l: l.xb[0].fill_(nan)); g = Guard('skip', tmp_path)
+    learn = fit(toy([*terms(), g, x], n=8))
+    assert (g.mean, learn.mix.steps, len(learn.patch_contrast.bank))==(1, 3, 3)
+    assert all(v.isfinite().all() for v in learn.model.state_dict().values() if v.is_floating_point()) and all(f.isfinite().all() for f,_ in learn.patch_contrast.bank)
+
+def test_too_many_in_a_row(tmp_path):
+    class All(Callback):
+        order = -5
+        def before_batch(self): self.xb[0].fill_(nan)
+    text = stopped(toy([*terms(), Guard('skip', tmp_path, most=2), All()], n=12))
+    assert text.startswith('Step 2') and 'So it was with 2 batches before' in text and len([*tmp_path.glob('*.json')])==3
+
+def test_overflow_under_a_scaler_is_no_error(tmp_path):
+    class Scaler:
+        def is_enabled(self): return True
+    seen = []
+    class Step(Callback):
+        order = 20
+        def before_fit(self): self.learn.scaler = Scaler()
+        def before_step(self): seen.append(any(not p.grad.isfinite().all() for p in self.model.parameters() if p.grad is not None))
+    fit(toy([*terms(), Guard(out=tmp_path), Step(), spoil('gradient', inf)])); assert seen==[True]
+    assert 'loss of mix' in stopped(toy([*terms(), Guard(out=tmp_path), Step(), spoil('mix')]))
+
+def test_lr_find_may_explode(tmp_path):
+    learn = toy([*terms(), Guard(out=tmp_path)], n=4)
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(start_lr=1., end_lr=1e9, num_it=8, stop_div=False, show_plot=False, suggest_funcs=None)
+    assert not [*tmp_path.iterdir()]
+
+def test_unknown(): pytest.raises(ValueError, Guard, 'stopp').match('choose one of stop, skip')
+
+@pytest.mark.parametrize('name', ['target', 'patch_contrast'])
+def test_it_fails_again(name, tmp_path):
+    text = stopped(toy([*terms(), Guard(out=tmp_path), spoil(name)]))
+    bad = [] if name=='target' else [spoil(name)]
+    assert replay(tmp_path/'step_0.safetensors', toy([*terms(), *bad])) in text
+    assert name=='target' or replay(tmp_path/'step_0.safetensors', toy(terms())) is None
+
+def test_the_step_is_the_same_to_the_bit(tmp_path):
+    "Losses of the third step, with its teacher, its memory and its chance, and those of the replay"
+    class Note(Callback):
+        order,seen = 7,None
+        def before_step(self):
+            if self.train_iter==self.at: self.seen = [float(self.loss), *[float(p.grad.norm()) for p in self.model.parameters() if p.grad is not None]]
+    def fail(l): next(l.model.backbone.parameters()).register_hook(lambda g: g*0+nan)
+    a = Note(); a.at = 2
+    stopped(toy([*terms(), Guard(out=tmp_path), a, At(2, before_batch=fail)], n=8))
+    b = Note(); b.at = 0
+    assert replay(tmp_path/'step_2.safetensors', toy([*terms(), b], n=8)) is None
+    assert a.seen[0]==b.seen[0] and sum(np.isclose(x, y, rtol=0, atol=0) for x,y in zip(a.seen[2:], b.seen[2:]))==len(b.seen)-2
+
+@pytest.fixture(scope='module')
+def pairs(tmp_path_factory):
+    home = city(tmp_path_factory.mktemp('guard')/'städte', n=5, size=(64,64))
+    return [folder(home/k/'images', home/k/'masks', space('minicity')) for k in ('game', 'real')]
+
+@pytest.mark.parametrize('kw', [{}, dict(num_workers=1), dict(num_workers=2, persistent_workers=True)])
+def test_files_of_a_batch(pairs, kw, tmp_path, monkeypatch):
+    "A target whose file has a mark is named for the batches that show the mark, in the second epoch, too"
+    from PIL import Image
+    src,tgt = pairs; tgt = tgt.unlabelled()
+    dls = uda_dls(src, tgt, src, bs=2, n=6, size=(64,64), seed=3, device='cpu', rcs_temp=None, **kw)
+    dl,items = dls.train,PairSet(src, tgt, (64,64))
+    for _ in range(2):
+        for i,b in enumerate(dl):
+            files = batch_files(dl, i)
+            assert len(files)==2 and all(Path(v).is_file() for o in files for v in o.values())
+            k = dl.drawn-dl.n+i*2
+            want = [items[dl.ticket(k+j)] for j in (0,1)]
+            for j in (0,1):
+                assert torch.equal(b[1][j].long(), torch.as_tensor(want[j][1]).long())
+                assert str(src.images[dl.ticket(k+j)[0]])==files[j]['source'] and str(tgt.images[dl.ticket(k+j)[2]])==files[j]['target']
+
+def test_a_learner_names_its_files(pairs, tmp_path, monkeypatch):
+    src,tgt = pairs; tgt = tgt.unlabelled()
+    dls = uda_dls(src, tgt, src, bs=2, n=6, size=(64,64), seed=3, device='cpu')
+    x = At(1, before_batch=lambda l: l.yb[1][1].fill_(inf)); g = Guard(out=tmp_path)
+    learn = uda_learner(dls, light('mit_b0', n_out=dls.c), 'pipa', crop=(64,64), cbs=[g, x], path=tmp_path)
+    text = stopped(learn); about = json.loads((tmp_path/'step_1.json').read_text(encoding='utf8'))
+    assert f"target image 1 of the batch (`{about['files'][1]['target']}`) holds inf" in text and about['files'][0]['mask'] in text and 'städte' in text
+    assert (about['step'], about['epoch'], about['number'])==(1, 0, 1) and about['why'] in text
