@@ -5,11 +5,13 @@
 # %% ../nbs/10_callbacks.ipynb #c81e728d
 from __future__ import annotations
 from copy import deepcopy
+from functools import cached_property
 import torch
 from torch import nn, Tensor
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.learner import Learner
 from matplotlib import pyplot as plt
 from .losses import weighted_ce, feat_dist, random_rank, pixel_contrast, patch_contrast
 from .mix import pseudo_label, margins, class_mask, class_mix, strong_augment, two_crops, crop_augment, aligned, imagenet_mean, imagenet_std
@@ -110,7 +112,7 @@ class MeanTeacher(Callback):
         margin:tuple=(0,0), # Rows without trust at the top and bottom; (15, 120) of 512 for Cityscapes in DAFormer
         buffers:str='mean' # Running statistics: averaged ('mean') or the student's ('copy'), see `ema_`
     ):
-        store_attr(); self.teacher,self.t = None,0
+        store_attr(); self.teacher,self.t,self.todo,self.z = None,0,None,None
 
     def before_fit(self):
         if self.teacher is None: self.teacher = deepcopy(self.model).eval().requires_grad_(False)
@@ -121,12 +123,9 @@ class MeanTeacher(Callback):
 
     def before_batch(self):
         if not self.training: return
-        z = self.z = self.logits(self.x_t).float()
-        self.learn.y_t,w = pseudo_label(z, self.thresh, self.trust)
-        if getattr(self, 'v_t', None) is not None: w = w*self.v_t
-        self.learn.w_t = margins(w, *self.margin) if any(self.margin) else w
+        self.todo,self.z = (self.x_t, getattr(self, 'v_t', None)),None
+        for k in ('y_t','w_t'): vars(self.learn).pop(k, None)
 
-    def sure(self, thresh): return self.y_t.masked_fill(self.z.softmax(1).amax(1)<thresh, 255)
     def after_pred(self): self.z = None
     def after_step(self):
         self.t += 1
@@ -135,6 +134,31 @@ class MeanTeacher(Callback):
     def after_fit(self):
         if self.undo: self.teacher.load_state_dict(self.undo[0]); self.t = self.undo[1]
         self.undo = None
+
+# %% ../nbs/10_callbacks.ipynb #5a7ea002
+@patch
+def label(self:MeanTeacher):
+    "Leave `y_t` and `w_t` on the learner"
+    x,v = self.todo
+    z = self.z = self.logits(x).float()
+    y,w = pseudo_label(z, self.thresh, self.trust)
+    if v is not None: w = w*v
+    if any(self.margin): w = margins(w, *self.margin)
+    for k,o in (('y_t',y), ('w_t',w)): vars(self.learn).setdefault(k, o)
+
+@patch
+def sure(self:MeanTeacher, thresh):
+    if thresh>1: return torch.full_like(self.x_t[:,0], 255, dtype=torch.long)
+    if self.z is None: self.label()
+    return self.y_t.masked_fill(self.z.softmax(1).amax(1)<thresh, 255)
+
+def _asked(k):
+    "An attribute of the learner that the teacher finds when it's read"
+    def ask(learn): learn.mean_teacher.label(); return vars(learn)[k]
+    setattr(Learner, k, cached_property(ask))
+    getattr(Learner, k).__set_name__(Learner, k)
+
+_asked('y_t'); _asked('w_t')
 
 # %% ../nbs/10_callbacks.ipynb #98f13708
 @patch

@@ -407,6 +407,47 @@ def test_target_pixels_wait_and_need_certainty():
     assert [bool(o[0]) for o in seen[:2]]==[False, False] and any(o[0]>0 for o in seen[2:])
     for _,y,y_t in seen: assert torch.equal(y[y!=255], y_t[y!=255])
 
+class Eager(Callback):
+    "Ask for the labels at once, as every step did"
+    order = MeanTeacher.order
+    def before_batch(self):
+        if self.training: self.learn.y_t
+
+class Looks(Callback):
+    "How often the teacher looked at something, by step"
+    order = MeanTeacher.order-.5
+    def before_fit(self): self.n = []
+    def before_batch(self):
+        if not self.training: return
+        if not self.n: self.mean_teacher.teacher.register_forward_hook(self.count)
+        self.n.append(0)
+    def count(self, *_): self.n[-1] += 1
+
+@pytest.mark.parametrize('late', ['mix', 'target', 'patch'])
+def test_labels_wait_until_somebody_wants_them(late):
+    "Before the first term that wants them the teacher does nothing, and the run is the same to the last bit"
+    def run(*more):
+        end = dict(mix=lambda: [Mix(start=2), PixelContrast(min_pixels=4, max_views=20)],
+                   target=lambda: [TargetPixelContrast(min_pixels=4, target=.35, target_start=2)],
+                   patch=lambda: [PatchContrast(size=(32,32), thresh=0., n_neg=20, start=2)])[late]()
+        learn = fit(toy([Pair(), MeanTeacher(.6), Looks(), *end, *more], n=8))
+        return learn.looks.n,state(learn.model),state(learn.mean_teacher.teacher)
+    lazy,eager = run(),run(Eager())
+    n = 2 if late=='patch' else 1
+    assert (lazy[0], eager[0])==([0,0,1,1], [1,1,n,n]), 'the patch term has labels of its own'
+    assert same(lazy[1], eager[1]) and same(lazy[2], eager[2])
+
+def test_labels_of_ones_own_stay():
+    "Who puts `y_t` on the learner keeps it; the trust is still the teacher's"
+    mine = torch.full((2,64,64), 2)
+    class Own(Callback):
+        order = MeanTeacher.order
+        def before_batch(self):
+            if self.training: self.learn.y_t = mine
+    got = {}
+    fit(toy([Pair(), MeanTeacher(thresh=0.), Own(), Mix(), Each(after_loss=lambda s: got.update(y=s.learn.y_t, w=s.learn.w_t, m=s.mix.b[1]) if s.training else None)]))
+    assert got['y'] is mine and (got['w']==1).all() and (got['m'].flatten(1)==2).any()
+
 def test_forms_run_and_differ():
     def total(form):
         px,pt = PixelContrast(min_pixels=4, max_views=10**4, max_samples=10**6, form=form),PatchContrast(size=(32,32), thresh=0., form=form)
