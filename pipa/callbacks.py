@@ -10,7 +10,7 @@ import torch
 from torch import nn, Tensor
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
-from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
 from matplotlib import pyplot as plt
 from .losses import weighted_ce, feat_dist, random_rank, pixel_contrast, patch_contrast
@@ -18,8 +18,8 @@ from .mix import pseudo_label, margins, class_mask, class_mix, strong_augment, t
 from .models import ProjHead, PatchHead
 
 # %% auto #0
-__all__ = ['with_detail', 'Pair', 'add_heads', 'ema_decay', 'ema_', 'MeanTeacher', 'LossTerm', 'Mix', 'PixelContrast',
-           'TargetPixelContrast', 'PatchContrast', 'FeatureDistance']
+__all__ = ['with_detail', 'Pair', 'HalfPrecision', 'add_heads', 'ema_decay', 'ema_', 'MeanTeacher', 'LossTerm', 'Mix',
+           'PixelContrast', 'TargetPixelContrast', 'PatchContrast', 'FeatureDistance']
 
 # %% ../nbs/10_callbacks.ipynb #e4da3b7f
 def with_detail(
@@ -48,6 +48,20 @@ class Pair(Callback):
         self.total,self.n = self.total+self.loss.detach(),self.n+1
     @property
     def mean(self): return float(self.total)/self.n if getattr(self, 'n', 0) else float('nan')
+
+# %% ../nbs/10_callbacks.ipynb #5a7ea006
+class HalfPrecision(MixedPrecision):
+    "fastai's `MixedPrecision` in bfloat16, on the model's own device"
+    name = 'mixed_precision'
+    def __init__(self): super().__init__(amp_mode=AMPMode.BF16)
+    def before_fit(self):
+        if (device := next(self.model.parameters()).device.type)=='cuda': return super().before_fit()
+        self.autocast,self.learn.scaler,self.scales = torch.autocast(device, torch.bfloat16),torch.amp.GradScaler(device, enabled=False),L()
+
+@patch
+def to_bf16(self:Learner):
+    "Set `Learner` to bfloat16 mixed precision, on the device of its model"
+    return self.add_cb(HalfPrecision())
 
 # %% ../nbs/10_callbacks.ipynb #8f14e45f
 def _show(rows, titles, **kw):
