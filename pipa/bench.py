@@ -81,6 +81,7 @@ def stack(
 # %% ../nbs/28_bench.ipynb #5beb000e
 class PlainConvBN(ConvBN):
     "Enlarge and stack first"
+    def run(self, x): return self.conv(x)
     def forward(self, x): return super().forward(stack(x) if isinstance(x, list) else x)
 
 class PlainASPP(SepASPP):
@@ -190,7 +191,7 @@ class PlainStep:
         z = self.source(x_s); l = weighted_ce(z, y_s) + .1*self.pixel(self.emb(), z, y_s)
         l = l + self.mixed() + .1*self.patch(self.views())
         self.backward(l); self.optimise(); self.average()
-        return float(l)
+        return float(l.detach())
 
     def seen(self, f, x): return f(x) if self.together else torch.cat([f(o) for o in x.chunk(2)])
     def source(self, x): z,self.f = self.net(x); return z
