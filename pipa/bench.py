@@ -32,6 +32,7 @@ __all__ = ['parts', 'interleaved', 'part_rows', 'PlainEmbed', 'PlainAttention', 
 # %% ../nbs/28_bench.ipynb #5beb0006
 def _now():
     if torch.cuda.is_available(): torch.cuda.synchronize()
+    elif torch.get_num_threads()==1: return time.process_time()
     return time.perf_counter()
 
 def interleaved(
@@ -60,7 +61,9 @@ def part_rows(
 # %% ../nbs/28_bench.ipynb #5beb000d
 class PlainEmbed(PatchEmbed):
     "Convolve in the layout of images, then turn into tokens"
-    def forward(self, x): return self.norm(self.proj(x.contiguous()).flatten(2).transpose(1,2)).unflatten(1, [-(-n//self.proj.stride[0]) for n in x.shape[-2:]])
+    def forward(self, x):
+        x = self.proj(x.contiguous())
+        return self.norm(x.flatten(2).transpose(1,2)).unflatten(1, x.shape[-2:])
 
 class PlainAttention(Attention):
     "Write the matrix of all queries and keys down"
@@ -98,7 +101,8 @@ class PlainProjHead(ProjHead):
     "Enlarge, stack, project"
     def forward(self, maps): return F.normalize(self.proj(stack(maps, self.align_corners)), dim=1)
 
-_plain = {PatchEmbed:PlainEmbed, Attention:PlainAttention, ConvBN:PlainConvBN, SepASPP:PlainASPP, SegFormerHead:PlainSegFormerHead, ProjHead:PlainProjHead}
+_plain = {PatchEmbed:PlainEmbed, Attention:PlainAttention, ConvBN:PlainConvBN, SepASPP:PlainASPP,
+          SegFormerHead:PlainSegFormerHead, ProjHead:PlainProjHead}
 
 def plain(
     net:nn.Module # Of `pipa.models`
@@ -495,7 +499,7 @@ def _watch_plain(c, step):
             optimise='optimizer', average='average')
 
 def profile_step(
-    turns:int=5, # Steps that count, after three
+    turns:int=5, # Steps that count, after two
     **o # Settings, see `pipa_bench`
 )->pd.DataFrame: # Columns way, part, ms: medians
     "Where the time of a step goes: plain, ours, and ours in bf16"
@@ -512,10 +516,10 @@ def profile_step(
 
 def _clocked(ways, clocks, turns):
     rows = []
-    for i in range(turns+3):
+    for i in range(turns+2):
         for k,f in ways.items():
             c = clocks[k]; c.ms,c.last = {},_now(); f(); c.tick()
-            if i>=3: rows += [dict(way=k, part=p, ms=v) for p,v in c.ms.items()]
+            if i>=2: rows += [dict(way=k, part=p, ms=v) for p,v in c.ms.items()]
     return pd.DataFrame(rows).groupby(['way','part'], sort=False).ms.median().reset_index()
 
 # %% ../nbs/28_bench.ipynb #5beb0038

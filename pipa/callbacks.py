@@ -132,7 +132,7 @@ class MeanTeacher(Callback):
         if self.teacher is None: self.teacher = deepcopy(self.model).eval().requires_grad_(False)
         self.undo = (deepcopy(self.teacher.state_dict()), self.t) if hasattr(self.learn, 'lr_finder') else None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def logits(self, x): return self.teacher(x)
 
     def before_batch(self):
