@@ -4,7 +4,7 @@
 
 # %% ../nbs/28_bench.ipynb #5beb0003
 from __future__ import annotations
-import json, math, os, platform, time, numpy as np, pandas as pd, torch, torch.nn.functional as F
+import math, os, platform, time, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,7 @@ from . import __version__
 from .losses import weighted_ce, pixel_contrast, patch_contrast, n_hard
 from .mix import pseudo_label, class_mask, class_mix, strong_augment, two_crops, crop_augment, aligned
 from .mit import PatchEmbed, Attention, mit
-from .models import ConvBN, SepASPP, SegFormerHead, ProjHead, resize, encoder
+from .models import ConvBN, SepASPP, SegFormerHead, ProjHead, resize
 from .callbacks import add_heads, ema_, ema_decay
 from .data import write_file
 from .learner import uda_learner, adamw, param_groups, make_net
@@ -260,7 +260,8 @@ def our_step(
     x_s,y_s,x_t = batch
     dls = DataLoaders(DataLoader([*zip(*batch)], bs=len(x_s)), DataLoader([*zip(x_t, y_s)], bs=len(x_s)), device=x_s.device)
     dls.n_inp,dls.c = 1,net.n_out
-    learn = uda_learner(dls, deepcopy(net), method, crop=size, **{**kwargs, 'patch': dict(thresh=thresh) | kwargs.get('patch', {})})
+    kwargs['patch'] = dict(thresh=thresh) | kwargs.get('patch', {})
+    learn = uda_learner(dls, deepcopy(net), method, crop=size, **kwargs)
     if bf16: learn.to_bf16()
     learn.remove_cbs([cb for cb in learn.cbs if cb.name in ('progress','recorder')])
     learn.n_epoch,learn.epoch,learn.dl,learn.n_iter,learn.loss = 1,0,dls.train,1,torch.tensor(0.)
@@ -326,7 +327,8 @@ def pixel_ways(
     def pml(t):
         f,i = t.SupConLoss(.1),torch.randint(y.numel(), (o.samples,))
         return lambda: f(emb.flatten(2)[i//s**2, :, i%s**2], y.flatten()[i]).backward()
-    return {'plain':run(plain_pixel), 'ours':run(pixel_contrast), 'pytorch-metric-learning, loss alone':_try('pytorch_metric_learning.losses', pml)}
+    return {'plain':run(plain_pixel), 'ours':run(pixel_contrast),
+            'pytorch-metric-learning, loss alone':_try('pytorch_metric_learning.losses', pml)}
 
 # %% ../nbs/28_bench.ipynb #5beb0022
 def patch_ways(
@@ -369,11 +371,14 @@ def augment_ways(
         return lambda: f(x.clamp(0, 1))
     return {'kornia':_try('kornia', kornia), 'ours':lambda: strong_augment(x, p_jitter=1., p_blur=1.)}
 
+def _net_and_batch(o):
+    return add_heads(make_net(o.model, o.classes, o.arch)),block_pairs(o.bs, (o.size,o.size), o.classes)
+
 def step_ways(
     o # Settings, see `pipa_bench`
 )->dict:
     "A whole step of PiPa, after two that filled the bank"
-    net,batch,size = add_heads(make_net(o.model, o.classes, o.arch)),block_pairs(o.bs, (o.size,o.size), o.classes),(o.size//2,o.size)
+    (net,batch),size = _net_and_batch(o),(o.size//2,o.size)
     kw = dict(max_samples=o.samples, min_pixels=1)
     step = PlainStep(net, size, 0., **kw)
     ours,half = (our_step(net, batch, size, 0., bf16, pixel=kw)[1] for bf16 in (False, True))
@@ -383,29 +388,32 @@ def crops_ways(
     o # Settings, see `pipa_bench`
 )->dict:
     "A whole step of ours with the patch term's crops of several sizes, and without the term"
-    net,batch,s = add_heads(make_net(o.model, o.classes, o.arch)),block_pairs(o.bs, (o.size,o.size), o.classes),o.size
+    (net,batch),s = _net_and_batch(o),o.size
     make = lambda size, method='pipa': our_step(net, batch, size, 0., method=method, pixel=dict(min_pixels=1))[1]
-    return {'crops of 1/2 x 1 of the image':make((s//2,s)), 'crops of 1/2 x 1/2':make((s//2,s//2)), 'crops of 1/4 x 1/2':make((s//4,s//2)),
-            'no patch term':make((s//2,s), 'pixel')}
+    return {'crops of 1/2 x 1 of the image':make((s//2,s)), 'crops of 1/2 x 1/2':make((s//2,s//2)),
+            'crops of 1/4 x 1/2':make((s//4,s//2)), 'no patch term':make((s//2,s), 'pixel')}
 
-parts = {'encoder, forward':lambda o: encoder_ways(o, False), 'encoder, training':lambda o: encoder_ways(o, True), 'head':head_ways,
-         'pixel':pixel_ways, 'patch':patch_ways, 'ema':ema_ways, 'optimizer':optimizer_ways, 'augment':augment_ways, 'step':step_ways, 'crops':crops_ways}
+parts = {'encoder, forward':lambda o: encoder_ways(o, False), 'encoder, training':lambda o: encoder_ways(o, True),
+         'head':head_ways, 'pixel':pixel_ways, 'patch':patch_ways, 'ema':ema_ways, 'optimizer':optimizer_ways,
+         'augment':augment_ways, 'step':step_ways, 'crops':crops_ways}
 
 # %% ../nbs/28_bench.ipynb #5beb0025
 def machine()->dict: # Text each
     "Where something was measured"
     cpu = platform.processor() or platform.machine()
     if Path('/proc/cpuinfo').exists():
-        cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), cpu)
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        cpu = next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), cpu)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'
-    return dict(machine=f'{cpu}, {os.cpu_count()} cores, {gpu}', versions=f'pipa {__version__}, torch {torch.__version__}, python {platform.python_version()}')
+    return dict(machine=f'{cpu}, {os.cpu_count()} cores, {gpu}',
+                versions=f'pipa {__version__}, torch {torch.__version__}, python {platform.python_version()}')
 
 class Settings(dict):
     "Settings of a benchmark by name"
     __getattr__ = dict.__getitem__
 
 def bench(
-    names:list=None, # Parts, see `parts`; a part is chosen by its name or its first word; `None`: all. Unknown ones raise a `ValueError`
+    names:list=None, # Parts by name or first word, see `parts`; `None`: all; unknown ones raise a `ValueError`
     turns:int=5, # See `interleaved`
     tell=None, # Called with the rows of each part when they are there
     **o # Settings, see `pipa_bench`
@@ -422,7 +430,9 @@ def bench(
     return pd.DataFrame(rows)
 
 # %% ../nbs/28_bench.ipynb #5beb0026
-def _line(r): return f"{r['part']:18} {r['way']:38} " + (f"{r['ms']:10.1f} {r['ratio']:7.2f}" if r['ms']==r['ms'] else f"{r['note']:>18}")
+def _line(r):
+    figures = f"{r['ms']:10.1f} {r['ratio']:7.2f}" if r['ms']==r['ms'] else f"{r['note']:>18}"
+    return f"{r['part']:18} {r['way']:38} {figures}"
 
 @call_parse
 def pipa_bench(
@@ -505,7 +515,7 @@ def profile_step(
     "Where the time of a step goes: plain, ours, and ours in bf16"
     o = Settings(dict(model='daformer', arch='mit_b0', size=128, bs=2, classes=19, samples=1024) | o)
     torch.manual_seed(0)
-    net,batch,size = add_heads(make_net(o.model, o.classes, o.arch)),block_pairs(o.bs, (o.size,o.size), o.classes),(o.size//2,o.size)
+    (net,batch),size = _net_and_batch(o),(o.size//2,o.size)
     kw = dict(max_samples=o.samples, min_pixels=1)
     step = PlainStep(net, size, 0., **kw); ways,clocks = {'plain':lambda: step(*batch)},{'plain':Clock()}
     _watch_plain(clocks['plain'], step)
