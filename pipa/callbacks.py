@@ -10,7 +10,7 @@ import torch
 from torch import nn, Tensor
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
-from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
 from matplotlib import pyplot as plt
 from .losses import weighted_ce, random_rank
@@ -19,8 +19,8 @@ from .ranks import pseudo_label, class_mask, strong_augment, two_crops, crop_aug
 from .models import ProjHead, PatchHead
 
 # %% auto #0
-__all__ = ['with_detail', 'Pair', 'add_heads', 'ema_decay', 'ema_', 'MeanTeacher', 'LossTerm', 'Mix', 'PixelContrast',
-           'TargetPixelContrast', 'PatchContrast', 'FeatureDistance']
+__all__ = ['with_detail', 'Pair', 'HalfPrecision', 'add_heads', 'ema_decay', 'ema_', 'MeanTeacher', 'LossTerm', 'Mix',
+           'PixelContrast', 'TargetPixelContrast', 'PatchContrast', 'FeatureDistance']
 
 # %% ../nbs/10_callbacks.ipynb #e4da3b7f
 def with_detail(
@@ -54,6 +54,20 @@ class Pair(Callback):
         self.total,self.n = self.total+self.loss.detach(),self.n+1
     @property
     def mean(self): return float(self.total)/self.n if getattr(self, 'n', 0) else float('nan')
+
+# %% ../nbs/10_callbacks.ipynb #5a7ea006
+class HalfPrecision(MixedPrecision):
+    "fastai's `MixedPrecision` in bfloat16, on the model's own device"
+    name = 'mixed_precision'
+    def __init__(self): super().__init__(amp_mode=AMPMode.BF16)
+    def before_fit(self):
+        if (device := next(self.model.parameters()).device.type)=='cuda': return super().before_fit()
+        self.autocast,self.learn.scaler,self.scales = torch.autocast(device, torch.bfloat16),torch.amp.GradScaler(device, enabled=False),L()
+
+@patch
+def to_bf16(self:Learner):
+    "Set `Learner` to bfloat16 mixed precision, on the device of its model"
+    return self.add_cb(HalfPrecision())
 
 # %% ../nbs/10_callbacks.ipynb #8f14e45f
 def _show(rows, titles, **kw):
@@ -131,7 +145,7 @@ class MeanTeacher(Callback):
         if self.teacher is None: self.teacher = deepcopy(self.model).eval().requires_grad_(False)
         self.undo = (deepcopy(self.teacher.state_dict()), self.t) if hasattr(self.learn, 'lr_finder') else None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def logits(self, x): return self.teacher(x)
 
     def before_batch(self):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 # %% auto #0
-__all__ = ['weighted_ce', 'shrink_labels', 'feat_dist', 'sup_contrast', 'n_hard', 'random_rank', 'sample_pixels',
+__all__ = ['weighted_ce', 'shrink_labels', 'feat_dist', 'sup_contrast', 'n_hard', 'group_sizes', 'random_rank', 'sample_pixels',
            'pixel_contrast', 'patch_rows', 'patch_contrast']
 
 # %% ../nbs/01_losses.ipynb #e4da3b7f
@@ -95,12 +95,19 @@ def sup_contrast(
 def n_hard(
     easy:Tensor, # Number of rightly predicted pixels of each (image, class)
     hard:Tensor, # Number of wrongly predicted ones
-    n:int, # Samples wanted
+    n:int|Tensor, # Samples wanted
 )->Tensor: # How many of the `n` shall be hard
     "Half of `n`, more where the easy ones run out, fewer where the hard ones do"
     return (n-easy).clamp(min=n//2).minimum(hard)
 
 # %% ../nbs/01_losses.ipynb #3416a75f
+def group_sizes(
+    g:Tensor, # Group of each element, `0..n_groups-1`
+    n_groups:int, # Number of groups
+)->Tensor: # `n_groups`
+    "How many elements each group has; unlike `bincount`, a GPU needn't be waited for"
+    return g.new_zeros(n_groups).scatter_add_(0, g, torch.ones_like(g))
+
 def random_rank(
     g:Tensor, # Group of each element, `0..n_groups-1`
     n_groups:int, # Number of groups
@@ -108,14 +115,14 @@ def random_rank(
     "Shuffle each group of `g`"
     mix = torch.randperm(len(g), device=g.device)
     mix = mix[g[mix].argsort(stable=True)]
-    size = g.bincount(minlength=n_groups)
+    size = group_sizes(g, n_groups)
     rank = torch.empty_like(g)
     rank[mix] = torch.arange(len(g), device=g.device) - (size.cumsum(0)-size)[g[mix]]
     return rank
 
 # %% ../nbs/01_losses.ipynb #f7177163
 def sample_pixels(
-    y:Tensor, # Labels at the size of the embeddings, `B x h x w`
+    y:Tensor, # Labels at the size of the embeddings, `B x h x w`, values 0..255
     pred:Tensor=None, # Predicted labels, same shape; `None`: no split in hard and easy
     max_samples:int=1024, # Samples in all, at most (release: 1024)
     max_views:int=100, # Samples of a class in an image, at most (release: 100)
@@ -123,16 +130,15 @@ def sample_pixels(
     ignore:int=255, # Label of void: never drawn
 )->Tensor: # Positions in `y.flatten()`, in rising order; none if no class qualifies
     "Draw the same number of pixels, half of them hard, for every class of every image"
-    y = y.long()
-    k = int(y.max())+1 if y.numel() else 1
+    y,k = y.long(),256
     i = (y!=ignore).flatten().nonzero()[:,0]
     image = torch.arange(len(y), device=y.device).view(-1,1,1)
     wrong = 0 if pred is None else (pred!=y).long()
     g = ((image*k + y)*2 + wrong).flatten()[i]
-    size = g.bincount(minlength=len(y)*k*2)
+    size = group_sizes(g, len(y)*k*2)
     easy,hard = size.view(-1,2).unbind(1)
     ok = easy+hard >= (max_views+1 if min_pixels is None else max(min_pixels, 1))
-    n = min(max_views, max_samples//max(int(ok.sum()), 1))
+    n = (max_samples//ok.sum().clamp(min=1)).clamp(max=max_views)
     q = n_hard(easy, hard, n)
     quota = torch.stack([n-q, q], 1)*ok[:,None]
     return i[random_rank(g, len(size)) < quota.flatten()[g]]
@@ -214,8 +220,9 @@ def patch_contrast(
     if _is_paper(form):
         a,b,fixed = torch.ones_like(a),torch.ones_like(b),Tensor.clone
         y_1,y_2,y_neg = torch.zeros_like(y_1),torch.zeros_like(y_2),torch.ones_like(y_neg)
+    a,b = (o.nonzero()[:,0] for o in (a,b))
     with _full_precision(f_1):
         f_1,f_2,neg = map(_wide, (f_1,f_2,neg))
         l = _one_way(f_1[a], fixed(f_2[a]), y_1[a], neg, y_neg, temp)
         l = l + _one_way(f_2[b], fixed(f_1[b]), y_2[b], neg, y_neg, temp)
-    return (l, int(a.sum()), int(b.sum())) if return_n else l
+    return (l, len(a), len(b)) if return_n else l

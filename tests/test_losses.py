@@ -2,6 +2,7 @@
 import json, math
 from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from golden.rules import inp, label, rs, rule_load
 from pipa.losses import *
 from pipa.losses import _Rivals
@@ -419,3 +420,24 @@ def test_forms_are_named():
     for f in (lambda k: sup_contrast(e, y, form=k), lambda k: patch_contrast(e, e, y, y, e[:,0], e[:,0], e, y, form=k), lambda k: pixel_contrast(e.T[None,:,:,None], y[None,:,None], min_pixels=1, form=k)):
         assert torch.isfinite(f('paper')) and torch.isfinite(f('released'))
         with pytest.raises(ValueError, match="can be 'released' or 'paper'"): f('papers')
+
+class Syncs(TorchDispatchMode):
+    "Which calls a GPU would have to be waited for: those whose answer, or its shape, depends on data"
+    def __init__(self): super().__init__(); self.names = []
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        name = f.__name__.split('.')[0]
+        mask = name in ('index','index_put','index_put_') and any(o is not None and o.dtype==torch.bool for o in args[1])
+        if mask or name in ('_local_scalar_dense','nonzero','bincount','masked_select','unique_dim','_unique2','is_nonzero'): self.names.append(name)
+        return f(*args, **kwargs or {})
+
+def test_host_waits_for_the_device_a_few_times_only():
+    "One look for the candidates, one for the drawn, one for the pairs, one for the rows of each direction; however many classes there are"
+    torch.manual_seed(0)
+    got = []
+    for k in (2,30):
+        y,emb = torch.randint(0, k, (2,40,40)),F.normalize(torch.randn(2,8,40,40), dim=1).requires_grad_()
+        f = [F.normalize(torch.randn(200, 8), dim=1).requires_grad_() for _ in range(3)]
+        with Syncs() as a: l,_ = pixel_contrast(emb, y, y.flip(1), min_pixels=1, return_n=True); l.backward()
+        with Syncs() as b: l,*_ = patch_contrast(*f[:2], *torch.randint(0, k, (2,200)), *torch.rand(2, 200), f[2], torch.randint(0, k, (200,)), thresh=.5, return_n=True); l.backward()
+        got.append((a.names, b.names))
+    assert got[0]==got[1] and sorted(got[0][0])==['index','nonzero','nonzero'] and got[0][1]==['nonzero']*2
