@@ -318,12 +318,14 @@ def origins(
 
 def watch(
     learn, # Learner that will be fitted
-    how:str # 'stop', 'skip' or 'off', see `pipa.guard.Guard`
+    how:str, # 'stop', 'skip' or 'off', see `pipa.guard.Guard`
+    log=None # `metrics.csv` of a run that goes on: it keeps its columns
 ):
     "Have somebody look at numbers that go wrong"
-    if how=='off': return
-    learn.add_cb(g := Guard(how))
-    if how=='skip': learn.metrics += g.column
+    column = 'skipped' in Path(log).read_text().partition('\n')[0].split(',') if log and Path(log).is_file() else how=='skip'
+    if how=='off' and not column: return
+    learn.add_cb(g := Guard('stop' if how=='off' else how))
+    if column: learn.metrics += g.column
 
 def _given(o):
     "Options that the shell's command names, if this is its call"
@@ -357,8 +359,8 @@ def adapt(
     before = Before(dls.valid)
     learn = uda_learner(dls, method=o.method, arch=o.arch, pretrained=o.encoder or o.pretrained, lr=o.lr, things=src.space.things, lean=o.get('lean', False),
                         cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)], n_unlabelled=o.unlabelled, **net_args(o), **method_args(o))
-    watch(learn, o.get('guard', 'off'))
     learn.path = out = Path(out) if o.resume else rank0_folder(out)
+    watch(learn, o.get('guard', 'off'), out/'metrics.csv')
     lock = None if rank else claim(out)
     text = json.dumps(dict(o, ranks=world, **origins(o, src, tgt, val)), indent=1)
     if o.resume: checkpoints(out) and learn.resume()
@@ -370,7 +372,7 @@ def adapt(
     return out,row
 
 # %% ../nbs/31_cli.ipynb #rsm00004
-_free = 'out threads workers resume minutes'.split()
+_free = 'out threads workers resume minutes guard'.split()
 
 def resumed(
     out:str, # Folder of the run

@@ -102,7 +102,7 @@ def keep_batch(
 # %% ../nbs/13_guard.ipynb #gua00019
 class Guard(Callback):
     "Look before the step: stop at a number that isn't finite, or leave the batch out and count"
-    order,run_valid,name = MixedPrecision.order-2,False,'guard'
+    order,run_valid,name,free = MixedPrecision.order-2,False,'guard',True   # free: a run that goes on may have another one
     def __init__(self,
         do:str='stop', # 'stop' with a sentence (`FloatingPointError`), or 'skip' the batch and count
         out:str|Path|None=None, # Folder for batches that went wrong; defaults to `faults` in `learn.path`
@@ -159,6 +159,17 @@ def sentence(self:Guard, text, files, file):
     many = f' So it was with {self.row-1} batches before.' if self.row>1 else ''
     of = '' if not files else ' Its files: ' + '; '.join(dict.fromkeys(' + '.join(o.values()) for o in files)) + '.'
     return f"{text}{many}{of} It is kept as `{file}`: `pipa.guard.replay` runs it again. Look at the files, lower the learning rate, or skip such batches."
+
+# %% ../nbs/13_guard.ipynb #gua00041
+@patch
+def state_dict(self:Guard):
+    "The counts so far"
+    return {k: getattr(self, k) for k in ('total_skipped', 'row', 'mean')}
+
+@patch
+def load_state_dict(self:Guard, state):
+    "Go on counting from `state_dict`"
+    for k,v in state.items(): setattr(self, k, v)
 
 # %% ../nbs/13_guard.ipynb #gua00028
 class _Again(Callback):

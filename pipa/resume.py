@@ -153,7 +153,7 @@ def asked_for(
 )->dict: # Name, such as `mix.w`, and value
     "The settings that the result depends on, as far as they can be seen"
     dl,hs = learn.dls.train,learn.opt.hypers
-    parts = {'views':dl.dataset} | {o.name:o for o in learn.cbs if o.order<Recorder.order}   # those after it look on
+    parts = {'views':dl.dataset} | {o.name:o for o in learn.cbs if o.order<Recorder.order and not getattr(type(o), 'free', False)}   # those after it look on
     res = {f'{n}.{k}':v for n,o in parts.items() if hasattr(o, '__dict__') for k,v in _settings(o).items()}
     sched = [(k, f) for o in learn.cbs if isinstance(o, ParamScheduler) for k,f in o.scheds.items()]
     rates = {f'schedule of {k}':[np.asarray(f(p)).tolist() for p in (.01,.1,.5,.9)] for k,f in sched}

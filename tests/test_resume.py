@@ -1,6 +1,7 @@
 "A run that was stopped anywhere, by anything, ends bit by bit as one that was not"
 import errno, json, multiprocessing as mp, os, random, resource, signal, sys, time, warnings, zipfile
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from fastai.callback.core import Callback
@@ -11,6 +12,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 import fastai.callback.all # lr_find, fit_one_cycle
 from pipa import cli, resume
 from pipa.data import PairSet, folder, uda_dls
+from pipa.guard import Guard
 from pipa.hrda import hrda
 from pipa.labels import space
 from pipa.learner import uda_learner
@@ -181,6 +183,25 @@ def test_a_term_with_a_state_of_its_own(home, tmp_path):
     b = make(home, tmp_path/'b', 'advent', s=3); b.resume(); fit(b)
     got = b.adv_ent.state_dict()
     assert want['steps']==got['steps']==6 and all(torch.equal(v, got['net'][k]) for k,v in want['net'].items())
+
+def test_a_run_may_go_on_with_another_guard(home, tmp_path):
+    "After a stop `--guard skip` is the natural next word; what was skipped stays counted"
+    a = fit(make(home, tmp_path/'a', 'self_training'))
+    first = Guard('skip'); first.total_skipped = 3
+    stopped(make(home, tmp_path/'b', 'self_training', first, Do(4, term)))
+    g = Guard(); b = make(home, tmp_path/'b', 'self_training', g, s=9); b.resume()
+    equal(a, fit(b)); assert g.total_skipped==3
+
+@pytest.mark.parametrize('how,head,column,guards', [('skip',None,True,'skip'), ('stop',None,False,'stop'), ('off',None,False,None),
+    ('skip','epoch,miou',False,'skip'), ('stop','epoch,skipped',True,'stop'), ('off','epoch,skipped',True,'stop')])
+def test_a_log_that_goes_on_keeps_its_columns(tmp_path, how, head, column, guards):
+    log = tmp_path/'metrics.csv'
+    if head: log.write_text(head+'\n0,1\n')
+    cbs,learn = [],SimpleNamespace(metrics=[]); learn.add_cb = cbs.append
+    class M(list):
+        def __iadd__(self, o): self.append(o); return self
+    learn.metrics = M(); cli.watch(learn, how, log)
+    assert [m.name for m in learn.metrics]==['skipped']*column and [g.do for g in cbs]==[guards]*bool(guards)
 
 # killed at any moment, in processes of their own
 
