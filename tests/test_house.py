@@ -1,5 +1,5 @@
 "The habits of the house: notebooks run, modules and README are made from them, arrows between modules go down."
-import ast, configparser, contextlib, importlib, inspect, json, multiprocessing as mp, os, re, runpy, shutil, subprocess, sys
+import ast, configparser, contextlib, importlib, inspect, json, multiprocessing as mp, os, re, runpy, shutil, signal, subprocess, sys
 from pathlib import Path
 import pytest
 from fastcore.docments import docments
@@ -29,6 +29,7 @@ def _run_nb(nb, log, cache):
     fd = os.open(log, os.O_WRONLY|os.O_CREAT)
     for o in (1, 2): os.dup2(fd, o)
     os.environ.update(IN_TEST='1', XDG_CACHE_HOME=str(cache), MPLCONFIGDIR=os.environ.get('MPLCONFIGDIR') or _mpl_dir())
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # as in a terminal; a background job of a shell ignores it
     mp.set_start_method('fork', force=True)   # what a notebook has; this process comes from a forkserver
     from nbdev.test import test_nb
     ok,_ = test_nb(Path(nb), skip_flags=cfg['tst_flags'].split(), basepath=root)
@@ -84,10 +85,11 @@ def test_readme_links_lead_somewhere():
     links = re.findall(r'\]\(([^)\s#]+)\)', (root/'README.md').read_text(encoding='utf8'))
     assert len(links)>5 and not [o for o in links if not o.startswith('http') and not (root/o).exists()]
 
-def test_readme_table_is_measured(monkeypatch):
+@pytest.mark.parametrize('name', ['minicity', 'town_camvid'])
+def test_readme_tables_are_measured(monkeypatch, name):
     from pipa.show import results_markdown
     monkeypatch.chdir(root/'nbs')
-    assert results_markdown('../data/results/minicity.csv').strip() in (root/'README.md').read_text(encoding='utf8'), 'run python .ci/readme.py'
+    assert results_markdown(f'../data/results/{name}.csv').strip() in (root/'README.md').read_text(encoding='utf8'), 'run python .ci/readme.py'
 
 def test_version():
     from pipa import __version__

@@ -40,6 +40,12 @@ def home(tmp_path_factory): return city(tmp_path_factory.mktemp('city'), n=4, si
 def cache_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m: m.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('xdg'))); yield
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    "Ctrl-C means what it means in a terminal: a shell lets its background jobs ignore it"
+    old = signal.signal(signal.SIGINT, signal.default_int_handler); yield
+    signal.signal(signal.SIGINT, old)
+
 def make(home, path, method='pipa', *cbs, s=0, n=6, workers=0, keep=dict(), target=None, **kw):
     "A small learner with a Checkpoint; `s` is the seed of everything"
     seed(s); Path(path).mkdir(exist_ok=True, parents=True)
