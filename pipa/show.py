@@ -252,7 +252,7 @@ def read_results(
     if not len(df): raise ValueError(f"There are no results yet: `{csv}` has no rows; it is filled when the study is run.")
     df['host'],df['terms'] = zip(*df.method.map(host_terms))
     df['settings'] = df['settings'].where(df['settings'].notna(), '').astype(str) if 'settings' in df else ''
-    order = methods + sorted(set(df.method)-set(methods))
+    order = methods[:-1] + sorted(set(df.method)-set(methods)) + methods[-1:]   # the oracle is last
     df['method'] = pd.Categorical(df.method, [m for m in order if m in set(df.method)], ordered=True)
     df = df.drop_duplicates([*_known[:4], 'settings'], keep='last')
     return df.sort_values(['benchmark', 'epochs', 'method', 'seed']).reset_index(drop=True)

@@ -126,7 +126,7 @@ def test_results_table(tmp_path):
     v = [.401,.455,.43]
     csv = table(tmp_path, [row('oracle', 0, .8)] + [row('pipa', i, o, o+.1) for i,o in enumerate(v)] + [row('mine', 0, .1), row('source', 0, .2)])
     t = S.results_table(csv)
-    assert t.index.tolist()==['source','pipa','oracle','mine'] and t.columns.tolist()==['seeds','mIoU','mIoU, teacher','sky','car']
+    assert t.index.tolist()==['source','pipa','mine','oracle'] and t.columns.tolist()==['seeds','mIoU','mIoU, teacher','sky','car']
     assert t.loc['pipa','mIoU']==f'{100*np.mean(v):.1f} ± {100*np.std(v, ddof=1):.1f}' and t.loc['source','mIoU']=='20.0'
     assert t.loc['source','mIoU, teacher']=='–' and t.loc['pipa','car']=='–' and t.loc['pipa','seeds']==3
     assert S.results_table(csv, spread=False).loc['pipa','mIoU']=='42.9'
