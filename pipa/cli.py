@@ -294,7 +294,7 @@ def look_before(
     valid=None # Labelled `Domain` to report on
 ):
     "Say what is wrong with a run before it begins"
-    for k,least in dict(epochs=1, steps=1, bs=1, workers=0, threads=0, unlabelled=0, rcs=0, zoom=1).items():
+    for k,least in dict(epochs=1, steps=1, bs=1, workers=0, threads=0, unlabelled=0, minutes=0, rcs=0, zoom=1).items():
         if k in o: between(f'--{k}', o[k], least)
     between('--seed', o.seed, 0, 2**32-1); one_of('--guard', o.get('guard', 'off'), ('stop', 'skip', 'off'))
     for p in target.images if target else (): image_size(p)
@@ -361,7 +361,7 @@ def adapt(
                         cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)], n_unlabelled=o.unlabelled, **net_args(o), **method_args(o))
     learn.path = out = Path(out) if o.resume else rank0_folder(out)
     watch(learn, o.get('guard', 'off'), out/'metrics.csv')
-    lock = None if rank else claim(out)
+    lock = None if rank else claim(out)   # nobody else's as long as this lasts
     text = json.dumps(dict(o, ranks=world, **origins(o, src, tgt, val)), indent=1)
     if o.resume: checkpoints(out) and learn.resume()
     elif not rank: write_file(out/'config.json', lambda f: f.write(text.encode()))

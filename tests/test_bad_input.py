@@ -112,6 +112,7 @@ table = dict(pipa_train=r"""
 --data=gta:cityscapes | set PIPA_DATA
 --seed=abc | argument --seed: invalid int
 --seed=-1 | `--seed` is -1: it must be from 0
+--minutes=-1 | `--minutes` is -1
 --seed=99999999999 | `--seed` is 99999999999
 --epochs=0 | `--epochs` is 0: it must be 1 or more
 --epochs=1.5 | --epochs: invalid int
