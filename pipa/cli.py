@@ -27,6 +27,7 @@ from .resume import Checkpoint, checkpoints, claim
 from .guard import Guard
 from .record import data_stamp, differences, read_config, repeat, revisions, seed_all
 from .metrics import iou, miou, iou_table, pixel_acc, Validator
+from .explore import tightness
 from . import check, data, show, infer, export
 
 # %% auto #0
@@ -368,7 +369,7 @@ def adapt(
     with nullcontext() if rank or sys.stdout.isatty() else plain_log(learn): learn.fit_poly(o.epochs, **fit_args(o))
     if rank: return out,{}
     row = dict(benchmark=o.data, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms)
-    row |= write_run(out, learn, before, o) | measures(learn)
+    row |= write_run(out, learn, before, o) | measures(learn) | (tightness(learn.model, dls) if val else {})
     return out,row
 
 # %% ../nbs/31_cli.ipynb #rsm00004

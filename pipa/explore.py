@@ -20,8 +20,8 @@ from .show import Fig, denorm
 # %% auto #0
 __all__ = ['Views', 'unit', 'views', 'features', 'embedding', 'map_layers', 'see', 'scenes', 'nets_of', 'Snapshots', 'moments',
            'at_snapshot', 'query', 'similarity', 'cell_labels', 'sample', 'embeddings_of', 'pca', 'procrustes',
-           'project', 'scatter', 'centroids', 'class_cosines', 'class_table', 'class_lines', 'cosine_matrix',
-           'in_lasso', 'in_box', 'neighbours']
+           'project', 'scatter', 'centroids', 'class_cosines', 'class_table', 'class_sums', 'tightness', 'class_lines',
+           'cosine_matrix', 'in_lasso', 'in_box', 'neighbours']
 
 # %% ../nbs/23_explore.ipynb #e4da3b7f
 class Views(NamedTuple):
@@ -372,6 +372,34 @@ def class_table(
     df = pd.DataFrame(rows, columns=['class', 'n', 'compactness', 'separability', 'ratio', 'gap'])
     mean = df.drop(columns=['class', 'n']).mean()
     return pd.concat([df, pd.DataFrame([{'class': 'mean', 'n': int(df.n.sum()), **mean}])], ignore_index=True)
+
+# %% ../nbs/23_explore.ipynb #tight002
+def class_sums(
+    v:Views, # With labels, see `Views`
+    n:int, # Number of classes
+    ignore:int=255 # Label that doesn't count
+)->tuple: # Sums of the embeddings, `n×D`, and number of cells, `n`
+    "The embeddings of each class, added up over all cells with a single label"
+    mid,one = cell_labels(v.y, v.emb.shape[1:3])
+    ok = one & (mid!=ignore)
+    of = np.eye(n, dtype=np.float32)[mid[ok].astype(int)]
+    return of.T@v.emb[ok],of.sum(0)
+
+def tightness(
+    net:nn.Module, # See `embedding`
+    dls, # See `scenes`; the validation images have labels
+    n:int=16, # Images of each domain
+    layer:str='fused' # Which vectors, see `embedding`
+)->dict: # compactness (up to 1) and separability (up to 2) of the target's classes, and their gap to the source; means over classes
+    "How tight the classes lie in the target, how far apart, and how far from the source"
+    x,y,of = scenes(dls, n)
+    parts = [class_sums(see(net, x[i:i+1], y[i:i+1], layer=layer), dls.c) for i in range(len(x))]
+    (s,k_s),(t,k) = (map(sum, zip(*(p for p,d in zip(parts, of) if d==o))) for o in ('source', 'target'))
+    s[k_s==0],t[k==0] = np.nan,np.nan
+    mu = unit(t); cos = mu@mu.T; np.fill_diagonal(cos, np.nan)
+    each = dict(compactness=np.linalg.norm(t, axis=1)/k.clip(1), separability=1-pd.DataFrame(cos).max(axis=1), gap=1-(mu*unit(s)).sum(1))
+    return {o: float(pd.Series(v).mean()) for o,v in each.items()}
+
 
 # %% ../nbs/23_explore.ipynb #9a115815
 def class_lines(

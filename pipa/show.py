@@ -238,7 +238,7 @@ def confusion_picture(
 # %% ../nbs/22_show.ipynb #1c383cd3
 methods = ['source', 'self_training', 'pixel', 'patch', 'pipa', 'oracle']
 _known = ['benchmark', 'method', 'seed', 'epochs', 'miou_student', 'miou_teacher', 'command', 'version',
-          'host', 'terms', 'settings', *label_free]
+          'host', 'terms', 'settings', *label_free, 'compactness', 'separability', 'gap']
 
 def read_results(
     csv # Path of the file
