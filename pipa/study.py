@@ -66,7 +66,8 @@ def sentence(
 # %% ../nbs/24_study.ipynb #d41a8772
 def gains_picture(
     csv, # Path of the file
-    score:str='miou_student' # Column
+    score:str='miou_student', # Column
+    what:str='mean IoU of the student' # Its name under the picture
 )->Fig: # A figure with a sentence if there's nothing to compare
     "Mean gain of each term on each host with its interval, and each pair as a dot"
     g = gains(csv, score)
@@ -84,7 +85,7 @@ def gains_picture(
         y = runs.index(o.run) + .8*((hues.index(o.terms)+.5)/len(hues)-.5)
         ax.plot(np.clip([o.lo, o.hi], *ax.get_xlim()), [y,y], c=colours[o.terms]); ax.plot(o.gain, y, '|', c='k', ms=10)
     ax.axvline(0, c='k', lw=.8); ax.legend(title='', loc='best', fontsize=8); sns.despine(ax=ax)
-    ax.set(xlabel='gain in mean IoU over the host, points', ylabel='', ylim=(len(runs)-.5, -.5))
+    ax.set(xlabel=f'{what}: difference to the host alone, hundredths', ylabel='', ylim=(len(runs)-.5, -.5))
     return fig
 
 # %% ../nbs/24_study.ipynb #840db505
