@@ -66,9 +66,10 @@ class Surface(_Images, _Points, anywidget.AnyWidget):
         super().__init__(**kwargs)
         self.on_msg(lambda _,ev,bufs: self.event(ev))
     def event(self, ev): # What the browser sends: a dict with its type, answered by the function of that name in `react`
-        try: self.react.get(ev.get('type'), lambda ev: None)(ev)
-        except Exception as e: self.said = f'{type(e).__name__}: {e}'; raise
-        finally: self.busy,self.done = False,max(self.done, ev.get('n', 0))
+        with self.hold_sync():
+            try: self.react.get(ev.get('type'), lambda ev: None)(ev)
+            except Exception as e: self.said = f'{type(e).__name__}: {e}'; raise
+            finally: self.busy,self.done = False,max(self.done, ev.get('n', 0))
 
 # %% ../nbs/25_surface.ipynb #c20ad4d7
 def rgba(
