@@ -366,7 +366,7 @@ def class_table(
     gap = 1-(both[0]*both[1]).sum(1) if len(both)==2 else np.full(n, np.nan)
     rows = []
     for c in sorted(set(y.tolist())):
-        tight = float((e[y==c]@mu[c]).mean())
+        tight = float((e[y==c]@mu[c]).mean()) if (y==c).sum()>1 else np.nan
         rows.append({'class': codes[c], 'n': int((y==c).sum()), 'compactness': tight, 'separability': float(near[c]),
                      'ratio': float(near[c]/max(1-tight, 1e-6)), 'gap': float(gap[c])})
     df = pd.DataFrame(rows, columns=['class', 'n', 'compactness', 'separability', 'ratio', 'gap'])

@@ -47,11 +47,11 @@ function render({ model, el }) {
   root.setAttribute('role', 'group');
   root.dataset.lmSuppressShortcuts = 'true';  // JupyterLab shall not move cells while arrow keys move a box
   root.innerHTML = `<div class="pipa-views"><canvas class="pipa-images" tabindex="0" role="img"></canvas>
-    <div class="pipa-plot"><canvas class="pipa-points" tabindex="0" role="img"></canvas><div class="pipa-legend"></div></div></div>
+    <div class="pipa-plot"><canvas class="pipa-points" tabindex="0" role="img"></canvas><div class="pipa-keys"></div><div class="pipa-legend"></div></div></div>
     <div class="pipa-status"><span class="pipa-here"></span><span class="pipa-said" role="status" aria-live="polite"></span></div>`;
   el.append(root);
-  const [images, points, plot, legend, here, said] =
-    ['images', 'points', 'plot', 'legend', 'here', 'said'].map(k => root.querySelector('.pipa-' + k));
+  const [images, points, plot, keys, legend, here, said] =
+    ['images', 'points', 'plot', 'keys', 'legend', 'here', 'said'].map(k => root.querySelector('.pipa-' + k));
 
   const S = { rects: [], base: [], over: [], heat: [], xy: new Float32Array(0), from: null, born: 0, boxes: [], active: 0, area: null,
     lasso: null, hover: null, tip: -1, cursor: null, view: { s: 1, x: 0, y: 0 }, drag: null, frames: 0, heats: 0, dirty: new Set(),
@@ -63,7 +63,7 @@ function render({ model, el }) {
   function size(canvas, w, h) {
     const r = window.devicePixelRatio || 1;
     const W = Math.round(w * r), H = Math.round(h * r);
-    if (canvas.width !== W || canvas.height !== H) { canvas.width = W; canvas.height = H; canvas.style.width = w + 'px'; canvas.style.height = h + 'px'; }
+    if (canvas.width !== W || canvas.height !== H) { canvas.width = W; canvas.height = H; }
     const ctx = canvas.getContext('2d');
     ctx.setTransform(r, 0, 0, r, 0, 0);
     return ctx;
@@ -73,7 +73,7 @@ function render({ model, el }) {
     const total = root.clientWidth, panels = g('panels'), both = panels.length && S.xy.length;
     if (!total) return;
     S.laid = window.devicePixelRatio; S.dirty.add('images').add('points');
-    const side = both && total > 640, share = g('share');
+    const side = both && total > 800, share = g('share');
     const W = Math.floor(side ? total * share - GAP : total), cols = Math.max(1, Math.min(g('cols') || 2, panels.length || 1));
     const cw = Math.min((W - GAP * (cols - 1)) / cols, g('max_width'));
     S.rects = []; let y = 0;
@@ -89,6 +89,7 @@ function render({ model, el }) {
     S.PW = Math.floor(side ? total - S.W - 2 * GAP - 4 : Math.min(total, 720));
     plot.style.width = S.PW + 2 + 'px';
     S.PH = Math.floor(side ? clamp(S.H, 260, 620) : Math.min(S.PW * .75, 460));
+    for (const [c, w, h] of [[images, S.W, S.H], [points, S.PW, S.PH]]) { c.style.width = w + 'px'; c.style.height = h + 'px'; }
   }
 
   // --- what arrives ---
@@ -128,10 +129,17 @@ function render({ model, el }) {
         const b = document.createElement('button');
         b.type = 'button'; b.className = 'pipa-chip'; b.setAttribute('aria-pressed', l.on !== false);
         b.dataset.name = l.text; b.title = l.on === false ? `show ${l.text}` : `hide ${l.text}`;
-        b.innerHTML = `<i class="${l.shape === 'triangle' ? 'pipa-triangle' : ''}" style="--c:${l.color || 'currentColor'}"></i>`;
+        if (l.color) b.innerHTML = `<i style="--c:${l.color}"></i>`;
         b.append(l.text);
         b.onclick = () => send({ type: 'legend', i, text: l.text });
         return b;
+      }));
+    },
+    keys() {
+      keys.replaceChildren(...g('keys').map(k => {
+        const e = document.createElement('span');
+        e.innerHTML = `<i style="--c:${k.color}"></i>`; e.append(k.text);
+        return e;
       }));
     },
     label() { root.setAttribute('aria-label', g('label')); images.setAttribute('aria-label', g('label') + ': images'); points.setAttribute('aria-label', g('label') + ': plot'); },
@@ -260,7 +268,15 @@ function render({ model, el }) {
     ctx.textAlign = 'left'; ctx.textBaseline = 'alphabetic';
     if (S.lasso) { ctx.beginPath(); S.lasso.forEach(([x, y], i) => ctx[i ? 'lineTo' : 'moveTo'](x, y)); ctx.closePath(); ctx.fillStyle = color('--pipa-veil'); ctx.fill(); ctx.setLineDash([5, 4]); ctx.lineWidth = 1.5; ctx.strokeStyle = color('--pipa-fg'); ctx.stroke(); ctx.setLineDash([]); }
     drawTip(ctx, xy);
-    ctx.fillStyle = color('--pipa-soft'); ctx.font = '11px ' + color('--pipa-font'); ctx.fillText(g('caption'), 8, S.PH - 8, S.PW - 16);
+    ctx.fillStyle = color('--pipa-soft'); ctx.font = '11px ' + color('--pipa-font');
+    lines(ctx, g('caption'), S.PW - 16).reverse().forEach((l, i) => ctx.fillText(l, 8, S.PH - 8 - 14 * i));
+  }
+
+  function lines(ctx, text, w) {  // broken at its dots, where it is too long
+    return text.split(' · ').reduce((ls, t) => {
+      const l = ls.length ? ls[ls.length - 1] + ' · ' + t : t;
+      return ls.length && ctx.measureText(l).width <= w ? [...ls.slice(0, -1), l] : [...ls, t];
+    }, []);
   }
 
   function drawTip(ctx, xy) {  // the pixel under the mouse: a ring, its surroundings, and what is known of it
@@ -443,6 +459,7 @@ function render({ model, el }) {
   on(['xy'], () => { loaders.xy(); relaid(); });
   on(['boxes'], () => { loaders.boxes(); draw('images'); });
   on(['legend'], loaders.legend);
+  on(['keys'], loaders.keys);
   on(['said', 'busy'], loaders.said);
   on(['marks', 'over_alpha', 'heat_alpha'], () => draw('images'));
   on(['shape', 'tips', 'texts', 'trails', 'caption'], () => draw('points'));

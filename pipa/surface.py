@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64, html, io, json
 from importlib.resources import files
 import anywidget, ipywidgets as W, numpy as np, traitlets as T
+from IPython.display import Image as Still
 from matplotlib import colormaps
 from PIL import Image
 from fastcore.basics import patch
@@ -47,7 +48,8 @@ class _Points(T.HasTraits):
     tips = _trait(T.List())        # What to say about each
     texts = _trait(T.List())       # Names in the plot: dicts with text, x, y
     trails = _trait(T.List())      # Lines in the plot: dicts with xy, color
-    legend = _trait(T.List())      # Buttons below it: dicts with text, color, shape, on
+    keys = _trait(T.List())        # What colours mean, below it: dicts with text, color
+    legend = _trait(T.List())      # Buttons below that: dicts with text, color, on
     caption = _trait(T.Unicode('')) # At the foot of the plot
 
 # %% ../nbs/25_surface.ipynb #c9f0f895
@@ -129,7 +131,7 @@ def control_row(ws, # Widgets
                 align='center' # How they stand to each other
 )->W.HBox:
     "Widgets in a row that wraps"
-    return W.HBox(list(ws), layout=W.Layout(flex_flow='row wrap', align_items=align))
+    return W.HBox(list(ws), layout=W.Layout(flex_flow='row wrap', align_items=align)).add_class('pipa-row')
 
 def pick(label, # Before the list
          options, # As in `Dropdown`
@@ -143,12 +145,12 @@ def slide(label, # Before the slider
           lo, # Left end
           hi, # Right end
           px=220, # Width
-          step=.01 # Between values
-)->W.FloatSlider:
+          step=.01 # Between values; an integer makes a slider of integers
+):
     "A number between two others"
-    digits = max(2, -int(np.floor(np.log10(step))))
-    return W.FloatSlider(description=label, min=lo, max=hi, step=step, readout_format=f'.{digits}f', layout=width(px),
-                         style=dict(description_width='initial'))
+    kw = dict(description=label, min=lo, max=hi, step=step, layout=width(px), style=dict(description_width='initial'))
+    if isinstance(step, int): return W.IntSlider(**kw)
+    return W.FloatSlider(readout_format=f'.{max(2, -int(np.floor(np.log10(step))))}f', **kw)
 
 def tick(label, # On the button
          tip # For those who wait over it
@@ -191,9 +193,11 @@ class Page(W.VBox):
         if file: write_file(file, lambda o: o.write(f.getvalue()))
         return f.getvalue()
 
+    def still(self): return Still(_few_colours(self.to_png(dpi=75))) # What is shown now, for a cell; a widget shows its latest state everywhere
+
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
-        return bundle and {**bundle, 'image/png': base64.b64encode(_few_colours(self.to_png(dpi=75))).decode()}
+        return bundle and {**bundle, 'image/png': base64.b64encode(self.still().data).decode()}
 
 def _few_colours(png): # A quarter of the bytes, and hardly a difference: a notebook may hold many
     f = io.BytesIO(); Image.open(io.BytesIO(png)).convert('RGB').quantize(200, method=Image.Quantize.MAXCOVERAGE).save(f, 'png', optimize=True)
