@@ -160,7 +160,7 @@ def _points(self:_State):
     pal,shape = palette(space, self.blind),pd.factorize(t.domain, sort=True)[0].clip(max=1)
     keys = color_keys(self.color_by, t.domain)
     def dot(c): return '' if keys else css(pal[c])
-    return dict(keys=keys, rgb=point_colors(t, self.color_by, space, self.blind).tobytes(), state=state.tobytes(), shape=shape.astype(np.uint8).tobytes(),
+    return dict(swatches=keys, rgb=point_colors(t, self.color_by, space, self.blind).tobytes(), state=state.tobytes(), shape=shape.astype(np.uint8).tobytes(),
                 legend=[dict(text=space.codes[c], color=dot(c), on=not self.shown or c in self.shown) for c in sorted(set(t.cls))],
                 tips=[f'{_name(space, r.cls)} · {r.domain}\nsays {_name(space, r.pred)} {r.conf:.2f}' for r in t.itertuples()])
 

@@ -135,8 +135,8 @@ function render({ model, el }) {
         return b;
       }));
     },
-    keys() {
-      keys.replaceChildren(...g('keys').map(k => {
+    swatches() {
+      keys.replaceChildren(...g('swatches').map(k => {
         const e = document.createElement('span');
         e.innerHTML = `<i style="--c:${k.color}"></i>`; e.append(k.text);
         return e;
@@ -459,7 +459,7 @@ function render({ model, el }) {
   on(['xy'], () => { loaders.xy(); relaid(); });
   on(['boxes'], () => { loaders.boxes(); draw('images'); });
   on(['legend'], loaders.legend);
-  on(['keys'], loaders.keys);
+  on(['swatches'], loaders.swatches);
   on(['said', 'busy'], loaders.said);
   on(['marks', 'over_alpha', 'heat_alpha'], () => draw('images'));
   on(['shape', 'tips', 'texts', 'trails', 'caption'], () => draw('points'));

@@ -48,7 +48,7 @@ class _Points(T.HasTraits):
     tips = _trait(T.List())        # What to say about each
     texts = _trait(T.List())       # Names in the plot: dicts with text, x, y
     trails = _trait(T.List())      # Lines in the plot: dicts with xy, color
-    keys = _trait(T.List())        # What colours mean, below it: dicts with text, color
+    swatches = _trait(T.List())    # What colours mean, below it: dicts with text, color
     legend = _trait(T.List())      # Buttons below that: dicts with text, color, on
     caption = _trait(T.Unicode('')) # At the foot of the plot
 
