@@ -432,6 +432,8 @@ def _draw_points(self:PixelEmbeddingExplorer, ax):
     for o in self.surface.texts:
         ax.text(o['x'], o['y'], o['text'], fontsize=7.5, weight='bold', ha='center', bbox=dict(fc='w', alpha=.65, lw=0, pad=.8))
     for o in self.surface.trails: ax.plot(*np.transpose(o['xy']), c=o['color'], lw=1.5)
+    for o in self.surface.swatches: ax.scatter([], [], c=o['color'], marker='s', s=20, label=o['text'])
+    if self.surface.swatches: ax.legend(fontsize=7, ncols=4, frameon=False, loc='lower right')
     ax.set(xticks=[], yticks=[]); ax.set_title(self.surface.caption, fontsize=7.5); sns.despine(ax=ax, left=True, bottom=True)
 
 # %% ../nbs/26_pixel_explorer.ipynb #p1cture1
