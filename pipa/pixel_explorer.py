@@ -421,6 +421,14 @@ def _draw_heat(ax, s, hw, lo, hi, alpha):
     c[...,3] *= alpha
     ax.imshow(c, extent=(-.5, hw[1]-.5, hw[0]-.5, -.5), interpolation='bilinear')
 
+def _apart(texts): # Names that would lie on each other move down
+    placed = []
+    for o in texts:
+        x,y,w = o['x'],o['y'],.022*len(o['text'])
+        while any(abs(x-a)<w+b and abs(y-c)<.1 for a,c,b in placed): y -= .05
+        placed.append((x, y, w))
+    return placed
+
 @patch
 def _draw_points(self:PixelEmbeddingExplorer, ax):
     t,z,rgb = self.table,self._projection()[0][self.checkpoint],point_colors(self.table, self.color_by, self.space, self.blind)/255
@@ -429,8 +437,8 @@ def _draw_points(self:PixelEmbeddingExplorer, ax):
         for k,a in ((ok & ~lit, .15 if lit.any() else .85), (ok & lit, 1)):
             k = k & (t.domain==d).values
             ax.scatter(*z[k].T, c=rgb[k], marker=m, s=14, alpha=a, linewidths=.3, edgecolors='k')
-    for o in self.surface.texts:
-        ax.text(o['x'], o['y'], o['text'], fontsize=7.5, weight='bold', ha='center', bbox=dict(fc='w', alpha=.65, lw=0, pad=.8))
+    for o,(x,y,_) in zip(self.surface.texts, _apart(self.surface.texts)):
+        ax.text(x, y, o['text'], fontsize=7.5, weight='bold', ha='center', bbox=dict(fc='w', alpha=.65, lw=0, pad=.8))
     for o in self.surface.trails: ax.plot(*np.transpose(o['xy']), c=o['color'], lw=1.5)
     for o in self.surface.swatches: ax.scatter([], [], c=o['color'], marker='s', s=20, label=o['text'])
     if self.surface.swatches: ax.legend(fontsize=7, ncols=4, frameon=False, loc='lower right')
