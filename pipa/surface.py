@@ -213,7 +213,7 @@ for (const e of document.querySelectorAll('.state')) surface.render({ el: e.pare
 def _state(s):
     d = {k: v for k,v in s.get_state().items() if not k.startswith('_') and k not in ('layout', 'tabbable', 'tooltip')}
     d = {k: dict(b64=base64.b64encode(v).decode()) if isinstance(v, (bytes,memoryview)) else v for k,v in d.items()}
-    return json.dumps(d | dict(hover=False, busy=False)).replace('<', '\\u003c')
+    return json.dumps(d | dict(hover=False, busy=False, said='')).replace('<', '\\u003c')
 
 def img_tag(
     fig:Fig, # A figure
@@ -229,7 +229,7 @@ def to_html(self:Page, file=None):
     parts += [f'<h2>{html.escape(k)}</h2>{img_tag(f, k) if isinstance(f, Fig) else f}' for k,f in self.figures().items()]
     page = f"""<!doctype html><meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{Surface._css}
 :root {{ color-scheme: light dark; }} body {{ max-width: 1100px; margin: 24px auto; font: 14px/1.5 system-ui, sans-serif; }} img {{ max-width: 100%; }}
-.pipa-chip {{ pointer-events: none; }} h1, h2 {{ font-size: 1.1em; }} img, table {{ background: #fff; color: #000; }}</style>
+.pipa-chip {{ pointer-events: none; }} h1, h2 {{ font-size: 1.1em; }} img {{ background: #fff; }}</style>
 <h1>{html.escape(self.title)}</h1>{"".join(parts)}
 <script type="module">{Surface._esm.replace("export default", "const surface =")}
 {_model}</script>"""
