@@ -9,13 +9,14 @@ from copy import deepcopy
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch, seaborn as sns
 from torch import nn, Tensor
+from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from threadpoolctl import threadpool_limits
 from .data import PairDL
 from .models import resize, run_with
 from .infer import evaluating
-from .show import Fig, denorm
+from .show import Fig, denorm, result_picture
 
 # %% auto #0
 __all__ = ['Views', 'unit', 'views', 'features', 'embedding', 'map_layers', 'see', 'scenes', 'nets_of', 'Snapshots', 'moments',
@@ -190,6 +191,18 @@ def at_snapshot(
     if who not in states[name]: raise KeyError(f'At {name!r} there was no {who} yet.')
     net = deepcopy(nets[who]); net.load_state_dict(states[name][who])
     return net
+
+# %% ../nbs/23_explore.ipynb #snapsh02
+@patch
+@torch.no_grad()
+def show(self:Snapshots, n:int=2):
+    "Validation images, and what the student said of them at each snapshot"
+    x,y = (o[:n] for o in self.dls.valid.one_batch())
+    said = {}
+    for k in self.states:
+        net = at_snapshot(self.learn, k)
+        with evaluating(net): said[k] = net(x).argmax(1)
+    return result_picture(x, y, said, self.dls.space)
 
 # %% ../nbs/23_explore.ipynb #1ff1de77
 def query(
@@ -366,7 +379,7 @@ def class_table(
     gap = 1-(both[0]*both[1]).sum(1) if len(both)==2 else np.full(n, np.nan)
     rows = []
     for c in sorted(set(y.tolist())):
-        tight = float((e[y==c]@mu[c]).mean())
+        tight = float((e[y==c]@mu[c]).mean()) if (y==c).sum()>1 else np.nan
         rows.append({'class': codes[c], 'n': int((y==c).sum()), 'compactness': tight, 'separability': float(near[c]),
                      'ratio': float(near[c]/max(1-tight, 1e-6)), 'gap': float(gap[c])})
     df = pd.DataFrame(rows, columns=['class', 'n', 'compactness', 'separability', 'ratio', 'gap'])

@@ -13,7 +13,7 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from fastai.callback.fp16 import MixedPrecision
 from .limits import one_line, one_of
 from .data import write_file
-from .callbacks import LossTerm, Pair
+from .callbacks import LossTerm, Pair, _show
 from .metrics import TermColumn
 
 # %% auto #0
@@ -159,6 +159,15 @@ def sentence(self:Guard, text, files, file):
     many = f' So it was with {self.row-1} batches before.' if self.row>1 else ''
     of = '' if not files else ' Its files: ' + '; '.join(dict.fromkeys(' + '.join(o.values()) for o in files)) + '.'
     return f"{text}{many}{of} It is kept as `{file}`: `pipa.guard.replay` runs it again. Look at the files, lower the learning rate, or skip such batches."
+
+# %% ../nbs/13_guard.ipynb #gua00044
+@patch
+def show(self:Guard, n:int=2):
+    "Images and labels of the last batch; pixels that aren't finite are magenta"
+    magenta = torch.tensor([9.,-9.,9.])[:,None,None]
+    def image(x): return torch.where(x.isfinite().all(0), x.float(), magenta.to(x.device))
+    def part(o): return [image(x) for x in o[:n]] if o.is_floating_point() else o[:n]
+    return _show([*zip(*map(part, self.batch))], ('source', 'label', 'target')[:len(self.batch)])
 
 # %% ../nbs/13_guard.ipynb #gua00041
 @patch

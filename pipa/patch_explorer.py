@@ -236,7 +236,7 @@ class PatchConsistency(Page, _PairState):
 def _handles(self:PatchConsistency):
     N,short = self.nets,dict(description_width='initial')
     return dict(
-        image=pick('image', [(str(i+1), i) for i in range(len(N.x))], 110), who=pick('', N.who, 95),
+        image=pick('image', [(str(i+1), i) for i in range(len(N.x))], 110), who=pick('net', N.who, 120),
         checkpoint=W.SelectionSlider(options=[(k, i) for i,k in enumerate(N.names)], layout=width(260), description='checkpoint'),
         min_iou=slide('overlap from', 0, .95, 230), conf=slide('sure from', 0, 1, 220),
         seed=W.BoundedIntText(min=0, max=10**6, description='seed', layout=width(110), style=short),
@@ -308,7 +308,7 @@ _pair_tabs = ['pair', 'over overlap', 'hardest pairs', 'over checkpoints']
 def _tabs(self:PatchConsistency):
     self.panes = [W.VBox() for _ in _pair_tabs]
     self.tabs = W.Tab(self.panes, titles=_pair_tabs)
-    self.panes[0].children = [W.HTML('Drag the crops, or draw a random pair. The other tabs look at many pairs, and at the past.')]
+    self.panes[0].children = [W.HTML('Drag the crops and their corners, or draw a random pair. Keys: arrows move a crop, with shift they change its size, B takes the other one. The other tabs look at many pairs, and at the past.')]
     self.tabs.observe(lambda _: self._show_tab(), 'selected_index')
     return self.tabs
 

@@ -14,7 +14,7 @@ from .surface import Page, Surface, rgba, heat_bytes, lut, f32, palette, css, co
 from .surface import img_tag, on_dark, control_row, pick, slide, tick, width
 
 # %% auto #0
-__all__ = ['point_colors', 'PixelEmbeddingExplorer', 'counts_figure']
+__all__ = ['point_colors', 'color_keys', 'PixelEmbeddingExplorer', 'counts_figure']
 
 # %% ../nbs/26_pixel_explorer.ipynb #e4da3b7f
 class _Looks:
@@ -131,6 +131,19 @@ def point_colors(
         case _: rgb = [_grey if o is None else _right if o else _wrong for o in t.correct]
     return np.asarray(rgb).reshape(-1, 3).astype(np.uint8)
 
+# %% ../nbs/26_pixel_explorer.ipynb #keys0002
+def color_keys(
+    by:str, # As in `point_colors`
+    domains=() # Names that occur
+)->list: # Dicts with text and color; empty where classes have the colours
+    "What the colours of `point_colors` mean"
+    def of(texts, rgb): return [dict(text=str(t), color=css(c)) for t,c in zip(texts, rgb)]
+    match by:
+        case 'domain': return of(sorted(set(domains)), _domain_colors)
+        case 'confidence': return of(('0', '0.5', '1'), [255*np.array(colormaps['cividis'](v)[:3]) for v in (0., .5, 1.)])
+        case 'correct': return of(('right', 'wrong', 'unknown'), (_right, _wrong, _grey))
+    return []
+
 # %% ../nbs/26_pixel_explorer.ipynb #6f4922f4
 def _name(space, c): return space.codes[c] if 0<=c<space.n else 'none'
 
@@ -145,8 +158,10 @@ def _points(self:_State):
     lit = [i for i in self.lit if i<len(t) and ok[i]]
     state[lit] = 2
     pal,shape = palette(space, self.blind),pd.factorize(t.domain, sort=True)[0].clip(max=1)
-    return dict(rgb=point_colors(t, self.color_by, space, self.blind).tobytes(), state=state.tobytes(), shape=shape.astype(np.uint8).tobytes(),
-                legend=[dict(text=space.codes[c], color=css(pal[c]), on=not self.shown or c in self.shown) for c in sorted(set(t.cls))],
+    keys = color_keys(self.color_by, t.domain)
+    def dot(c): return '' if keys else css(pal[c])
+    return dict(swatches=keys, rgb=point_colors(t, self.color_by, space, self.blind).tobytes(), state=state.tobytes(), shape=shape.astype(np.uint8).tobytes(),
+                legend=[dict(text=space.codes[c], color=dot(c), on=not self.shown or c in self.shown) for c in sorted(set(t.cls))],
                 tips=[f'{_name(space, r.cls)} · {r.domain}\nsays {_name(space, r.pred)} {r.conf:.2f}' for r in t.itertuples()])
 
 # %% ../nbs/26_pixel_explorer.ipynb #sc00001d
@@ -252,10 +267,10 @@ def _handles(self:PixelEmbeddingExplorer):
     L,short = self.looks,dict(description_width='initial')
     return dict(
         checkpoint=W.SelectionSlider(options=[(k, i) for i,k in enumerate(L.names)], layout=width(260), description='checkpoint'),
-        who=pick('', L.who, 95), layer=pick('', L.layers, 130), method=pick('', [(v, k) for k,v in _methods.items()], 85),
-        color_by=pick('colour', _colors, 155), over=pick('show', _overs, 145), over_alpha=slide('', 0, 1, 130),
-        heat_alpha=slide('heat', 0, 1, 180), threshold=slide('from', -1, 1, 190), hover=tick('hover', 'Ask while the mouse moves'),
-        n=W.IntSlider(description='n', min=5, max=200, layout=width(170), style=short, continuous_update=False),
+        who=pick('net', L.who, 120), layer=pick('layer', L.layers, 165), method=pick('projection', [(v, k) for k,v in _methods.items()], 155),
+        color_by=pick('colour', _colors, 155), over=pick('show', _overs, 145), over_alpha=slide('opacity', 0, 1, 190),
+        heat_alpha=slide('heat', 0, 1, 180), threshold=slide('similar from', -1, 1, 230), hover=tick('hover', 'Ask while the mouse moves'),
+        n=W.IntSlider(description='pixels a class', min=5, max=200, layout=width(240), style=short, continuous_update=False),
         seed=W.BoundedIntText(min=0, max=9999, description='seed', layout=width(100), style=short),
         pure=tick('pure', 'Only cells whose pixels have one label'), blind=tick('colour-blind', 'Colours for all eyes'),
         trails=tick('trails', 'Ways of the class means over the checkpoints'))
@@ -324,6 +339,8 @@ def _show(self:PixelEmbeddingExplorer, *names):
         if k=='tab' or k in _tab_names: self._show_tab(k)
 
 # %% ../nbs/26_pixel_explorer.ipynb #w1re0001
+_hint = 'Click a pixel: what the net takes for the same lights up. Drag: select an area here, or points in the plot.'
+
 @patch
 def _changed(self:PixelEmbeddingExplorer, c):
     k,s = c['name'],self.surface
@@ -344,6 +361,7 @@ def _watch(self:PixelEmbeddingExplorer):
     self.observe(self._changed, [*_touches])
     self.observe(lambda c: setattr(self.surface, 'heat_range', [c['new'], max(self.surface.heat_range[1], c['new']+.02)]), 'threshold')
     self._show(*_all.split())
+    self.surface.said = self.surface.said or _hint
 
 # %% ../nbs/26_pixel_explorer.ipynb #8e296a06
 _tab_names = ['measures', 'cosines', 'selection', 'neighbours']
@@ -403,6 +421,14 @@ def _draw_heat(ax, s, hw, lo, hi, alpha):
     c[...,3] *= alpha
     ax.imshow(c, extent=(-.5, hw[1]-.5, hw[0]-.5, -.5), interpolation='bilinear')
 
+def _apart(texts): # Names that would lie on each other move down
+    placed = []
+    for o in texts:
+        x,y,w = o['x'],o['y'],.022*len(o['text'])
+        while any(abs(x-a)<w+b and abs(y-c)<.1 for a,c,b in placed): y -= .05
+        placed.append((x, y, w))
+    return placed
+
 @patch
 def _draw_points(self:PixelEmbeddingExplorer, ax):
     t,z,rgb = self.table,self._projection()[0][self.checkpoint],point_colors(self.table, self.color_by, self.space, self.blind)/255
@@ -411,9 +437,11 @@ def _draw_points(self:PixelEmbeddingExplorer, ax):
         for k,a in ((ok & ~lit, .15 if lit.any() else .85), (ok & lit, 1)):
             k = k & (t.domain==d).values
             ax.scatter(*z[k].T, c=rgb[k], marker=m, s=14, alpha=a, linewidths=.3, edgecolors='k')
-    for o in self.surface.texts:
-        ax.text(o['x'], o['y'], o['text'], fontsize=7.5, weight='bold', ha='center', bbox=dict(fc='w', alpha=.65, lw=0, pad=.8))
+    for o,(x,y,_) in zip(self.surface.texts, _apart(self.surface.texts)):
+        ax.text(x, y, o['text'], fontsize=7.5, weight='bold', ha='center', bbox=dict(fc='w', alpha=.65, lw=0, pad=.8))
     for o in self.surface.trails: ax.plot(*np.transpose(o['xy']), c=o['color'], lw=1.5)
+    for o in self.surface.swatches: ax.scatter([], [], c=o['color'], marker='s', s=20, label=o['text'])
+    if self.surface.swatches: ax.legend(fontsize=7, ncols=4, frameon=False, loc='lower right')
     ax.set(xticks=[], yticks=[]); ax.set_title(self.surface.caption, fontsize=7.5); sns.despine(ax=ax, left=True, bottom=True)
 
 # %% ../nbs/26_pixel_explorer.ipynb #p1cture1

@@ -47,24 +47,23 @@ function render({ model, el }) {
   root.setAttribute('role', 'group');
   root.dataset.lmSuppressShortcuts = 'true';  // JupyterLab shall not move cells while arrow keys move a box
   root.innerHTML = `<div class="pipa-views"><canvas class="pipa-images" tabindex="0" role="img"></canvas>
-    <div class="pipa-plot"><canvas class="pipa-points" tabindex="0" role="img"></canvas><div class="pipa-legend"></div></div></div>
+    <div class="pipa-plot"><canvas class="pipa-points" tabindex="0" role="img"></canvas><div class="pipa-keys"></div><div class="pipa-legend"></div></div></div>
     <div class="pipa-status"><span class="pipa-here"></span><span class="pipa-said" role="status" aria-live="polite"></span></div>`;
   el.append(root);
-  const [images, points, plot, legend, here, said] =
-    ['images', 'points', 'plot', 'legend', 'here', 'said'].map(k => root.querySelector('.pipa-' + k));
+  const [images, points, plot, keys, legend, here, said] =
+    ['images', 'points', 'plot', 'keys', 'legend', 'here', 'said'].map(k => root.querySelector('.pipa-' + k));
 
   const S = { rects: [], base: [], over: [], heat: [], xy: new Float32Array(0), from: null, born: 0, boxes: [], active: 0, area: null,
-    lasso: null, hover: null, tip: -1, cursor: null, view: { s: 1, x: 0, y: 0 }, drag: null, frames: 0, heats: 0, dirty: false,
-    version: 0, back: null, backed: '' };
+    lasso: null, hover: null, tip: -1, cursor: null, view: { s: 1, x: 0, y: 0 }, drag: null, frames: 0, heats: 0, dirty: new Set(),
+    version: 0, back: null, backed: '', laid: 0, colors: {} };
   const stale = new Set();  // loaders of traits that came since the last frame: what comes together is read once
-  const color = name => getComputedStyle(root).getPropertyValue(name).trim();
+  const color = name => S.colors[name] ||= getComputedStyle(root).getPropertyValue(name).trim();
 
   // --- layout ---
   function size(canvas, w, h) {
     const r = window.devicePixelRatio || 1;
     const W = Math.round(w * r), H = Math.round(h * r);
     if (canvas.width !== W || canvas.height !== H) { canvas.width = W; canvas.height = H; }
-    canvas.style.width = w + 'px'; canvas.style.height = h + 'px';
     const ctx = canvas.getContext('2d');
     ctx.setTransform(r, 0, 0, r, 0, 0);
     return ctx;
@@ -73,7 +72,8 @@ function render({ model, el }) {
   function layout() {
     const total = root.clientWidth, panels = g('panels'), both = panels.length && S.xy.length;
     if (!total) return;
-    const side = both && total > 640, share = g('share');
+    S.laid = window.devicePixelRatio; S.dirty.add('images').add('points');
+    const side = both && total > 800, share = g('share');
     const W = Math.floor(side ? total * share - GAP : total), cols = Math.max(1, Math.min(g('cols') || 2, panels.length || 1));
     const cw = Math.min((W - GAP * (cols - 1)) / cols, g('max_width'));
     S.rects = []; let y = 0;
@@ -89,6 +89,7 @@ function render({ model, el }) {
     S.PW = Math.floor(side ? total - S.W - 2 * GAP - 4 : Math.min(total, 720));
     plot.style.width = S.PW + 2 + 'px';
     S.PH = Math.floor(side ? clamp(S.H, 260, 620) : Math.min(S.PW * .75, 460));
+    for (const [c, w, h] of [[images, S.W, S.H], [points, S.PW, S.PH]]) { c.style.width = w + 'px'; c.style.height = h + 'px'; }
   }
 
   // --- what arrives ---
@@ -106,11 +107,12 @@ function render({ model, el }) {
         const k = clamp(Math.round((v - lo) / Math.max(hi - lo, 1e-6) * 255), 0, 255) * 4;
         bytes.set(v < lo ? [0, 0, 0, 150] : [lut[k], lut[k + 1], lut[k + 2], 255], v * 4);
       }
-      S.heat = [];
-      for (let i = 0; n && (i + 1) * n <= b.length; i++) {
-        const px = new Uint32Array(n);
+      S.heat.length = n ? Math.floor(b.length / n) : 0;
+      for (let i = 0; i < S.heat.length; i++) {  // canvases are kept from map to map
+        if (S.heat[i]?.width !== w || S.heat[i].height !== h) S.heat[i] = picture(new Uint8Array(4 * n), w, h);
+        const c = S.heat[i], image = c.image ||= new ImageData(w, h), px = new Uint32Array(image.data.buffer);
         for (let j = 0; j < n; j++) px[j] = table[b[i * n + j]];
-        S.heat.push(picture(new Uint8Array(px.buffer), w, h));
+        c.getContext('2d').putImageData(image, 0, 0);
       }
       root.dataset.heats = ++S.heats;
     },
@@ -127,10 +129,17 @@ function render({ model, el }) {
         const b = document.createElement('button');
         b.type = 'button'; b.className = 'pipa-chip'; b.setAttribute('aria-pressed', l.on !== false);
         b.dataset.name = l.text; b.title = l.on === false ? `show ${l.text}` : `hide ${l.text}`;
-        b.innerHTML = `<i class="${l.shape === 'triangle' ? 'pipa-triangle' : ''}" style="--c:${l.color || 'currentColor'}"></i>`;
+        if (l.color) b.innerHTML = `<i style="--c:${l.color}"></i>`;
         b.append(l.text);
         b.onclick = () => send({ type: 'legend', i, text: l.text });
         return b;
+      }));
+    },
+    swatches() {
+      keys.replaceChildren(...g('swatches').map(k => {
+        const e = document.createElement('span');
+        e.innerHTML = `<i style="--c:${k.color}"></i>`; e.append(k.text);
+        return e;
       }));
     },
     label() { root.setAttribute('aria-label', g('label')); images.setAttribute('aria-label', g('label') + ': images'); points.setAttribute('aria-label', g('label') + ': plot'); },
@@ -141,7 +150,7 @@ function render({ model, el }) {
     if (!S.from) return S.xy;
     const t = clamp((performance.now() - S.born) / 500, 0, 1), k = t * t * (3 - 2 * t);
     if (t >= 1) { S.from = null; return S.xy; }
-    draw();
+    draw('points');
     return S.xy.map((v, i) => S.from[i] + (v - S.from[i]) * k);
   }
   const fit = () => Math.min(S.PW, S.PH) / 2 * .9 * S.view.s;
@@ -228,7 +237,7 @@ function render({ model, el }) {
     const ctx = size(points, S.PW, S.PH), xy = now(), st = raw(g('state')), rgb = raw(g('rgb')), shape = raw(g('shape'));
     ctx.clearRect(0, 0, S.PW, S.PH);
     ctx.fillStyle = color('--pipa-field'); ctx.fillRect(0, 0, S.PW, S.PH);
-    const n = xy.length / 2, lit = st.includes(2), r = clamp(5.2 - n / 900, 2.4, 4.4);
+    const n = xy.length / 2, lit = st.includes(2), r = clamp(5.2 - n / 900, 2.4, 4.4), edge = color('--pipa-edge');
     for (const pass of lit ? [1, 2] : [1]) for (let i = 0; i < n; i++) {
       const s = st.length ? st[i] : 1;
       if (s !== pass) continue;
@@ -239,7 +248,7 @@ function render({ model, el }) {
       if (shape[i] === 1) { const R = r * 1.35; ctx.moveTo(x, y - R); ctx.lineTo(x + R * .95, y + R * .75); ctx.lineTo(x - R * .95, y + R * .75); ctx.closePath(); }
       else ctx.arc(x, y, r, 0, 7);
       ctx.fill();
-      ctx.globalAlpha *= .6; ctx.lineWidth = .7; ctx.strokeStyle = color('--pipa-edge'); ctx.stroke();
+      ctx.globalAlpha *= .6; ctx.lineWidth = .7; ctx.strokeStyle = edge; ctx.stroke();
     }
     ctx.globalAlpha = 1;
     for (const t of g('trails')) {
@@ -259,7 +268,15 @@ function render({ model, el }) {
     ctx.textAlign = 'left'; ctx.textBaseline = 'alphabetic';
     if (S.lasso) { ctx.beginPath(); S.lasso.forEach(([x, y], i) => ctx[i ? 'lineTo' : 'moveTo'](x, y)); ctx.closePath(); ctx.fillStyle = color('--pipa-veil'); ctx.fill(); ctx.setLineDash([5, 4]); ctx.lineWidth = 1.5; ctx.strokeStyle = color('--pipa-fg'); ctx.stroke(); ctx.setLineDash([]); }
     drawTip(ctx, xy);
-    ctx.fillStyle = color('--pipa-soft'); ctx.font = '11px ' + color('--pipa-font'); ctx.fillText(g('caption'), 8, S.PH - 8, S.PW - 16);
+    ctx.fillStyle = color('--pipa-soft'); ctx.font = '11px ' + color('--pipa-font');
+    lines(ctx, g('caption'), S.PW - 16).reverse().forEach((l, i) => ctx.fillText(l, 8, S.PH - 8 - 14 * i));
+  }
+
+  function lines(ctx, text, w) {  // broken at its dots, where it is too long
+    return text.split(' · ').reduce((ls, t) => {
+      const l = ls.length ? ls[ls.length - 1] + ' · ' + t : t;
+      return ls.length && ctx.measureText(l).width <= w ? [...ls.slice(0, -1), l] : [...ls, t];
+    }, []);
   }
 
   function drawTip(ctx, xy) {  // the pixel under the mouse: a ring, its surroundings, and what is known of it
@@ -282,18 +299,26 @@ function render({ model, el }) {
     text.forEach((t, j) => ctx.fillText(t, X + 6, Y + (pic ? T + 10 : 4) + 12 + 14 * j - 2));
   }
 
-  function draw() {
-    if (S.dirty) return;
-    S.dirty = true;
-    requestAnimationFrame(() => {
-      S.dirty = false;
-      for (const k of stale) loaders[k]();
-      stale.clear(); layout();
-      if (!root.clientWidth) return;
-      if (g('panels').length) drawImages();
-      if (S.xy.length) drawPoints();
-      root.dataset.frames = ++S.frames;
-    });
+  // --- frames: one for all that changed since the last, and only the canvas that it changed ---
+  function draw(...what) {
+    if (!S.dirty.size) requestAnimationFrame(frame);
+    for (const k of what.length ? what : ['images', 'points']) S.dirty.add(k);
+  }
+  function relaid() { S.laid = 0; draw(); }
+
+  function frame() {
+    for (const k of stale) loaders[k]();
+    stale.clear();
+    if (S.laid !== window.devicePixelRatio) layout();
+    const todo = new Set(S.dirty);
+    S.dirty.clear();
+    if (!S.laid) return;
+    if (todo.has('images') && g('panels').length) drawImages();
+    if (todo.has('points') && S.xy.length) drawPoints();
+    root.dataset.frames = ++S.frames;
+  }
+  function point(i) {  // the pixel under the mouse, which both canvases show
+    if (S.tip !== i) { S.tip = i; draw(); }
   }
 
   // --- mouse on images: click, shift-click, drag an area, drag or resize a box ---
@@ -329,13 +354,12 @@ function render({ model, el }) {
     images.focus({ preventScroll: true });
     try { images.setPointerCapture(e.pointerId); } catch {}
     const b = boxAt(h);
-    if (b) { S.active = b[0]; S.drag = { kind: 'box', at: h, i: b[0], resize: b[1], was: { ...S.boxes[b[0]] } }; }
+    if (b) { S.active = b[0]; S.drag = { kind: 'box', at: h, i: b[0], resize: b[1], was: { ...S.boxes[b[0]] } }; draw('images'); }
     else S.drag = { kind: 'area', at: h, X: e.clientX, Y: e.clientY };
-    draw();
   });
   images.addEventListener('pointermove', e => {
     const [X, Y] = where(e, images), d = S.drag, h = onPanel(X, Y, d ? d.at.panel : null);
-    S.hover = h; tell(h); S.tip = -1;
+    S.hover = h; tell(h); point(-1);
     if (d && h && d.kind === 'box') {
       const p = g('panels')[h.panel], b = S.boxes[d.i], dx = h.x - d.at.x, dy = h.y - d.at.y;
       if (d.resize) { b.w = clamp(d.was.w + dx, 8, p.w - b.x); b.h = clamp(d.was.h + dy, 8, p.h - b.y); if (g('same_size')) S.boxes.forEach(o => { o.w = b.w; o.h = b.h; o.x = clamp(o.x, 0, p.w - o.w); o.y = clamp(o.y, 0, p.h - o.h); }); }
@@ -346,19 +370,18 @@ function render({ model, el }) {
     } else if (!d && g('hover')) send(h ? { type: 'hover', ...h } : { type: 'leave' }, true);
     const b = h && !d && boxAt(h);
     images.style.cursor = b ? (b[1] ? 'nwse-resize' : 'move') : h ? 'crosshair' : 'default';
-    draw();
+    draw('images');
   });
   images.addEventListener('pointerup', e => {
     const d = S.drag, a = S.area;
     S.drag = S.area = null;
     if (!d) return;
     if (d.kind === 'box') boxes(true);
-    else if (a) send({ type: 'area', ...a, ...flags(e) });
+    else if (a) { send({ type: 'area', ...a, ...flags(e) }); draw('images'); }
     else { S.cursor = d.at; send({ type: 'click', ...d.at, ...flags(e) }); }
-    draw();
   });
-  images.addEventListener('pointercancel', () => { S.drag = S.area = null; draw(); });
-  images.addEventListener('pointerleave', () => { if (S.drag) return; S.hover = null; tell(null); if (g('hover')) send({ type: 'leave' }, true); draw(); });
+  images.addEventListener('pointercancel', () => { S.drag = S.area = null; draw('images'); });
+  images.addEventListener('pointerleave', () => { if (S.drag) return; S.hover = null; tell(null); if (g('hover')) send({ type: 'leave' }, true); draw('images'); });
 
   images.addEventListener('keydown', e => {
     const arrow = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[e.key], panels = g('panels');
@@ -378,7 +401,7 @@ function render({ model, el }) {
     else if (e.key === 'Backspace' || e.key === 'Delete') send({ type: 'undo' });
     else if (e.key === 'Escape') send({ type: 'clear' });
     else return;
-    e.preventDefault(); e.stopPropagation(); draw();
+    e.preventDefault(); e.stopPropagation(); draw('images');
   });
 
   // --- mouse on points: lasso, click, wheel to zoom, alt or right button to move ---
@@ -392,25 +415,25 @@ function render({ model, el }) {
   points.addEventListener('pointermove', e => {
     const [X, Y] = where(e, points), d = S.drag;
     if (d && d.kind === 'pan') { const [a, b] = toData(d.X, d.Y), [x, y] = toData(X, Y); S.view.x += a - x; S.view.y += b - y; d.X = X; d.Y = Y; }
-    else if (d) { S.lasso.push([X, Y]); S.tip = -1; }
-    else { const i = nearest(X, Y); if (i === S.tip) return; S.tip = i; }
-    draw();
+    else if (d) { S.lasso.push([X, Y]); point(-1); }
+    else return point(nearest(X, Y));
+    draw('points');
   });
   points.addEventListener('pointerup', e => {
     const d = S.drag, l = S.lasso;
     S.drag = S.lasso = null;
-    if (!d || d.kind === 'pan') return draw();
+    if (!d || d.kind === 'pan') return draw('points');
     const far = Math.max(...l.map(([x, y]) => Math.hypot(x - d.X, y - d.Y)));
     if (far > 5) send({ type: 'lasso', poly: l.map(p => toData(...p)), ...flags(e) });
     else { const i = nearest(d.X, d.Y); send(i < 0 ? { type: 'clear' } : { type: 'point', i, ...flags(e) }); }
-    draw();
+    draw('points');
   });
-  points.addEventListener('pointerleave', () => { if (S.drag) return; S.tip = -1; draw(); });
+  points.addEventListener('pointerleave', () => { if (!S.drag) point(-1); });
   points.addEventListener('contextmenu', e => e.preventDefault());
-  points.addEventListener('dblclick', () => { S.view = { s: 1, x: 0, y: 0 }; draw(); });
+  points.addEventListener('dblclick', () => { S.view = { s: 1, x: 0, y: 0 }; draw('points'); });
   function zoom(f, X = S.PW / 2, Y = S.PH / 2) {
     const [x, y] = toData(X, Y); S.view.s = clamp(S.view.s * f, .5, 40);
-    const [a, b] = toData(X, Y); S.view.x += x - a; S.view.y += y - b; draw();
+    const [a, b] = toData(X, Y); S.view.x += x - a; S.view.y += y - b; draw('points');
   }
   points.addEventListener('wheel', e => {  // only when the plot has the focus: a page shall scroll past it
     if (document.activeElement !== points && points.getRootNode().activeElement !== points && !e.ctrlKey) return;
@@ -418,10 +441,10 @@ function render({ model, el }) {
   }, { passive: false });
   points.addEventListener('keydown', e => {
     const arrow = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[e.key];
-    if (arrow) { S.view.x += arrow[0] * .1 / S.view.s; S.view.y += arrow[1] * .1 / S.view.s; draw(); }
+    if (arrow) { S.view.x += arrow[0] * .1 / S.view.s; S.view.y += arrow[1] * .1 / S.view.s; draw('points'); }
     else if (e.key === '+' || e.key === '=') zoom(1.25);
     else if (e.key === '-') zoom(.8);
-    else if (e.key === '0') { S.view = { s: 1, x: 0, y: 0 }; draw(); }
+    else if (e.key === '0') { S.view = { s: 1, x: 0, y: 0 }; draw('points'); }
     else if (e.key === 'Escape') send({ type: 'clear' });
     else return;
     e.preventDefault(); e.stopPropagation();
@@ -429,19 +452,23 @@ function render({ model, el }) {
 
   // --- life ---
   const on = (names, f) => names.forEach(k => model.on('change:' + k, f));
-  on(['panels'], () => { stale.add('base').add('over'); draw(); });
+  on(['panels'], () => { stale.add('base').add('over'); relaid(); });
   on(['base'], () => { stale.add('base'); draw(); });
-  on(['over'], () => { stale.add('over'); draw(); });
-  on(['heat', 'heat_size', 'heat_range', 'lut'], () => { stale.add('heat'); draw(); });
-  on(['xy'], () => { loaders.xy(); draw(); });
-  on(['boxes'], () => { loaders.boxes(); draw(); });
-  on(['legend'], () => { loaders.legend(); draw(); });
+  on(['over'], () => { stale.add('over'); draw('images'); });
+  on(['heat', 'heat_size', 'heat_range', 'lut'], () => { stale.add('heat'); draw('images'); });
+  on(['xy'], () => { loaders.xy(); relaid(); });
+  on(['boxes'], () => { loaders.boxes(); draw('images'); });
+  on(['legend'], loaders.legend);
+  on(['swatches'], loaders.swatches);
   on(['said', 'busy'], loaders.said);
-  on(['at', 'state', 'rgb', 'shape', 'tips', 'texts', 'trails', 'marks', 'over_alpha', 'heat_alpha', 'cols', 'share', 'max_width', 'caption'], draw);
+  on(['marks', 'over_alpha', 'heat_alpha'], () => draw('images'));
+  on(['shape', 'tips', 'texts', 'trails', 'caption'], () => draw('points'));
+  on(['at', 'state', 'rgb'], () => draw());
+  on(['cols', 'share', 'max_width'], relaid);
   Object.values(loaders).forEach(f => f());
   let dark = null;
-  const theme = () => { const d = isDark(root); root.classList.toggle('pipa-dark', d); if (d !== dark) { dark = d; send({ type: 'theme', dark: d }); } draw(); };
-  const resized = new ResizeObserver(draw), themed = new MutationObserver(theme);
+  const theme = () => { const d = isDark(root); root.classList.toggle('pipa-dark', d); if (d !== dark) { dark = d; send({ type: 'theme', dark: d }); } S.colors = {}; draw(); };
+  const resized = new ResizeObserver(relaid), themed = new MutationObserver(theme);
   resized.observe(root);
   themed.observe(document.body, { attributes: true });
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', theme);

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64, html, io, json
 from importlib.resources import files
 import anywidget, ipywidgets as W, numpy as np, traitlets as T
+from IPython.display import Image as Still
 from matplotlib import colormaps
 from PIL import Image
 from fastcore.basics import patch
@@ -47,7 +48,8 @@ class _Points(T.HasTraits):
     tips = _trait(T.List())        # What to say about each
     texts = _trait(T.List())       # Names in the plot: dicts with text, x, y
     trails = _trait(T.List())      # Lines in the plot: dicts with xy, color
-    legend = _trait(T.List())      # Buttons below it: dicts with text, color, shape, on
+    swatches = _trait(T.List())    # What colours mean, below it: dicts with text, color
+    legend = _trait(T.List())      # Buttons below that: dicts with text, color, on
     caption = _trait(T.Unicode('')) # At the foot of the plot
 
 # %% ../nbs/25_surface.ipynb #c9f0f895
@@ -66,9 +68,10 @@ class Surface(_Images, _Points, anywidget.AnyWidget):
         super().__init__(**kwargs)
         self.on_msg(lambda _,ev,bufs: self.event(ev))
     def event(self, ev): # What the browser sends: a dict with its type, answered by the function of that name in `react`
-        try: self.react.get(ev.get('type'), lambda ev: None)(ev)
-        except Exception as e: self.said = f'{type(e).__name__}: {e}'; raise
-        finally: self.busy,self.done = False,max(self.done, ev.get('n', 0))
+        with self.hold_sync():
+            try: self.react.get(ev.get('type'), lambda ev: None)(ev)
+            except Exception as e: self.said = f'{type(e).__name__}: {e}'; raise
+            finally: self.busy,self.done = False,max(self.done, ev.get('n', 0))
 
 # %% ../nbs/25_surface.ipynb #c20ad4d7
 def rgba(
@@ -128,7 +131,7 @@ def control_row(ws, # Widgets
                 align='center' # How they stand to each other
 )->W.HBox:
     "Widgets in a row that wraps"
-    return W.HBox(list(ws), layout=W.Layout(flex_flow='row wrap', align_items=align))
+    return W.HBox(list(ws), layout=W.Layout(flex_flow='row wrap', align_items=align)).add_class('pipa-row')
 
 def pick(label, # Before the list
          options, # As in `Dropdown`
@@ -142,12 +145,12 @@ def slide(label, # Before the slider
           lo, # Left end
           hi, # Right end
           px=220, # Width
-          step=.01 # Between values
-)->W.FloatSlider:
+          step=.01 # Between values; an integer makes a slider of integers
+):
     "A number between two others"
-    digits = max(2, -int(np.floor(np.log10(step))))
-    return W.FloatSlider(description=label, min=lo, max=hi, step=step, readout_format=f'.{digits}f', layout=width(px),
-                         style=dict(description_width='initial'))
+    kw = dict(description=label, min=lo, max=hi, step=step, layout=width(px), style=dict(description_width='initial'))
+    if isinstance(step, int): return W.IntSlider(**kw)
+    return W.FloatSlider(readout_format=f'.{max(2, -int(np.floor(np.log10(step))))}f', **kw)
 
 def tick(label, # On the button
          tip # For those who wait over it
@@ -190,9 +193,11 @@ class Page(W.VBox):
         if file: write_file(file, lambda o: o.write(f.getvalue()))
         return f.getvalue()
 
+    def still(self): return Still(_few_colours(self.to_png(dpi=75))) # What is shown now, for a cell; a widget shows its latest state everywhere
+
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
-        return bundle and {**bundle, 'image/png': base64.b64encode(_few_colours(self.to_png(dpi=75))).decode()}
+        return bundle and {**bundle, 'image/png': base64.b64encode(self.still().data).decode()}
 
 def _few_colours(png): # A quarter of the bytes, and hardly a difference: a notebook may hold many
     f = io.BytesIO(); Image.open(io.BytesIO(png)).convert('RGB').quantize(200, method=Image.Quantize.MAXCOVERAGE).save(f, 'png', optimize=True)
@@ -208,7 +213,7 @@ for (const e of document.querySelectorAll('.state')) surface.render({ el: e.pare
 def _state(s):
     d = {k: v for k,v in s.get_state().items() if not k.startswith('_') and k not in ('layout', 'tabbable', 'tooltip')}
     d = {k: dict(b64=base64.b64encode(v).decode()) if isinstance(v, (bytes,memoryview)) else v for k,v in d.items()}
-    return json.dumps(d | dict(hover=False, busy=False)).replace('<', '\\u003c')
+    return json.dumps(d | dict(hover=False, busy=False, said='')).replace('<', '\\u003c')
 
 def img_tag(
     fig:Fig, # A figure
@@ -224,7 +229,7 @@ def to_html(self:Page, file=None):
     parts += [f'<h2>{html.escape(k)}</h2>{img_tag(f, k) if isinstance(f, Fig) else f}' for k,f in self.figures().items()]
     page = f"""<!doctype html><meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{Surface._css}
 :root {{ color-scheme: light dark; }} body {{ max-width: 1100px; margin: 24px auto; font: 14px/1.5 system-ui, sans-serif; }} img {{ max-width: 100%; }}
-.pipa-chip {{ pointer-events: none; }} h1, h2 {{ font-size: 1.1em; }} img, table {{ background: #fff; color: #000; }}</style>
+.pipa-chip {{ pointer-events: none; }} h1, h2 {{ font-size: 1.1em; }} img {{ background: #fff; }}</style>
 <h1>{html.escape(self.title)}</h1>{"".join(parts)}
 <script type="module">{Surface._esm.replace("export default", "const surface =")}
 {_model}</script>"""

@@ -15,7 +15,7 @@ from .mix import pseudo_label, class_mask, class_mix, strong_augment, block_mask
 from .patch_explorer import PatchConsistency
 from .pixel_explorer import PixelEmbeddingExplorer
 from .show import Fig, grid, denorm, paint
-from .surface import Page, Surface, rgba, colored, img_tag, on_dark, control_row, pick, slide
+from .surface import Page, Surface, rgba, colored, img_tag, on_dark, control_row, pick, slide, width
 
 _own_pages = PixelEmbeddingExplorer,PatchConsistency
 _all_ = ['PixelEmbeddingExplorer', 'PatchConsistency']
@@ -109,7 +109,9 @@ def trust_explorer(
                 'sure labels': np.where((w[image]>0).numpy()[...,None], colored(y_t[image], space.palette)[...,:3], 0).astype(np.uint8)}
         return pics | {'sure and right': trust_curve(p, lab, y, thresh)}
     return Step(f, 'Pseudo-labels', thresh=slide('thresh', 0, 1, step=.002), trust=pick('trust', ['batch', 'image', 'pixel'], 130),
-                image=pick('image', range(len(x)), 110)).turn(thresh=thresh, trust=trust)
+                image=_which(x)).turn(thresh=thresh, trust=trust)
+
+def _which(x): return pick('image', [(str(i+1), i) for i in range(len(x))], 110)
 
 def _grey(a): return np.repeat(np.uint8(255*np.asarray(a, float).clip(0, 1))[...,None], 3, -1)
 
@@ -125,11 +127,11 @@ def trust_curve(
     ts = np.linspace(0, 1, 51)
     p,known = p.cpu(),None if y is None else y.cpu()!=255
     fig = Fig(figsize=(6,2.3)); ax = fig.subplots()
-    ax.plot(ts, [float((p>=t).float().mean()) for t in ts], label='sure')
+    ax.plot(ts, [float((p>=t).float().mean()) for t in ts], c='#0072b2', label='sure')
     if y is not None:
         right = (lab==y).cpu()
-        ax.plot(ts, [float(right[known & (p>=t)].float().mean()) for t in ts], label='right, of the sure')
-    ax.axvline(thresh, c='#d55e00', lw=1); ax.set(xlabel='threshold', ylim=(0,1.02), xlim=(0,1)); ax.legend(frameon=False, fontsize=8)
+        ax.plot(ts, [float(right[known & (p>=t)].float().mean()) for t in ts], c='#e69f00', label='right, of the sure')
+    ax.axvline(thresh, c='#808080', ls='--', lw=1); ax.set(xlabel='threshold', ylim=(0,1.02), xlim=(0,1)); ax.legend(frameon=False, fontsize=8)
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
@@ -153,7 +155,7 @@ def mix_explorer(
         x,y,w = class_mix(x_s[i], y_s[i], x_t[i], y_t[i], w_t[i], m)
         return dict(source=denorm(x_s[image]), target=denorm(x_t[image]), mixed=denorm(x[0]), label=paint(x[0], y[0], space, 1.))
     there = [space.codes[c] for c in sorted(y_s.unique().tolist()) if c<space.n]
-    return Step(f, 'ClassMix', image=pick('image', range(len(x_s)), 110), seed=W.IntSlider(description='seed', min=0, max=99, layout=W.Layout(width='220px')),
+    return Step(f, 'ClassMix', image=_which(x_s), seed=slide('seed', 0, 99, 200, step=1),
                 classes=W.SelectMultiple(options=there, rows=min(6, len(there)), description='classes', layout=W.Layout(width='220px')))
 
 # %% ../nbs/30_widgets.ipynb #6f4922f4
@@ -168,8 +170,8 @@ def augment_explorer(
             torch.manual_seed(seed)
             out = strong_augment(x[image][None].expand(3, -1, -1, -1), 1., strength, float(sigma>0), (min(.15, sigma),sigma), per_image=True)
         return {'image': denorm(x[image]), **{f'draw {i+1}': denorm(o) for i,o in enumerate(out)}}
-    return Step(f, 'Strong augmentation', image=pick('image', range(len(x)), 110), strength=slide('strength', 0, .5), sigma=slide('blur, px', 0, 4),
-                seed=W.IntSlider(description='seed', min=0, max=99, layout=W.Layout(width='220px'))).turn(strength=strength, sigma=sigma)
+    return Step(f, 'Strong augmentation', image=_which(x), strength=slide('strength', 0, .5), sigma=slide('blur, px', 0, 4),
+                seed=slide('seed', 0, 99, 200, step=1)).turn(strength=strength, sigma=sigma)
 
 
 # %% ../nbs/30_widgets.ipynb #mask0002
@@ -184,8 +186,8 @@ def mask_explorer(
             torch.manual_seed(seed)
             m = block_mask(x[:1].shape, ratio, block)[0]
         return {'image': denorm(x[image]), f'hidden {1-float(m.mean()):.0%}': (denorm(x[image])*m.numpy().astype(np.uint8)[0,...,None])}
-    return Step(f, 'Masked image', image=pick('image', range(len(x)), 110), ratio=slide('ratio', 0, 1), seed=W.IntSlider(description='seed', min=0, max=99, layout=W.Layout(width='220px')),
-                block=W.IntSlider(description='block, px', min=4, max=128, step=4, layout=W.Layout(width='240px'))).turn(ratio=ratio, block=block)
+    return Step(f, 'Masked image', image=_which(x), ratio=slide('ratio', 0, 1), seed=slide('seed', 0, 99, 200, step=1),
+                block=slide('block, px', 4, 128, step=4)).turn(ratio=ratio, block=block)
 
 
 # %% ../nbs/30_widgets.ipynb #b6d767d2
@@ -196,15 +198,17 @@ def rare_class_explorer(
 )->Step:
     "Turn the temperature of rare class sampling"
     c = np.asarray(counts); c = c.sum(0) if c.ndim==2 else c
-    def f(log_temp):
-        t = 10**log_temp
-        p,share = rare_class_probs(c, t),c/c.sum()
+    def f(temp):
+        p,share = rare_class_probs(c, temp),c/c.sum()
         fig = Fig(figsize=(7,2.6)); ax = fig.subplots(); i = np.arange(len(c))
         ax.bar(i-.2, share, .4, label='share of pixels', color='#999999'); ax.bar(i+.2, p, .4, label='probability to be asked for', color='#0072b2')
-        ax.set_title(f'temperature {t:.3g}', loc='left', fontsize=9); ax.set_xticks(i, codes, rotation=35, ha='right'); ax.legend(frameon=False, fontsize=8, ncols=2, loc='lower right', bbox_to_anchor=(1,1))
+        ax.set_title(f'temperature {temp:.3g}', loc='left', fontsize=9); ax.set_xticks(i, codes, rotation=35, ha='right')
+        ax.legend(frameon=False, fontsize=8, ncols=2, loc='lower right', bbox_to_anchor=(1,1))
         ax.spines[['top', 'right']].set_visible(False)
         return {'probabilities': fig}
-    return Step(f, 'Rare class sampling', log_temp=slide('log10 of the temperature', -3, 1, 330)).turn(log_temp=float(np.log10(temp)))
+    s = W.FloatLogSlider(value=temp, min=-3, max=1, step=.05, description='temperature', readout_format='.3g',
+                         layout=width(330), style=dict(description_width='initial'))
+    return Step(f, 'Rare class sampling', temp=s)
 
 
 # %% ../nbs/30_widgets.ipynb #ema00001
@@ -221,6 +225,6 @@ def ema_explorer(
         bx.text(.02, .9, f'mean age {float((past*(steps-t)).sum()):.0f} steps, first weights {float(np.prod(a)):.1%}', transform=bx.transAxes, fontsize=8)
         for o in (ax, bx): o.spines[['top', 'right']].set_visible(False)
         return {'teacher': fig}
-    s = W.IntSlider(value=1000, min=10, max=5000, step=10, description='steps', layout=W.Layout(width='300px'), continuous_update=False)
-    return Step(f, 'The memory of the teacher', alpha=slide('alpha', .9, .9999, 300, step=.0001), steps=s).turn(alpha=alpha)
+    s = slide('steps', 10, 5000, 300, step=10); s.continuous_update = False
+    return Step(f, 'The memory of the teacher', alpha=slide('alpha', .9, .9999, 300, step=.0001), steps=s).turn(alpha=alpha, steps=1000)
 

@@ -1,5 +1,6 @@
 "The same surroundings for everybody: one thread a process, no window, nothing from the net."
 import os, socket
+import pytest
 
 for k,v in dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', MPLBACKEND='Agg', HF_HUB_OFFLINE='1').items(): os.environ.setdefault(k, v)
 
@@ -23,3 +24,15 @@ def _guarded(name, host_of):
 
 for name in ('connect', 'connect_ex'): setattr(socket.socket, name, _guarded(name, lambda s,a,*_: a[0] if isinstance(a, tuple) else None))
 socket.getaddrinfo = _guarded('getaddrinfo', lambda host=None,*_: host)
+
+
+# Counts of classes and drawn cities are cached in the user's home; those of a test shall lie elsewhere, and none of an earlier run be found.
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    "A cache for this test alone"
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg'))
+
+@pytest.fixture(scope='module')
+def cache_home(tmp_path_factory):
+    "A cache that the tests of a file share"
+    with pytest.MonkeyPatch.context() as m: m.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('xdg'))); yield

@@ -8,6 +8,7 @@ from fastai.torch_core import to_float
 from timm.utils import ModelEmaV2
 from torch import nn
 from pipa.callbacks import *
+from pipa.labels import label_space
 from pipa.losses import weighted_ce
 from pipa.mix import aligned
 from pipa.models import Feats, adapt, light
@@ -454,3 +455,22 @@ def test_forms_run_and_differ():
         fit(toy([Pair(), MeanTeacher(), px, pt])); return float(px.total),float(pt.total),pt.count
     a,b = total('released'),total('paper')
     assert all(map(math.isfinite, a+b)) and a[0]!=b[0] and b[2]>a[2], 'every place counts, in both directions'
+
+# Callbacks that act behind the scenes, and where what they do can be seen
+unseen = dict(LossTerm='what all terms share', HalfPrecision='numbers of half the size', Ranks='other processes', Lean='the same step with less memory', Checkpoint='files', Before='a part of the picture of a run',
+              Memory='a table', _Again='a part of `replay`')
+
+def test_whoever_has_something_to_see_shows_it():
+    "All callbacks of the package, found by looking for them: each has a `show` that draws after a fit, or a reason not to"
+    import importlib, pkgutil, pipa
+    mods = [importlib.import_module(f'pipa.{m.name}') for m in pkgutil.iter_modules(pipa.__path__) if not m.name.startswith('_')]
+    found = {c.__name__:c for m in mods for c in vars(m).values() if isinstance(c, type) and issubclass(c, Callback) and c.__module__==m.__name__}
+    assert set(unseen)<=set(found) and not {n for n in unseen if hasattr(found[n], 'show')}, 'it has a `show` now: take it off the list'
+    make = dict(PixelContrast=lambda c: c(min_pixels=4, max_views=20), PatchContrast=lambda c: c(size=(32,32), thresh=0., n_neg=20),
+                FeatureDistance=lambda c: c([1,2], min_ratio=.5), AdvSeg=lambda c: c(width=4), AdvEnt=lambda c: c(width=4))
+    cbs = [make.get(n, lambda c: c())(c) for n,c in found.items() if n not in unseen]
+    learn = toy(cbs); learn.dls.space = label_space(['floor', 'wall', 'box'])
+    fit(learn)
+    for cb in cbs:
+        fig = cb.show(1); fig.canvas.draw()
+        assert fig.axes and all(ax.images for ax in fig.axes[:2]), cb.name

@@ -8,8 +8,7 @@ from pipa.minicity import scene
 from test_layouts import mistake, mistakes, save, trees
 from tiny import city
 
-@pytest.fixture(autouse=True)
-def cache_home(tmp_path, monkeypatch): monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg'))
+pytestmark = pytest.mark.usefixtures('own_cache')
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory): return city(tmp_path_factory.mktemp('check')/'city', n=8)

@@ -15,8 +15,7 @@ abc = ['sky', 'road', 'car']
 @pytest.fixture(scope='module')
 def home(tmp_path_factory): return city(tmp_path_factory.mktemp('city'))
 
-@pytest.fixture(autouse=True)
-def cache_home(tmp_path, monkeypatch): monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg'))
+pytestmark = pytest.mark.usefixtures('own_cache')
 
 def write(path, a):
     path.parent.mkdir(parents=True, exist_ok=True)

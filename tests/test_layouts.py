@@ -11,8 +11,7 @@ from pipa.rare import complaints, look
 from pipa.learner import uda_learner
 from tiny import fit, seed
 
-@pytest.fixture(autouse=True)
-def cache_home(tmp_path, monkeypatch): monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg'))
+pytestmark = pytest.mark.usefixtures('own_cache')
 
 H,W = 40,72
 # a street in the 19 classes of Cityscapes: road, sidewalk, building, sky, car, person, void

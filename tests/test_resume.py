@@ -36,9 +36,7 @@ class Tiny(nn.Module):
 @pytest.fixture(scope='module')
 def home(tmp_path_factory): return city(tmp_path_factory.mktemp('city'), n=4, size=(64,64))
 
-@pytest.fixture(scope='module', autouse=True)
-def cache_home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as m: m.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('xdg'))); yield
+pytestmark = pytest.mark.usefixtures('cache_home')
 
 @pytest.fixture(autouse=True)
 def interruptible():

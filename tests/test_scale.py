@@ -23,9 +23,7 @@ small = dict(hidden=16, crop=(32,32), thresh=.1, patch=dict(thresh=.05), pixel=d
 @pytest.fixture(scope='module')
 def home(tmp_path_factory): return city(tmp_path_factory.mktemp('city'), n=5, size=(64,64))
 
-@pytest.fixture(scope='module', autouse=True)
-def cache_home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as m: m.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('xdg'))); yield
+pytestmark = pytest.mark.usefixtures('cache_home')
 
 class Watch(Callback):
     "Keep the loss of each step"
