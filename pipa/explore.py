@@ -410,7 +410,7 @@ def tightness(
     (s,k_s),(t,k) = (map(sum, zip(*(p for p,d in zip(parts, of) if d==o))) for o in ('source', 'target'))
     s[k_s==0],t[k==0] = np.nan,np.nan
     mu = unit(t); cos = mu@mu.T; np.fill_diagonal(cos, np.nan)
-    each = dict(compactness=np.linalg.norm(t, axis=1)/k.clip(1), separability=1-pd.DataFrame(cos).max(axis=1), gap=1-(mu*unit(s)).sum(1))
+    each = dict(compactness=np.linalg.norm(t, axis=1)/np.where(k>1, k, np.nan), separability=1-pd.DataFrame(cos).max(axis=1), gap=1-(mu*unit(s)).sum(1))
     return {o: float(pd.Series(v).mean()) for o,v in each.items()}
 
 
