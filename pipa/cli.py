@@ -7,7 +7,7 @@ from __future__ import annotations
 import warnings; warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
 import argparse, json, os, platform, shlex, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version, PackageNotFoundError
 from inspect import signature
@@ -166,11 +166,11 @@ def write_run(
     save(out/'weights.safetensors', learn.model, which='student', **meta)
     if 'teacher_miou' in ms: save(out/'teacher.safetensors', learn.mean_teacher.teacher, which='teacher', **meta)
     cm = ms['miou'].cm.cpu()
-    iou_table(cm, sp.codes).to_csv(out/'classes.csv', index=False)
+    t = iou_table(cm, sp.codes)
+    write_file(out/'classes.csv', lambda f: t.to_csv(f, index=False))
     xs,ys = ([o for b in before.batches for o in b[i]] for i in (0,1))
-    fig = show.result_picture(xs, ys, {'first epoch': before.preds, 'adapted': before.answer()}, sp)
-    fig.savefig(out/'result.png', dpi=100)
-    show.curves(pd.read_csv(out/'metrics.csv')).savefig(out/'curves.png', dpi=100)
+    show.result_picture(xs, ys, {'first epoch': before.preds, 'adapted': before.answer()}, sp).to_png(out/'result.png')
+    show.curves(pd.read_csv(out/'metrics.csv')).to_png(out/'curves.png')
     return dict(miou_student=miou(cm), miou_teacher=ms['teacher_miou'].value if 'teacher_miou' in ms else float('nan'),
                 **dict(zip(sp.codes, iou(cm).tolist())))
 
@@ -344,6 +344,7 @@ def _run(o):
 # %% ../nbs/31_cli.ipynb #6f4922f4
 def adapt(
     out:Path, # Folder of the run, made when all arguments have proved good; see `new_folder`
+    held:ExitStack, # Keeps the folder for this process, see `claim`, until whoever called is done with it
     **o # The arguments of `pipa_train`
 )->tuple: # The folder, and a row of the results table
     "One run, from data to pictures; on several processes rank 0 writes, and the row of the others is empty"
@@ -361,7 +362,7 @@ def adapt(
                         cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)], n_unlabelled=o.unlabelled, **net_args(o), **method_args(o))
     learn.path = out = Path(out) if o.resume else rank0_folder(out)
     watch(learn, o.get('guard', 'off'), out/'metrics.csv')
-    lock = None if rank else claim(out)   # nobody else's as long as this lasts
+    if not rank: held.enter_context(claim(out))
     text = json.dumps(dict(o, ranks=world, **origins(o, src, tgt, val)), indent=1)
     if o.resume: checkpoints(out) and learn.resume()
     elif not rank: write_file(out/'config.json', lambda f: f.write(text.encode()))
@@ -408,12 +409,13 @@ def train(
     if not o: return Path(out)
     threads = o.pop('threads', threads)
     if threads: torch.set_num_threads(threads)
-    out,row = adapt(out, **o)
-    if not row: return out
-    apart = ' '.join([o for o in (unusual(o), f'ranks={place()[1]}'*(place()[1]>1)) if o])
-    row |= dict(settings=apart, command=shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))]), version=versions()['pipa'])
-    write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
-    for p in [*checkpoints(out), out/'.lock']: p.unlink(missing_ok=True)
+    with ExitStack() as held:
+        out,row = adapt(out, held, **o)
+        if not row: return out
+        apart = ' '.join([o for o in (unusual(o), f'ranks={place()[1]}'*(place()[1]>1)) if o])
+        row |= dict(settings=apart, command=shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))]), version=versions()['pipa'])
+        write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
+        for p in checkpoints(out): p.unlink(missing_ok=True)
     return out
 
 # %% ../nbs/31_cli.ipynb #1f0e3dad
@@ -508,7 +510,7 @@ def write_scores(
     t,means = infer.class_table(cm, space),infer.mean_table(cm, space)
     matrix = pd.DataFrame(cm.numpy(), space.codes, space.codes).rename_axis('truth')
     write_file(out/'classes.csv', lambda f: t.to_csv(f, index=False)); write_file(out/'confusion.csv', matrix.to_csv)
-    show.confusion_picture(cm, space).savefig(out/'confusion.png', dpi=100)
+    show.confusion_picture(cm, space).to_png(out/'confusion.png')
     row = dict(row, **dict(zip(means['mean'], means.iou)), accuracy=pixel_acc(cm), **dict(zip(space.codes, t.iou)))
     write_file(out/'row.json', lambda f: f.write(json.dumps(row, indent=1).encode()))
     def line(m):
@@ -717,9 +719,9 @@ def interrupted(
     for p in sorted(out.parent.glob(f'{out.name}*')):
         if not (p/'config.json').is_file() or (p/'row.json').exists(): continue
         said = json.loads((p/'config.json').read_text(encoding='utf8')).get('command', '')
-        try: lock = claim(p)
+        try:
+            with claim(p): pass
         except ValueError: continue
-        if lock: lock.close()
         if said.startswith('pipa_train') and _key(settings(said, strict=False))==_key(settings(args)): return p
 
 # %% ../nbs/31_cli.ipynb #37693cfc

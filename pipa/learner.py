@@ -236,7 +236,7 @@ def uda_learner(
 # %% ../nbs/20_learner.ipynb #e4000002
 from copy import deepcopy
 from fastai.data.core import DataLoaders
-from .data import PairDL, MaskOf
+from .data import PairDL, MaskOf, write_file
 
 def inference_net(
     net:nn.Module # Student or teacher
@@ -269,4 +269,4 @@ def export(self:Learner,
     net = inference_net(net)
     bare = Learner(_empty(self.dls), net, self.loss_func, self.opt_func, self.lr, self.splitter,
                    metrics=MIoU(self.dls.c), path=self.path)
-    _export(bare, fname, **kwargs)
+    if not rank_distrib(): write_file(self.path/fname, lambda f: _export(bare, Path(f.name).resolve(), **kwargs))
