@@ -1,5 +1,7 @@
 "The same surroundings for everybody: one thread a process, no window, nothing from the net."
 import os, socket
+from pathlib import Path
+import pytest
 
 for k,v in dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', MPLBACKEND='Agg', HF_HUB_OFFLINE='1').items(): os.environ.setdefault(k, v)
 
@@ -23,3 +25,11 @@ def _guarded(name, host_of):
 
 for name in ('connect', 'connect_ex'): setattr(socket.socket, name, _guarded(name, lambda s,a,*_: a[0] if isinstance(a, tuple) else None))
 socket.getaddrinfo = _guarded('getaddrinfo', lambda host=None,*_: host)
+
+@pytest.fixture
+def placed(monkeypatch):
+    "Files that came to their place by renaming: whole, or not there"
+    real,seen = os.replace,set()
+    def note(a, b): seen.add(Path(b).absolute()); return real(a, b)
+    monkeypatch.setattr(os, 'replace', note)
+    return seen
