@@ -4,7 +4,8 @@
 
 # %% ../nbs/13_guard.ipynb #gua00003
 from __future__ import annotations
-import json, random
+import json, math, random, sys
+from numbers import Real
 from pathlib import Path
 import numpy as np, torch
 from safetensors.torch import load_file, save as to_bytes
@@ -17,7 +18,7 @@ from .callbacks import LossTerm, Pair
 from .metrics import TermColumn
 
 # %% auto #0
-__all__ = ['probe', 'batch_files', 'culprit', 'random_state', 'set_random_state', 'keep_batch', 'Guard', 'replay']
+__all__ = ['probe', 'batch_files', 'culprit', 'random_state', 'set_random_state', 'keep_batch', 'Guard', 'odd_columns', 'replay']
 
 # %% ../nbs/13_guard.ipynb #gua00006
 def probe(
@@ -102,7 +103,7 @@ def keep_batch(
 # %% ../nbs/13_guard.ipynb #gua00019
 class Guard(Callback):
     "Look before the step: stop at a number that isn't finite, or leave the batch out and count"
-    order,run_valid,name,free = MixedPrecision.order-2,False,'guard',True   # free: a run that goes on may have another one
+    order,name,free = MixedPrecision.order-2,'guard',True   # free: a run that goes on may have another one
     def __init__(self,
         do:str='stop', # 'stop' with a sentence (`FloatingPointError`), or 'skip' the batch and count
         out:str|Path|None=None, # Folder for batches that went wrong; defaults to `faults` in `learn.path`
@@ -110,7 +111,7 @@ class Guard(Callback):
         keep:int=3 # Batches that are kept on disk
     ):
         self.do,self.out,self.most,self.keep = one_of('guard', do, ('stop', 'skip')),out,most,keep
-        self.total_skipped,self.row,self.mean,self.last = 0,0,0,None
+        self.total_skipped,self.row,self.mean,self.last,self.odd,self.told = 0,0,0,None,(),set()
 
     def before_fit(self):
         self.run,self.seen = not hasattr(self.learn, 'lr_finder'),0
@@ -118,6 +119,7 @@ class Guard(Callback):
     def before_train(self): self.mean = 0
 
     def before_batch(self):
+        if not self.training: return
         self.batch,self.rng = (*self.xb, *self.yb),random_state()
         self.had = [(o, dict(vars(o))) for o in self.learn.cbs if isinstance(o, (Pair, LossTerm))]
         self.was = [b.clone() for b in self.kept]
@@ -125,7 +127,7 @@ class Guard(Callback):
     def before_step(self):
         scaled = getattr(self.learn, 'scaler', None)
         grads = () if scaled is not None and scaled.is_enabled() else [p.grad for p in self.model.parameters() if p.grad is not None]
-        if bool(probe(*self.batch, self.learn.loss, grads=grads).isfinite()): self.row,self.last = 0,self.learn.loss
+        if bool(probe(*self.batch, self.learn.loss, grads=grads).isfinite()): self.row,self.last = 0,self.learn.loss.detach()
         else: self.wrong()
 
     @property
@@ -141,12 +143,12 @@ def wrong(self:Guard):
     why = culprit(self.learn, [*zip(names, xs)], files)
     had = {o.name:v for o,v in self.had}
     file = Path(self.out or self.learn.path/'faults')/f'step_{step}.safetensors'
-    if self.total_skipped<self.keep:
-        about = dict(step=step, epoch=self.epoch, number=self.iter, why=why, files=files, bank=had.get('patch_contrast', {}).get('bank', ()))
-        keep_batch(file, self.learn, self.batch, self.rng, **about)
+    about = dict(step=step, epoch=self.epoch, number=self.iter, why=why, files=files, bank=had.get('patch_contrast', {}).get('bank', ()))
+    try: kept = self.total_skipped<self.keep and keep_batch(file, self.learn, self.batch, self.rng, **about)
+    except OSError as e: kept = None; print(f"The batch couldn't be kept. {one_line(e)}", file=sys.stderr)
     self.total_skipped,self.mean,self.row = self.total_skipped+1,self.mean+1,self.row+1
     text = f"Step {step} (epoch {self.epoch}, batch {self.iter}): {why}."
-    if self.do=='stop' or self.row>self.most: raise FloatingPointError(self.sentence(text, files, file))
+    if self.do=='stop' or self.row>self.most: raise FloatingPointError(self.sentence(text, files, kept))
     for o,v in self.had: vars(o).clear(); vars(o).update(v)
     for b,v in zip(self.kept, self.was): b.copy_(v)
     self.opt.zero_grad()
@@ -158,7 +160,35 @@ def sentence(self:Guard, text, files, file):
     "The error for people"
     many = f' So it was with {self.row-1} batches before.' if self.row>1 else ''
     of = '' if not files else ' Its files: ' + '; '.join(dict.fromkeys(' + '.join(o.values()) for o in files)) + '.'
-    return f"{text}{many}{of} It is kept as `{file}`: `pipa.guard.replay` runs it again. Look at the files, lower the learning rate, or skip such batches."
+    again = f' It is kept as `{file}`: `pipa.guard.replay` runs it again.' if file else ''
+    return f"{text}{many}{of}{again} Look at the files, lower the learning rate, or skip such batches."
+
+# %% ../nbs/13_guard.ipynb #gua00051
+def odd_columns(
+    learn # Learner whose validation has just ended
+)->list: # Names of columns
+    "What isn't finite in the new row of the log, but for the columns of terms"
+    ms,log = [('valid_loss', False), *((m.name, isinstance(m, TermColumn)) for m in learn.metrics)],learn.recorder.log
+    if len(log)<=len(ms): return []   # there was none
+    return [k for (k,term),v in zip(ms, log[-len(ms):]) if isinstance(v, Real) and not math.isfinite(v) and not term]
+
+@patch
+def before_validate(self:Guard): self.odd = ()
+
+@patch
+def after_loss(self:Guard):
+    if self.training or self.odd or not _odd(torch.as_tensor(self.learn.loss)): return
+    some = getattr(self.dl, 'items', ())[self.iter*self.dl.bs:(self.iter+1)*self.dl.bs]
+    self.odd = self.iter,[str(o) for o in some if isinstance(o, (str,Path))]
+
+@patch
+def after_epoch(self:Guard):
+    "Say which columns of validation went wrong, each once"
+    new = [k for k in odd_columns(self.learn) if k not in self.told]
+    if not new: return
+    self.told.update(new)
+    at = ' The first batch whose loss is not finite is {}{}.'.format(self.odd[0], ': '*bool(self.odd[1])+', '.join(self.odd[1])) if self.odd else ''
+    print(f"Validation of epoch {self.epoch}: {' and '.join(new)} not finite.{at} The weights aren't touched by that; choose none by it.", file=sys.stderr)
 
 # %% ../nbs/13_guard.ipynb #gua00041
 @patch
