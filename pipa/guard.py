@@ -140,7 +140,7 @@ def wrong(self:Guard):
     files,step = batch_files(self.dl, self.iter),self.train_iter
     names = ('source',)+('target',)*(len(self.batch)>2)
     xs = [o for o in self.batch if o.ndim==4]
-    why = culprit(self.learn, [*zip(names, xs)], files)
+    self.why = why = culprit(self.learn, [*zip(names, xs)], files)
     had = {o.name:v for o,v in self.had}
     file = Path(self.out or self.learn.path/'faults')/f'step_{step}.safetensors'
     about = dict(step=step, epoch=self.epoch, number=self.iter, why=why, files=files, bank=had.get('patch_contrast', {}).get('bank', ()))
@@ -229,4 +229,4 @@ def replay(
     learn.remove_cbs(learn.cbs.filter(lambda o: isinstance(o, Guard)))
     try:
         with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[_Again(t, about), guard])
-    except FloatingPointError as e: return one_line(e).split(': ', 1)[1].split('. It is kept')[0]
+    except FloatingPointError: return guard.why
