@@ -121,7 +121,8 @@ class Guard(Callback):
     def before_batch(self):
         if not self.training: return
         self.batch,self.rng = (*self.xb, *self.yb),random_state()
-        self.had = [(o, dict(vars(o))) for o in self.learn.cbs if isinstance(o, (Pair, LossTerm))]
+        terms = [o for o in self.learn.cbs if isinstance(o, (Pair, LossTerm))]
+        self.had = [(o, dict(vars(o)) if self.do=='skip' else dict(bank=getattr(o, 'bank', ()))) for o in terms]
         self.was = [b.clone() for b in self.kept]
 
     def before_step(self):
@@ -129,6 +130,8 @@ class Guard(Callback):
         grads = () if scaled is not None and scaled.is_enabled() else [p.grad for p in self.model.parameters() if p.grad is not None]
         if bool(probe(*self.batch, self.learn.loss, grads=grads).isfinite()): self.row,self.last = 0,self.learn.loss.detach()
         else: self.wrong()
+
+    def after_fit(self): self.batch = self.had = self.was = self.kept = self.rng = ()   # no batch outlives the fit
 
     @property
     def column(self): return TermColumn(self, 'skipped')
