@@ -509,8 +509,8 @@ def look_for_idle(
     own,rest = ([k for k in ks if k in some] for some in (_of_terms, _of_recipe))
     if own: raise ValueError(f"{_said(o, own)} would do nothing: the method `{method_name(*host_terms(o['method'], o['terms']))}` has no term "
                              "for it. Leave it out, or name a method that has.")
-    by = f"preset `{o['preset']}`" if o['preset'] else f"method `{o['method']}`"
-    if rest and not rank_distrib(): print(f"pipa: with the {by}, {_said(o, rest)} changes nothing.", file=sys.stderr)
+    by = f"method `{o['method']}`" + (f" and the preset `{o['preset']}`" if o['preset'] else '')
+    if rest and not rank_distrib(): print(f"pipa: Of no use to the {by}: {_said(o, rest)}.", file=sys.stderr)
 
 # %% ../nbs/31_cli.ipynb #e4000111
 def open_net(

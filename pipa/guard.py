@@ -111,12 +111,12 @@ class Guard(Callback):
         keep:int=3 # Batches that are kept on disk
     ):
         self.do,self.out,self.most,self.keep = one_of('guard', do, ('stop', 'skip')),out,most,keep
-        self.total_skipped,self.row,self.mean,self.last,self.odd,self.told = 0,0,0,None,(),set()
+        self.total_skipped,self.row,self.skipped,self.good_loss,self.odd,self.told = 0,0,0,None,(),set()
 
     def before_fit(self):
-        self.run,self.seen = not hasattr(self.learn, 'lr_finder'),0
+        self.run = not hasattr(self.learn, 'lr_finder')
         self.kept = [*self.model.buffers()] if self.do=='skip' else []
-    def before_train(self): self.mean = 0
+    def before_train(self): self.skipped = 0
 
     def before_batch(self):
         if not self.training: return
@@ -128,11 +128,13 @@ class Guard(Callback):
     def before_step(self):
         scaled = getattr(self.learn, 'scaler', None)
         grads = () if scaled is not None and scaled.is_enabled() else [p.grad for p in self.model.parameters() if p.grad is not None]
-        if bool(probe(*self.batch, self.learn.loss, grads=grads).isfinite()): self.row,self.last = 0,self.learn.loss.detach()
+        if bool(probe(*self.batch, self.learn.loss, grads=grads).isfinite()): self.row,self.good_loss = 0,self.learn.loss.detach()
         else: self.wrong()
 
     def after_fit(self): self.batch = self.had = self.was = self.kept = self.rng = ()   # no batch outlives the fit
 
+    @property
+    def mean(self): return self.skipped   # what a `TermColumn` asks for
     @property
     def column(self): return TermColumn(self, 'skipped')
 
@@ -149,13 +151,13 @@ def wrong(self:Guard):
     about = dict(step=step, epoch=self.epoch, number=self.iter, why=why, files=files, bank=had.get('patch_contrast', {}).get('bank', ()))
     try: kept = self.total_skipped<self.keep and keep_batch(file, self.learn, self.batch, self.rng, **about)
     except OSError as e: kept = None; print(f"The batch couldn't be kept. {one_line(e)}", file=sys.stderr)
-    self.total_skipped,self.mean,self.row = self.total_skipped+1,self.mean+1,self.row+1
+    self.total_skipped,self.skipped,self.row = self.total_skipped+1,self.skipped+1,self.row+1
     text = f"Step {step} (epoch {self.epoch}, batch {self.iter}): {why}."
     if self.do=='stop' or self.row>self.most: raise FloatingPointError(self.sentence(text, files, kept))
     for o,v in self.had: vars(o).clear(); vars(o).update(v)
     for b,v in zip(self.kept, self.was): b.copy_(v)
     self.opt.zero_grad()
-    self.learn.loss = self.last if self.last is not None else torch.zeros_like(self.learn.loss)
+    self.learn.loss = self.good_loss if self.good_loss is not None else torch.zeros_like(self.learn.loss)
     raise CancelBatchException()
 
 @patch
@@ -197,12 +199,12 @@ def after_epoch(self:Guard):
 @patch
 def state_dict(self:Guard):
     "The counts so far"
-    return {k: getattr(self, k) for k in ('total_skipped', 'row', 'mean')}
+    return dict(total_skipped=self.total_skipped, row=self.row, mean=self.skipped)
 
 @patch
 def load_state_dict(self:Guard, state):
     "Go on counting from `state_dict`"
-    for k,v in state.items(): setattr(self, k, v)
+    self.total_skipped,self.row,self.skipped = (state[k] for k in ('total_skipped', 'row', 'mean'))
 
 # %% ../nbs/13_guard.ipynb #gua00028
 class _Again(Callback):

@@ -377,7 +377,7 @@ def test_what_changes_nothing_is_said(world, capsys):
     "An option of the recipe, and a default, are no reason to stop"
     shell('pipa_train', *tiny, '--method=source', '--alpha=.5', '--patch=.1', f'--data={world/"good"}', '--out=o')
     said = [l for l in capsys.readouterr().err.splitlines() if l.startswith('pipa: ')]
-    assert said==['pipa: with the method `source`, `--alpha 0.5`, `--start 0`, `--crop 64x64` changes nothing.']
+    assert said==['pipa: Of no use to the method `source`: `--alpha 0.5`, `--start 0`, `--crop 64x64`.']
     assert Path('o/row.json').exists()
     shell('pipa_train', *tiny, '--config=o', '--out=again')
     a,b = (load(f'{o}/weights.safetensors')[0].state_dict() for o in ('o', 'again')); assert all(torch.equal(v, b[k]) for k,v in a.items())

@@ -200,3 +200,11 @@ def test_a_learner_of_names_has_a_guard(pairs, tmp_path):
         l = uda_learner(dls, light('mit_b0', n_out=dls.c), 'source', path=tmp_path/do, cbs=At(1, before_batch=lambda l: l.xb[0].fill_(nan)), **kw)
         if do=='skip': fit(l); assert l.recorder.metric_names[-2]=='skipped' and l.recorder.values[-1][-1]==1
         else: assert 'source image 0 of the batch' in stopped(l) and (tmp_path/'stop/faults/step_1.json').exists()
+
+def test_a_net_with_names_of_its_own_is_not_shadowed(tmp_path):
+    "fastai warns of a callback's attribute that the net has, too; `last`, `mean` and `out` are names that nets have"
+    import warnings
+    net = light('mit_b0', n_out=3); net.register_buffer('mean', torch.zeros(3)); net.last = net.out = net.loss_f = 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', 'You are shadowing')
+        fit(toy([Pair(), Guard('skip', tmp_path), spoil('image')], net=net, n=4))
