@@ -439,6 +439,8 @@ def calls(w):
         'would leave gaps': lambda: infer.predict(net, x, mode='slide', crop=32, stride=64), 'The net has 11 classes': lambda: infer.predict(net, x, space=label_space(['a','b'])), 'There is no file `nope.png`': lambda: infer.predict(net, 'nope.png'),
         'source domain|no masks: a score': lambda: infer.evaluate(net, tgt.unlabelled()), "doesn't fit the net": lambda: load(w/'w.safetensors', net=light('mit_b0', n_out=3)), 'the student alone': lambda: load(w/'w.safetensors', which='teacher'),
         'x` can.t be kept': lambda: save('x.safetensors', net, x=object()), 'no train ids': lambda: label_space(['a','b'], ids={0:7}), 'palette has shape': lambda: label_space(['a','b'], [[0,0,0]]),
+        '1 more of `.*` can.t be read: `pipa_check` lists': lambda: data.uda_dls(src, data.folder(w/'target_cut/target/images', None, codes), bs=1, n=1, size=(64,64), device='cpu'),
+        '`guard` is .stpo.: choose one of stop, skip': lambda: learn(guard='stpo'),
         'must be none of the': lambda: labels.LabelSpace('x', ['a','b'], ignore=1)}
 
 def test_sentences_from_python(world, tmp_path):
