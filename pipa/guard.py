@@ -183,7 +183,8 @@ def before_validate(self:Guard): self.odd = ()
 @patch
 def after_loss(self:Guard):
     if self.training or self.odd or not _odd(torch.as_tensor(self.learn.loss)): return
-    some = getattr(self.dl, 'items', ())[self.iter*self.dl.bs:(self.iter+1)*self.dl.bs]
+    items,bs = getattr(self.dl, 'items', None),self.dl.bs
+    some = items[self.iter*bs:(self.iter+1)*bs] if isinstance(items, (list,L)) and num_distrib()<2 else ()
     self.odd = self.iter,[str(o) for o in some if isinstance(o, (str,Path))]
 
 @patch
