@@ -16,6 +16,7 @@ from .limits import one_line, one_of
 from .data import write_file
 from .callbacks import LossTerm, Pair
 from .metrics import TermColumn
+from .ranks import place, total
 
 # %% auto #0
 __all__ = ['probe', 'batch_files', 'culprit', 'random_state', 'set_random_state', 'keep_batch', 'Guard', 'odd_columns', 'replay']
@@ -128,8 +129,9 @@ class Guard(Callback):
     def before_step(self):
         scaled = getattr(self.learn, 'scaler', None)
         grads = () if scaled is not None and scaled.is_enabled() else [p.grad for p in self.model.parameters() if p.grad is not None]
-        if bool(probe(*self.batch, self.learn.loss, grads=grads).isfinite()): self.row,self.good_loss = 0,self.learn.loss.detach()
-        else: self.wrong()
+        fine = bool(probe(*self.batch, self.learn.loss, grads=grads).isfinite())
+        if total(torch.tensor(float(not fine)))==0: self.row,self.good_loss = 0,self.learn.loss.detach()
+        else: self.wrong(elsewhere=fine)
 
     def after_fit(self): self.batch = self.had = self.was = self.kept = self.rng = ()   # no batch outlives the fit
 
@@ -140,16 +142,16 @@ class Guard(Callback):
 
 # %% ../nbs/13_guard.ipynb #gua00020
 @patch
-def wrong(self:Guard):
+def wrong(self:Guard, elsewhere=False):
     "Say what went wrong and keep the batch; stop, or leave it out"
     files,step = batch_files(self.dl, self.iter),self.train_iter
     names = ('source',)+('target',)*(len(self.batch)>2)
     xs = [o for o in self.batch if o.ndim==4]
-    self.why = why = culprit(self.learn, [*zip(names, xs)], files)
+    self.why = why = 'a number on another process is not finite' if elsewhere else culprit(self.learn, [*zip(names, xs)], files)
     had = {o.name:v for o,v in self.had}
-    file = Path(self.out or self.learn.path/'faults')/f'step_{step}.safetensors'
+    file = Path(self.out or self.learn.path/'faults')/f'step_{step}{f"_rank{place()[0]}"*(place()[1]>1)}.safetensors'
     about = dict(step=step, epoch=self.epoch, number=self.iter, why=why, files=files, bank=had.get('patch_contrast', {}).get('bank', ()))
-    try: kept = self.total_skipped<self.keep and keep_batch(file, self.learn, self.batch, self.rng, **about)
+    try: kept = not elsewhere and self.total_skipped<self.keep and keep_batch(file, self.learn, self.batch, self.rng, **about)
     except OSError as e: kept = None; print(f"The batch couldn't be kept. {one_line(e)}", file=sys.stderr)
     self.total_skipped,self.skipped,self.row = self.total_skipped+1,self.skipped+1,self.row+1
     text = f"Step {step} (epoch {self.epoch}, batch {self.iter}): {why}."

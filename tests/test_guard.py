@@ -208,3 +208,26 @@ def test_a_net_with_names_of_its_own_is_not_shadowed(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings('error', 'You are shadowing')
         fit(toy([Pair(), Guard('skip', tmp_path), spoil('image')], net=net, n=4))
+
+# --- several processes ------------------------------------------------------------------------------------------------------------------
+def on_two(pairs, do, out):
+    "Two ranks; the second has a bad gradient in its second step, which the first can't see"
+    from pipa.ranks import place
+    seed(place()[0]); src,tgt = pairs
+    dls = uda_dls(src, tgt.unlabelled(), src, bs=1, n=8, size=(64,64), seed=3, device='cpu')
+    def once(l): h = next(l.model.decode_head.parameters()).register_hook(lambda g: (h.remove(), g*nan)[1])
+    x = At(1, **(dict(before_batch=once) if place()[0] else {}))
+    l = uda_learner(dls, light('mit_b0', n_out=dls.c), 'self_training', guard=do, cbs=x, path=out)
+    said = stopped(l) if do=='stop' else fit(l) and ''
+    return dict(said=said, skipped=l.guard.total_skipped, t=l.mean_teacher.t, net=dict(l.model.state_dict()))
+
+def test_ranks_leave_a_batch_out_together(pairs, tmp_path):
+    from pipa.ranks import on_ranks
+    a,b = on_ranks(on_two, 2, pairs, 'skip', tmp_path)
+    assert all(torch.equal(v, b['net'][k]) and v.isfinite().all() for k,v in a['net'].items())
+    assert (a['skipped'], b['skipped'], a['t'], b['t'])==(1, 1, 3, 3) and [p.name for p in (tmp_path/'faults').glob('*.json')]==['step_1_rank1.json']
+
+def test_ranks_stop_together(pairs, tmp_path):
+    from pipa.ranks import on_ranks
+    a,b = on_ranks(on_two, 2, pairs, 'stop', tmp_path)
+    assert 'a number on another process is not finite' in a['said'] and 'It is kept' not in a['said'] and 'the gradient of' in b['said'] and 'step_1_rank1' in b['said']
