@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 from .data import acdc, bdd100k, camvid, cityscapes, codes_space, dark_zurich, folder, gta, mapillary, minicity, read_image, read_mask, synthia
 from .domains import Domain, class_numbers, read_numbers
-from .rare import complaints, look, remember
+from .rare import complaints, look, remember, write_file
 from .show import Fig, add_legend, grid, paint
 
 # %% auto #0
@@ -197,8 +197,9 @@ def report(
         if d.masks: print('  values ' + ' '.join(map(str, sorted({v for r in rs for v in r.get('values', ())})[:64]))); tables.append(class_table(d, rs))
         for level,_,what in p[:20].values: print(f'  {level}: {what}')
         if len(p)>20: print(f'  … and {len(p)-20} more in {out/"problems.csv"}')
-        contact_sheet(d, p.file[:4]).savefig(out/f"sheet_{d.name.replace(' ', '_')}.png", dpi=100)
+        contact_sheet(d, p.file[:4]).to_png(out/f"sheet_{d.name.replace(' ', '_')}.png")
         found.append(p.assign(domain=d.name))
-    if tables: pd.concat(tables).to_csv(out/'classes.csv', index=False); class_picture(*tables).savefig(out/'classes.png', dpi=100)
-    res = pd.concat(found); res.to_csv(out/'problems.csv', index=False)
+    def table(df, name): write_file(out/name, lambda f: df.to_csv(f, index=False))
+    if tables: table(pd.concat(tables), 'classes.csv'); class_picture(*tables).to_png(out/'classes.png')
+    table(res := pd.concat(found), 'problems.csv')
     return res

@@ -7,8 +7,9 @@ from __future__ import annotations
 import warnings; warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
 import argparse, json, os, platform, shlex, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import lru_cache
 from importlib.metadata import version, PackageNotFoundError
 from inspect import signature
 from pathlib import Path
@@ -18,7 +19,7 @@ from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
-from .domains import image_size, read_image
+from .domains import image_size
 from .data import class_counts, minicity, folder, codes_space, uda_dls, write_file
 from .limits import between, one_line, one_of, writable
 from .learner import uda_learner, method_cbs, host_terms, method_name
@@ -34,8 +35,9 @@ from . import check, data, show, infer, export
 __all__ = ['switches', 'parse_size', 'domains', 'named_domains', 'versions', 'new_folder', 'rank0_first', 'rank0_folder',
            'Before', 'write_run', 'measures', 'sentences', 'valid_bs', 'plain_log', 'parse_range', 'parse_switches',
            'method_args', 'data_args', 'net_args', 'fit_args', 'look_before', 'origins', 'watch', 'adapt', 'resumed',
-           'train', 'pipa_train', 'open_net', 'eval_domain', 'write_scores', 'pipa_eval', 'pipa_export', 'settings',
-           'unusual', 'pipa_predict', 'pipa_convert', 'plan', 'interrupted', 'add_row', 'pipa_study', 'pipa_check']
+           'train', 'pipa_train', 'idle', 'look_for_idle', 'open_net', 'eval_domain', 'write_scores', 'pipa_eval',
+           'pipa_export', 'settings', 'unusual', 'pipa_predict', 'pipa_convert', 'plan', 'interrupted', 'add_row',
+           'pipa_study', 'pipa_check']
 
 # %% ../nbs/31_cli.ipynb #e4da3b7f
 def parse_size(
@@ -167,11 +169,11 @@ def write_run(
     save(out/'weights.safetensors', learn.model, which='student', **meta)
     if 'teacher_miou' in ms: save(out/'teacher.safetensors', learn.mean_teacher.teacher, which='teacher', **meta)
     cm = ms['miou'].cm.cpu()
-    iou_table(cm, sp.codes).to_csv(out/'classes.csv', index=False)
+    t = iou_table(cm, sp.codes)
+    write_file(out/'classes.csv', lambda f: t.to_csv(f, index=False))
     xs,ys = ([o for b in before.batches for o in b[i]] for i in (0,1))
-    fig = show.result_picture(xs, ys, {'first epoch': before.preds, 'adapted': before.answer()}, sp)
-    fig.savefig(out/'result.png', dpi=100)
-    show.curves(pd.read_csv(out/'metrics.csv')).savefig(out/'curves.png', dpi=100)
+    show.result_picture(xs, ys, {'first epoch': before.preds, 'adapted': before.answer()}, sp).to_png(out/'result.png')
+    show.curves(pd.read_csv(out/'metrics.csv')).to_png(out/'curves.png')
     return dict(miou_student=miou(cm), miou_teacher=ms['teacher_miou'].value if 'teacher_miou' in ms else float('nan'),
                 **dict(zip(sp.codes, iou(cm).tolist())))
 
@@ -260,7 +262,7 @@ def method_args(
         teacher = dict(buffers=s.buffers, margin=(0,0)) # the loader marks margins
         return kw | dict(released=True, pixel=pixel, patch=dict(patch, scale=scale), teacher=teacher)
     crop = parse_size(o.crop, '--crop')
-    if 'size' in o and any(a>b for a,b in zip(crop, parse_size(o.size))):
+    if 'size' in o and host_terms(o.method, o.terms)[1] in ('patch','both') and any(a>b for a,b in zip(crop, parse_size(o.size))):
         raise ValueError(f"`--crop {o.crop}` doesn't fit into `--size {o.size}`: give a smaller crop or a larger size.")
     return kw | dict(crop=crop, pixel=dict(pixel, min_pixels=8, max_views=50), patch=dict(patch, thresh=.6))
 
@@ -291,17 +293,16 @@ def fit_args(
 # %% ../nbs/31_cli.ipynb #lim31002
 def look_before(
     o, # The arguments of `pipa_train`
-    target=None, # Target `Domain`
     valid=None # Labelled `Domain` to report on
 ):
     "Say what is wrong with a run before it begins"
     for k,least in dict(epochs=1, steps=1, bs=1, workers=0, threads=0, unlabelled=0, minutes=0, rcs=0, zoom=1).items():
         if k in o: between(f'--{k}', o[k], least)
     between('--seed', o.seed, 0, 2**32-1); one_of('--guard', o.get('guard', 'off'), ('stop', 'skip', 'off'))
-    for p in target.images if target else (): image_size(p)
     if not valid: return
     class_counts(valid)
-    for p in valid.images: read_image(p)
+    for r in check.inspect(valid.unlabelled()):
+        if 'error' in r: raise ValueError(r['error'])
 
 # %% ../nbs/31_cli.ipynb #rec31002
 def origins(
@@ -339,12 +340,17 @@ def _tell(out):
     print(f'In {out.resolve()}:\n' + '\n'.join(f'  {p.name}' for p in sorted(out.iterdir())))
 
 def _run(o):
-    with sentences(): out = train(**repeat(o, vars(_parser().parse_args([])), _given(o)))
+    with sentences():
+        given,usual = _given(o),_defaults()
+        o = repeat(said := o, usual, given)
+        if not o['resume']: look_for_idle(o, {*given, *(k for k in said if said[k]!=usual[k])})
+        out = train(**o)
     if not place()[0]: _tell(out)
 
 # %% ../nbs/31_cli.ipynb #6f4922f4
 def adapt(
     out:Path, # Folder of the run, made when all arguments have proved good; see `new_folder`
+    held:ExitStack, # Keeps the folder for this process, see `claim`, until whoever called is done with it
     **o # The arguments of `pipa_train`
 )->tuple: # The folder, and a row of the results table
     "One run, from data to pictures; on several processes rank 0 writes, and the row of the others is empty"
@@ -353,16 +359,16 @@ def adapt(
     look_before(o)
     seed_all(o.seed, o.deterministic)
     with rank0_first(): src,tgt,val = domains(o.data, host, size)
-    look_before(o, tgt, val)
+    look_before(o, val)
     views = data_args(o, src, tgt)
     o.size = 'x'.join(map(str, views['size']))
     dls = uda_dls(src, tgt, val, n=o.steps*views['bs']*world, shard=(rank,world), num_workers=o.workers, bs_valid=valid_bs(val or src, views['bs']), **views)
     before = Before(dls.valid)
     learn = uda_learner(dls, method=o.method, arch=o.arch, pretrained=o.encoder or o.pretrained, lr=o.lr, things=src.space.things, lean=o.get('lean', False),
-                        cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)], n_unlabelled=o.unlabelled, **net_args(o), **method_args(o))
+                        cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)], n_unlabelled=o.unlabelled, guard=None, **net_args(o), **method_args(o))
     learn.path = out = Path(out) if o.resume else rank0_folder(out)
     watch(learn, o.get('guard', 'off'), out/'metrics.csv')
-    lock = None if rank else claim(out)   # nobody else's as long as this lasts
+    if not rank: held.enter_context(claim(out))
     text = json.dumps(dict(o, ranks=world, **origins(o, src, tgt, val)), indent=1)
     if o.resume: checkpoints(out) and learn.resume()
     elif not rank: write_file(out/'config.json', lambda f: f.write(text.encode()))
@@ -380,7 +386,7 @@ def resumed(
     o:dict # Arguments of `pipa_train`
 )->tuple: # Arguments of the run that goes on, `None` if it is finished, and those of its command; raises a sentence
     "What an interrupted run was asked for"
-    out,usual = Path(out),vars(_parser().parse_args([]))
+    out,usual = Path(out),_defaults()
     if not (out/'config.json').is_file(): raise FileNotFoundError(
         f"`{out}` holds no run that could go on: name its folder with --out, or begin one without --resume.")
     if (out/'row.json').is_file(): print(f'`{out}` is finished, there is nothing to go on with.'); return None,[]
@@ -409,12 +415,13 @@ def train(
     if not o: return Path(out)
     threads = o.pop('threads', threads)
     if threads: torch.set_num_threads(threads)
-    out,row = adapt(out, **o)
-    if not row: return out
-    apart = ' '.join([o for o in (unusual(o), f'ranks={place()[1]}'*(place()[1]>1)) if o])
-    row |= dict(settings=apart, command=shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))]), version=versions()['pipa'])
-    write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
-    for p in [*checkpoints(out), out/'.lock']: p.unlink(missing_ok=True)
+    with ExitStack() as held:
+        out,row = adapt(out, held, **o)
+        if not row: return out
+        apart = ' '.join([o for o in (unusual(o), f'ranks={place()[1]}'*(place()[1]>1)) if o])
+        row |= dict(settings=apart, command=shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))]), version=versions()['pipa'])
+        write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
+        for p in checkpoints(out): p.unlink(missing_ok=True)
     return out
 
 # %% ../nbs/31_cli.ipynb #1f0e3dad
@@ -458,6 +465,53 @@ def pipa_train(
 ):
     "Adapt a segmenter from a labelled source to an unlabelled target, and write a run folder"
     _run(dict(locals()))
+
+# %% ../nbs/31_cli.ipynb #idl31002
+def _parser(): return anno_parser(pipa_train.__wrapped__, 'pipa_train')
+@lru_cache
+def _defaults(): return vars(_parser().parse_args([]))
+
+def _flat(o): return {k:v for k,v in o.items() if k!='switch'} | parse_switches(o.get('switch', ''))
+
+_of_terms,_of_recipe = ('weight', 'pixel', 'patch', *switches),'alpha thresh trust start crop size bs rcs zoom net'.split()
+
+def _makes(o):
+    "All that the options of a method can change, as far as it is known before data and net are there"
+    o = AttrDict(o)
+    cbs = [(type(cb), repr(vars(cb))) for cb in method_cbs(o.method, **method_args(o))]
+    return cbs,data_args(o, None, None),net_args(o),fit_args(o)
+
+def _without(o, k, usual):
+    "Arguments in which option or switch `k` has its default"
+    if k not in switches: return dict(o, **{k: usual[k]})
+    return dict(o, switch=' '.join(s for s in o['switch'].split() if s.partition('=')[0]!=k))
+
+def idle(
+    o:dict # Arguments of `pipa_train`
+)->list: # Names of options and switches
+    "What isn't the default and changes nothing with this method, or this preset"
+    usual = _defaults()
+    a,b = _flat(o),_flat(usual)
+    try: now = _makes(o)
+    except ValueError: return []   # of a run that can't begin; why, is said elsewhere
+    def same(k):
+        try: return _makes(_without(o, k, usual))==now
+        except ValueError: return False
+    return [k for k in (*_of_terms, *_of_recipe) if a[k]!=b[k] and same(k)]
+
+def _said(o, ks): return ', '.join(f"`--switch {k}={_flat(o)[k]}`" if k in switches else f"`--{k} {o[k]}`" for k in ks)
+
+def look_for_idle(
+    o:dict, # Arguments of `pipa_train`
+    given # Names of those that the user gave: what a `config.json` brought is as it was
+):
+    "Refuse what is of a term that the method doesn't have; say what else does nothing"
+    ks = [k for k in idle(o) if k in given or k in switches and 'switch' in given]
+    own,rest = ([k for k in ks if k in some] for some in (_of_terms, _of_recipe))
+    if own: raise ValueError(f"{_said(o, own)} would do nothing: the method `{method_name(*host_terms(o['method'], o['terms']))}` has no term "
+                             "for it. Leave it out, or name a method that has.")
+    by = f"method `{o['method']}`" + (f" and the preset `{o['preset']}`" if o['preset'] else '')
+    if rest and not rank_distrib(): print(f"pipa: Of no use to the {by}: {_said(o, rest)}.", file=sys.stderr)
 
 # %% ../nbs/31_cli.ipynb #e4000111
 def open_net(
@@ -509,7 +563,7 @@ def write_scores(
     t,means = infer.class_table(cm, space),infer.mean_table(cm, space)
     matrix = pd.DataFrame(cm.numpy(), space.codes, space.codes).rename_axis('truth')
     write_file(out/'classes.csv', lambda f: t.to_csv(f, index=False)); write_file(out/'confusion.csv', matrix.to_csv)
-    show.confusion_picture(cm, space).savefig(out/'confusion.png', dpi=100)
+    show.confusion_picture(cm, space).to_png(out/'confusion.png')
     row = dict(row, **dict(zip(means['mean'], means.iou)), accuracy=pixel_acc(cm), **dict(zip(space.codes, t.iou)))
     write_file(out/'row.json', lambda f: f.write(json.dumps(row, indent=1).encode()))
     def line(m):
@@ -581,10 +635,6 @@ def pipa_export(
 
 # %% ../nbs/31_cli.ipynb #1e221739
 _elsewhere = 'out threads workers lean unlabelled resume minutes guard deterministic config pdb xtra'.split()
-def _parser(): return anno_parser(pipa_train.__wrapped__, 'pipa_train')
-
-def _flat(o): return {k:v for k,v in o.items() if k!='switch'} | parse_switches(o.get('switch', ''))
-
 def settings(
     command:str|list, # Command or its arguments, as `pipa_train --method=mic`
     strict:bool=True # Exit with a sentence at arguments that aren't known? Otherwise they are passed over
@@ -593,7 +643,8 @@ def settings(
     args = [o for o in (shlex.split(command) if isinstance(command, str) else command) if o!='pipa_train']
     p = _parser()
     o = p.parse_args(args) if strict else p.parse_known_args(args)[0]
-    o = _flat({k:v for k,v in vars(o).items() if k not in _elsewhere})
+    no_use,usual = idle(vars(o)),_flat(_defaults())
+    o = _flat({k:v for k,v in vars(o).items() if k not in _elsewhere}) | {k: usual[k] for k in no_use}
     o['host'],o['terms'] = host_terms(o.pop('method'), o['terms'])
     return o
 
@@ -601,7 +652,7 @@ def unusual(
     o:dict # Arguments of `pipa_train`
 )->str: # Such as `patch=0.01 crop=64x64`
     "The settings that aren't the default, but for what has a column of its own"
-    o,usual = _flat(o),_flat(vars(_parser().parse_args([])))
+    o,usual = _flat(o),_flat(_defaults())
     for k in (*_elsewhere, 'method', 'terms', 'data', 'seed', 'epochs'): usual.pop(k, None)
     return ' '.join(f'{k}={v}' for k,v in o.items() if k in usual and v!=usual[k])
 
@@ -666,6 +717,16 @@ def _with(args, v):
     if v.split('=')[0] not in switches: return args + [f'--{v}']
     return args + [f'--switch={_parser().parse_args(args).switch} {v}'.replace('= ', '=')]
 
+def _useful(args, also=()):
+    "Arguments without options of terms that the method doesn't have, and without those of `also` that do nothing; and their names"
+    p,o = _parser(),vars(_parser().parse_args(args))
+    lost = [k for k in idle(o) if k in _of_terms or k in also]
+    if not lost: return args,[]
+    for a in p._actions: a.default = argparse.SUPPRESS
+    o = {k:v for k,v in vars(p.parse_args(args)).items() if k not in lost}
+    if 'switch' in o: o['switch'] = ' '.join(s for s in o['switch'].split() if s.partition('=')[0] not in lost)
+    return [f'--{k}' if v is True else f'--{k}={v}' for k,v in o.items() if v!=''],lost
+
 def _key(o): return tuple(sorted((k, str(v)) for k,v in o.items()))
 
 def _words(args):
@@ -699,14 +760,18 @@ def plan(
         raise ValueError(f"`--sweep {bad[0]}` names no values: write it as patch=.01,.1.")
     pairs = dict.fromkeys(host_terms(m, t) for m in methods.split(',') for t in terms.split(','))
     vary = [f'{k}={v}' for k,_,vs in (o.partition('=') for o in sweep.split()) for v in vs.split(',')] or ['']
-    runs = {}
+    runs,never = {},{}
     if bad := [o for o in seeds.split(',') if not o.strip().isdecimal()]:
         raise ValueError(f"`--seeds {seeds}`: `{bad[0]}` is no seed: write whole numbers from 0 on, separated by commas.")
     for s in seeds.split(','):
         for m in (method_name(*o) for o in pairs):
             for v in vary:
-                args = _with([f'--method={m}', f'--seed={int(s)}', *more], v)
-                runs.setdefault(_key(settings(args)), (f'{m}_seed{int(s)}' + (f'_{v}' if v else '').translate({ord(c): '_' for c in '/\\'}), args))
+                args,lost = _useful(_with([f'--method={m}', f'--seed={int(s)}', *more], v), [v.split('=')[0]])
+                name = f'{m}_seed{int(s)}' + (f'_{v}' if v and v.split('=')[0] not in lost else '').translate({ord(c): '_' for c in '/\\'})
+                runs.setdefault(_key(settings(args)), (name, args))
+                never[v] = never.get(v, {*lost}) & {*lost}
+    if bad := sorted(k for ks in never.values() for k in ks): raise ValueError(
+        f"`{bad[0]}` would do nothing with any of {methods.replace(',', ', ')}: leave it out, or add a method or terms that it is for.")
     return list(runs.values())
 
 # %% ../nbs/31_cli.ipynb #rsm00006
@@ -718,9 +783,9 @@ def interrupted(
     for p in sorted(out.parent.glob(f'{out.name}*')):
         if not (p/'config.json').is_file() or (p/'row.json').exists(): continue
         said = json.loads((p/'config.json').read_text(encoding='utf8')).get('command', '')
-        try: lock = claim(p)
+        try:
+            with claim(p): pass
         except ValueError: continue
-        if lock: lock.close()
         if said.startswith('pipa_train') and _key(settings(said, strict=False))==_key(settings(args)): return p
 
 # %% ../nbs/31_cli.ipynb #37693cfc

@@ -4,7 +4,7 @@
 
 # %% ../nbs/06_domains.ipynb #e61c5f61
 from __future__ import annotations
-import numpy as np, torch
+import os, numpy as np, torch
 from dataclasses import dataclass, replace
 from pathlib import Path
 from PIL import Image
@@ -12,8 +12,8 @@ from torchvision.io import decode_image
 from .labels import LabelSpace, label_space, pack, space
 
 # %% auto #0
-__all__ = ['Domain', 'codes_space', 'pair', 'folder', 'read_image', 'image_size', 'read_numbers', 'complaint', 'class_numbers',
-           'fractions', 'read_mask', '_exts']
+__all__ = ['Domain', 'codes_space', 'pair', 'folder', 'read_image', 'image_size', 'whole', 'read_numbers', 'complaint',
+           'class_numbers', 'fractions', 'read_mask', '_exts']
 
 # %% ../nbs/06_domains.ipynb #2b9b6952
 @dataclass
@@ -115,6 +115,20 @@ def image_size(
     "The size that a picture's header names, without decoding it"
     try:
         with Image.open(path) as o: return o.height,o.width
+    except Exception as e: raise _unreadable(path, 'picture', e) from None
+
+# %% ../nbs/06_domains.ipynb #dom00092
+_ends = dict(PNG=b'IEND\xaeB`\x82', JPEG=b'\xff\xd9')
+
+def whole(
+    path # Of a picture; raises `ValueError` with its name when it isn't one, or is cut off
+)->tuple: # Height and width
+    "The size of a picture that is all there: decoded only if its last bytes aren't the mark of an end"
+    try:
+        with Image.open(path) as o, open(path, 'rb') as f:
+            f.seek(-min(64, os.path.getsize(path)), os.SEEK_END)
+            if not (o.format in _ends and f.read().rstrip(b'\0').endswith(_ends[o.format])): o.load()
+            return o.height,o.width
     except Exception as e: raise _unreadable(path, 'picture', e) from None
 
 # %% ../nbs/06_domains.ipynb #08ef5662

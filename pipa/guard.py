@@ -4,7 +4,8 @@
 
 # %% ../nbs/13_guard.ipynb #gua00003
 from __future__ import annotations
-import json, random
+import json, math, random, sys
+from numbers import Real
 from pathlib import Path
 import numpy as np, torch
 from safetensors.torch import load_file, save as to_bytes
@@ -15,9 +16,10 @@ from .limits import one_line, one_of
 from .data import write_file
 from .callbacks import LossTerm, Pair, _show
 from .metrics import TermColumn
+from .ranks import place, total
 
 # %% auto #0
-__all__ = ['probe', 'batch_files', 'culprit', 'random_state', 'set_random_state', 'keep_batch', 'Guard', 'replay']
+__all__ = ['probe', 'batch_files', 'culprit', 'random_state', 'set_random_state', 'keep_batch', 'Guard', 'odd_columns', 'replay']
 
 # %% ../nbs/13_guard.ipynb #gua00006
 def probe(
@@ -102,7 +104,7 @@ def keep_batch(
 # %% ../nbs/13_guard.ipynb #gua00019
 class Guard(Callback):
     "Look before the step: stop at a number that isn't finite, or leave the batch out and count"
-    order,run_valid,name,free = MixedPrecision.order-2,False,'guard',True   # free: a run that goes on may have another one
+    order,name,free = MixedPrecision.order-2,'guard',True   # free: a run that goes on may have another one
     def __init__(self,
         do:str='stop', # 'stop' with a sentence (`FloatingPointError`), or 'skip' the batch and count
         out:str|Path|None=None, # Folder for batches that went wrong; defaults to `faults` in `learn.path`
@@ -110,47 +112,54 @@ class Guard(Callback):
         keep:int=3 # Batches that are kept on disk
     ):
         self.do,self.out,self.most,self.keep = one_of('guard', do, ('stop', 'skip')),out,most,keep
-        self.total_skipped,self.row,self.mean,self.last = 0,0,0,None
+        self.total_skipped,self.row,self.skipped,self.good_loss,self.odd,self.told = 0,0,0,None,(),set()
 
     def before_fit(self):
-        self.run,self.seen = not hasattr(self.learn, 'lr_finder'),0
+        self.run = not hasattr(self.learn, 'lr_finder')
         self.kept = [*self.model.buffers()] if self.do=='skip' else []
-    def before_train(self): self.mean = 0
+    def before_train(self): self.skipped = 0
 
     def before_batch(self):
+        if not self.training: return
         self.batch,self.rng = (*self.xb, *self.yb),random_state()
-        self.had = [(o, dict(vars(o))) for o in self.learn.cbs if isinstance(o, (Pair, LossTerm))]
+        terms = [o for o in self.learn.cbs if isinstance(o, (Pair, LossTerm))]
+        self.had = [(o, dict(vars(o)) if self.do=='skip' else dict(bank=getattr(o, 'bank', ()))) for o in terms]
         self.was = [b.clone() for b in self.kept]
 
     def before_step(self):
         scaled = getattr(self.learn, 'scaler', None)
         grads = () if scaled is not None and scaled.is_enabled() else [p.grad for p in self.model.parameters() if p.grad is not None]
-        if bool(probe(*self.batch, self.learn.loss, grads=grads).isfinite()): self.row,self.last = 0,self.learn.loss
-        else: self.wrong()
+        fine = bool(probe(*self.batch, self.learn.loss, grads=grads).isfinite())
+        if total(torch.tensor(float(not fine)))==0: self.row,self.good_loss = 0,self.learn.loss.detach()
+        else: self.wrong(elsewhere=fine)
 
+    def after_fit(self): self.batch = self.had = self.was = self.kept = self.rng = ()   # no batch outlives the fit
+
+    @property
+    def mean(self): return self.skipped   # what a `TermColumn` asks for
     @property
     def column(self): return TermColumn(self, 'skipped')
 
 # %% ../nbs/13_guard.ipynb #gua00020
 @patch
-def wrong(self:Guard):
+def wrong(self:Guard, elsewhere=False):
     "Say what went wrong and keep the batch; stop, or leave it out"
     files,step = batch_files(self.dl, self.iter),self.train_iter
     names = ('source',)+('target',)*(len(self.batch)>2)
     xs = [o for o in self.batch if o.ndim==4]
-    why = culprit(self.learn, [*zip(names, xs)], files)
+    self.why = why = 'a number on another process is not finite' if elsewhere else culprit(self.learn, [*zip(names, xs)], files)
     had = {o.name:v for o,v in self.had}
-    file = Path(self.out or self.learn.path/'faults')/f'step_{step}.safetensors'
-    if self.total_skipped<self.keep:
-        about = dict(step=step, epoch=self.epoch, number=self.iter, why=why, files=files, bank=had.get('patch_contrast', {}).get('bank', ()))
-        keep_batch(file, self.learn, self.batch, self.rng, **about)
-    self.total_skipped,self.mean,self.row = self.total_skipped+1,self.mean+1,self.row+1
+    file = Path(self.out or self.learn.path/'faults')/f'step_{step}{f"_rank{place()[0]}"*(place()[1]>1)}.safetensors'
+    about = dict(step=step, epoch=self.epoch, number=self.iter, why=why, files=files, bank=had.get('patch_contrast', {}).get('bank', ()))
+    try: kept = not elsewhere and self.total_skipped<self.keep and keep_batch(file, self.learn, self.batch, self.rng, **about)
+    except OSError as e: kept = None; print(f"The batch couldn't be kept. {one_line(e)}", file=sys.stderr)
+    self.total_skipped,self.skipped,self.row = self.total_skipped+1,self.skipped+1,self.row+1
     text = f"Step {step} (epoch {self.epoch}, batch {self.iter}): {why}."
-    if self.do=='stop' or self.row>self.most: raise FloatingPointError(self.sentence(text, files, file))
+    if self.do=='stop' or self.row>self.most: raise FloatingPointError(self.sentence(text, files, kept))
     for o,v in self.had: vars(o).clear(); vars(o).update(v)
     for b,v in zip(self.kept, self.was): b.copy_(v)
     self.opt.zero_grad()
-    self.learn.loss = self.last if self.last is not None else torch.zeros_like(self.learn.loss)
+    self.learn.loss = self.good_loss if self.good_loss is not None else torch.zeros_like(self.learn.loss)
     raise CancelBatchException()
 
 @patch
@@ -158,7 +167,36 @@ def sentence(self:Guard, text, files, file):
     "The error for people"
     many = f' So it was with {self.row-1} batches before.' if self.row>1 else ''
     of = '' if not files else ' Its files: ' + '; '.join(dict.fromkeys(' + '.join(o.values()) for o in files)) + '.'
-    return f"{text}{many}{of} It is kept as `{file}`: `pipa.guard.replay` runs it again. Look at the files, lower the learning rate, or skip such batches."
+    again = f' It is kept as `{file}`: `pipa.guard.replay` runs it again.' if file else ''
+    return f"{text}{many}{of}{again} Look at the files, lower the learning rate, or skip such batches."
+
+# %% ../nbs/13_guard.ipynb #gua00051
+def odd_columns(
+    learn # Learner whose validation has just ended
+)->list: # Names of columns
+    "What isn't finite in the new row of the log, but for the columns of terms"
+    ms,log = [('valid_loss', False), *((m.name, isinstance(m, TermColumn)) for m in learn.metrics)],learn.recorder.log
+    if len(log)<=len(ms): return []   # there was none
+    return [k for (k,term),v in zip(ms, log[-len(ms):]) if isinstance(v, Real) and not math.isfinite(v) and not term]
+
+@patch
+def before_validate(self:Guard): self.odd = ()
+
+@patch
+def after_loss(self:Guard):
+    if self.training or self.odd or not _odd(torch.as_tensor(self.learn.loss)): return
+    items,bs = getattr(self.dl, 'items', None),self.dl.bs
+    some = items[self.iter*bs:(self.iter+1)*bs] if isinstance(items, (list,L)) and num_distrib()<2 else ()
+    self.odd = self.iter,[str(o) for o in some if isinstance(o, (str,Path))]
+
+@patch
+def after_epoch(self:Guard):
+    "Say which columns of validation went wrong, each once"
+    new = [k for k in odd_columns(self.learn) if k not in self.told]
+    if not new: return
+    self.told.update(new)
+    at = ' The first batch whose loss is not finite is {}{}.'.format(self.odd[0], ': '*bool(self.odd[1])+', '.join(self.odd[1])) if self.odd else ''
+    print(f"Validation of epoch {self.epoch}: {' and '.join(new)} not finite.{at} The weights aren't touched by that; choose none by it.", file=sys.stderr)
 
 # %% ../nbs/13_guard.ipynb #gua00044
 @patch
@@ -173,12 +211,12 @@ def show(self:Guard, n:int=2):
 @patch
 def state_dict(self:Guard):
     "The counts so far"
-    return {k: getattr(self, k) for k in ('total_skipped', 'row', 'mean')}
+    return dict(total_skipped=self.total_skipped, row=self.row, mean=self.skipped)
 
 @patch
 def load_state_dict(self:Guard, state):
     "Go on counting from `state_dict`"
-    for k,v in state.items(): setattr(self, k, v)
+    self.total_skipped,self.row,self.skipped = (state[k] for k in ('total_skipped', 'row', 'mean'))
 
 # %% ../nbs/13_guard.ipynb #gua00028
 class _Again(Callback):
@@ -208,4 +246,4 @@ def replay(
     learn.remove_cbs(learn.cbs.filter(lambda o: isinstance(o, Guard)))
     try:
         with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[_Again(t, about), guard])
-    except FloatingPointError as e: return one_line(e).split(': ', 1)[1].split('. It is kept')[0]
+    except FloatingPointError: return guard.why

@@ -19,6 +19,7 @@ from .hrda import hrda
 from .callbacks import *
 from .baselines import MinEnt, AdvSeg, AdvEnt, FDA, MIC
 from .distrib import Ranks
+from .guard import Guard
 from .lean import Lean
 
 # %% auto #0
@@ -218,6 +219,7 @@ def uda_learner(
     cbs=None, # More callbacks
     path='.', # Where `learn.save` and loggers write
     lean:bool=False, # Backpropagate each loss as soon as it is made? Less memory, see `Lean`
+    guard:str|None='stop', # At a number that isn't finite: 'stop' with a sentence, 'skip' the batch and count, or `None`; see `Guard`
     **kwargs # To `method_cbs`
 )->Learner:
     "A learner that adapts `model` from the source to the target of `dls`"
@@ -230,13 +232,14 @@ def uda_learner(
     ms += [MIoU(dls.c)] + ([TeacherMIoU(dls.c)] if has_teacher else []) + L(metrics)
     if n_unlabelled: ms += validators(target_dl(dls, n_unlabelled))
     parts += [Lean()]*lean + [Ranks()]*(num_distrib()>1)
+    if guard and not any(isinstance(cb, Guard) for cb in parts+L(cbs)): parts.append(g := Guard(guard)); ms += [g.column]*(guard=='skip')
     return Learner(dls, net, SegLoss(), partial(adamw, wd=wd), lr=lr, splitter=param_groups, metrics=ms, cbs=parts+L(cbs),
                    path=path, train_bn=False, wd_bn_bias=True)
 
 # %% ../nbs/20_learner.ipynb #e4000002
 from copy import deepcopy
 from fastai.data.core import DataLoaders
-from .data import PairDL, MaskOf
+from .data import PairDL, MaskOf, write_file
 
 def inference_net(
     net:nn.Module # Student or teacher
@@ -269,4 +272,4 @@ def export(self:Learner,
     net = inference_net(net)
     bare = Learner(_empty(self.dls), net, self.loss_func, self.opt_func, self.lr, self.splitter,
                    metrics=MIoU(self.dls.c), path=self.path)
-    _export(bare, fname, **kwargs)
+    if not rank_distrib(): write_file(self.path/fname, lambda f: _export(bare, Path(f.name).resolve(), **kwargs))

@@ -8,12 +8,12 @@ import hashlib, json, os, re, numpy as np
 from pathlib import Path
 from fastcore.basics import defaults
 from fastcore.parallel import parallel
-from .domains import Domain, complaint, fractions, image_size, read_numbers
+from .domains import Domain, complaint, fractions, image_size, read_numbers, whole
 from .labels import pack
 
 # %% auto #0
-__all__ = ['write_file', 'cache_home', 'stamp', 'remember', 'look', 'complaints', 'size_complaint', 'counts_from', 'class_counts',
-           'rare_class_probs', 'images_with']
+__all__ = ['write_file', 'cache_home', 'stamp', 'remember', 'readable', 'check_images', 'look', 'complaints', 'size_complaint',
+           'counts_from', 'class_counts', 'rare_class_probs', 'images_with']
 
 # %% ../nbs/07_rare.ipynb #b40a4d53
 def write_file(
@@ -58,16 +58,34 @@ def remember(
     items:list, # A tuple of paths each
     cache:str|Path|None=None, # Folder of the answers; defaults to `cache_home()`
     n_workers:int|None=None, # Processes; defaults to the number of cores, 0 for none
-    size:int=32 # Items in a part
+    size:int=32, # Items in a part
+    threads:bool=False # Threads in place of processes? For what waits for a disk rather than computes
 )->list: # The answer for each item
     "Apply `f` to each item, in parallel and with a progress bar, unless the cache knows the answer"
     home = Path(cache or cache_home())/f.__name__
     parts = [items[i:i+size] for i in range(0, len(items), size)]
     todo = [(f, o, home/f'{stamp(o, f.__name__)}.json') for o in parts]
     new = sum(not o[2].exists() for o in todo)
-    if n_workers is None: n_workers = 0 if new*size<200 else defaults.cpus
-    res = parallel(_part, todo, n_workers=n_workers, progress=True) if n_workers and new else map(_part, todo)
+    if n_workers is None: n_workers = 0 if new*size<200 else 16 if threads else defaults.cpus
+    res = parallel(_part, todo, n_workers=n_workers, progress=True, threadpool=threads) if n_workers and new else map(_part, todo)
     return [r for part in res for r in part]
+
+# %% ../nbs/07_rare.ipynb #rar00102
+def readable(
+    image # Path of a picture
+)->dict: # `size`, its height and width, or `error`
+    "Whether a picture is all there"
+    try: return dict(size=[*whole(image)])
+    except (ValueError, OSError) as e: return dict(error=str(e))
+
+def check_images(
+    domain:Domain, # With or without masks
+    cache:str|Path|None=None, # Folder of the cache; defaults to `cache_home()`
+    n_workers:int|None=None # Threads; defaults to 16 where there is much to do, 0 for none
+):
+    "Raise a `ValueError` that names the first picture that is cut off or none at all, and says how many there are"
+    bad = [r['error'] for r in remember(readable, [(x,) for x in domain.images], cache, n_workers, threads=True) if 'error' in r]
+    if bad: raise ValueError(bad[0] + f" {len(bad)-1} more of `{domain.name}` can't be read: `pipa_check` lists them."*(len(bad)>1))
 
 # %% ../nbs/07_rare.ipynb #5711e3af
 def look(

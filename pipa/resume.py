@@ -4,7 +4,8 @@
 
 # %% ../nbs/12_resume.ipynb #res00003
 from __future__ import annotations
-import inspect, multiprocessing, os, re, signal, sys, threading, time, zipfile
+import errno, inspect, multiprocessing, os, re, signal, sys, threading, time, zipfile
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 import numpy as np, torch
@@ -219,18 +220,30 @@ def read_state(
     raise ValueError(f"{'; '.join(said)}: there is none before it, so begin anew.")
 
 # %% ../nbs/12_resume.ipynb #res00030
+def _locked(file, fcntl):
+    "The open and locked file at `file`, or None if another process has it; where the disk has no locks it is open only"
+    while True:
+        f = open(file, 'w')
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(f.fileno()), os.stat(file)): return f
+        except FileNotFoundError: pass   # its owner removed it before we had it
+        except OSError as e:
+            if e.errno not in (errno.EACCES, errno.EAGAIN): return f
+            f.close(); return None
+        f.close()
+
+@contextmanager
 def claim(
     folder # Folder of a run
-): # Keep it as long as the run lasts; `None` where the system has no such locks
+): # For `with`; does nothing where the system has no such locks
     "Take a folder for this process; raises `ValueError` if another one works in it"
     try: import fcntl
-    except ImportError: return None
-    f = open(Path(folder)/'.lock', 'w')
-    try: fcntl.lockf(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
-    except OSError:
-        f.close()
-        raise ValueError(f"Another process works in `{folder}`: let it end, or take another folder.") from None
-    return f
+    except ImportError: yield; return
+    f = _locked(file := Path(folder)/'.lock', fcntl)
+    if not f: raise ValueError(f"Another process works in `{folder}`: let it end, or take another folder.")
+    try: yield
+    finally: file.unlink(missing_ok=True); f.close()   # in this order: closed, it might be another's already
 
 # %% ../nbs/12_resume.ipynb #res00033
 _signals = [getattr(signal, o) for o in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, o)]

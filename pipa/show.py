@@ -14,7 +14,7 @@ from fastcore.basics import patch, in_ipython
 from fastai.vision.core import imagenet_stats
 from .infer import as_image, overlay
 from .metrics import iou, miou, label_free
-from .data import PairDL, EvalDL
+from .data import PairDL, EvalDL, write_file
 from .learner import host_terms
 
 # %% auto #0
@@ -30,6 +30,9 @@ class Fig(Figure):
         f = io.BytesIO()
         self.savefig(f, format='png', bbox_inches='tight')
         return f.getvalue()
+    def to_png(self, file, dpi=100): # Where to, and dots per inch
+        "Write the picture, whole or not at all"
+        write_file(file, lambda f: self.savefig(f, format='png', dpi=dpi))
 
 # %% ../nbs/22_show.ipynb #c9f0f895
 def denorm(

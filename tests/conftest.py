@@ -1,5 +1,6 @@
 "The same surroundings for everybody: one thread a process, no window, nothing from the net."
 import os, socket
+from pathlib import Path
 import pytest
 
 for k,v in dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', MPLBACKEND='Agg', HF_HUB_OFFLINE='1').items(): os.environ.setdefault(k, v)
@@ -36,3 +37,11 @@ def own_cache(tmp_path, monkeypatch):
 def cache_home(tmp_path_factory):
     "A cache that the tests of a file share"
     with pytest.MonkeyPatch.context() as m: m.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('xdg'))); yield
+
+@pytest.fixture
+def placed(monkeypatch):
+    "Files that came to their place by renaming: whole, or not there"
+    real,seen = os.replace,set()
+    def note(a, b): seen.add(Path(b).absolute()); return real(a, b)
+    monkeypatch.setattr(os, 'replace', note)
+    return seen

@@ -89,9 +89,10 @@ def test_what_a_user_means(home, tmp_path, monkeypatch):
     assert C.domains_of(str(home/'game/images'), str(home/'game/masks'), 'minicity')[0].space.n==11
     assert C.domains_of(str(home/'game/images'))[0].masks is None
 
-def test_command(home, tmp_path, capsys):
+def test_command(home, tmp_path, capsys, placed):
     args = dict(masks=str(home/'game/masks'), codes='minicity', out=str(tmp_path/'out'), workers=0)
     cli.pipa_check(str(home/'game/images'), **args)
+    assert {*(tmp_path/'out').iterdir()}<=placed and len(placed)>3
     out = capsys.readouterr().out
     assert '8 images, masks of minicity; sizes 64x128 (8)' in out and 'classes.png' in out and 'wrong' not in out
     d,_ = mistake(tmp_path/'bad', 'rgb')

@@ -45,6 +45,8 @@ def done(data, tmp_path_factory):
     cwd = tmp_path_factory.mktemp('run')
     return run('pipa_train', f'--data={data}', '--seed=3', *small, '--patch=.25', cwd=cwd),cwd/f'runs/{data.name}_pipa_seed3'
 
+def files(out): return {p.absolute() for p in Path(out).rglob('*') if p.is_file()}
+
 # pipa_train
 
 def test_run_folder(done):
@@ -87,9 +89,10 @@ def test_weights_give_the_numbers_again(done, data):
         assert abs(miou(evaluate(load(done[1]/f'{f}.safetensors')[0], valid, (64,64), progress=False))-r[k])<1e-5
 
 @pytest.mark.parametrize('method', ['source', 'oracle'])
-def test_methods_without_teacher(data, method, capsys):
+def test_methods_without_teacher(data, method, capsys, placed):
     cli.pipa_train(method, str(data), out='o', **opts)
     out = Path('o')
+    assert files(out)-placed=={(out/'metrics.csv').absolute()}, 'all but the log, which grows, is whole or not there'
     assert not (out/'teacher.safetensors').exists() and (out/'weights.safetensors').exists()
     assert [*pd.read_csv(out/'metrics.csv')]==['epoch','train_loss','valid_loss','pair','miou','time']
     assert np.isnan(json.loads((out/'row.json').read_text())['miou_teacher'])
@@ -220,7 +223,7 @@ def test_eval_from_the_shell_gives_the_numbers_of_training(done, data, tmp_path)
     assert ('absent and left out: '+', '.join(absent) in p.stdout)==bool(absent)
     a = np.array(Image.open(out/'confusion.png').convert('RGB')); assert a.shape[0]>300 and a.std()>5
 
-def test_eval_by_windows_of_two_folders(done, data, capsys):
+def test_eval_by_windows_of_two_folders(done, data, capsys, placed):
     from pipa.data import folder
     from pipa.infer import evaluate
     w = str(done[1]/'weights.safetensors')
@@ -231,6 +234,7 @@ def test_eval_by_windows_of_two_folders(done, data, capsys):
     assert 'miou' in capsys.readouterr().out
     cli.pipa_eval(w, data=str(data), out='o')
     assert Path('o_2/row.json').exists(), 'an earlier result is kept'
+    assert len(files('o'))==4 and files('o')|files('o_2')<=placed, 'whole or not there'
 
 def test_eval_with_a_label_space_of_its_own(tmp_path, capsys):
     from pipa.checkpoints import save

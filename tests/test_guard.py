@@ -151,3 +151,83 @@ def test_a_learner_names_its_files(pairs, tmp_path, monkeypatch):
     text = stopped(learn); about = json.loads((tmp_path/'step_1.json').read_text(encoding='utf8'))
     assert f"target image 1 of the batch (`{about['files'][1]['target']}`) holds inf" in text and about['files'][0]['mask'] in text and 'städte' in text
     assert (about['step'], about['epoch'], about['number'])==(1, 0, 1) and about['why'] in text
+
+# --- validation, and a disk that is full ------------------------------------------------------------------------------------------------
+class Overflow(Callback):
+    "The net's answer in validation is not finite, in one batch of one epoch"
+    def __init__(self, epoch=0, batch=0, value=nan): self.at,self.value = (epoch, batch),value
+    def after_pred(self):
+        if not self.training and (self.epoch, self.iter)==self.at: self.learn.pred = self.pred*self.value
+
+@pytest.mark.parametrize('do', ['stop', 'skip'])
+@pytest.mark.parametrize('value', [nan, inf])
+def test_validation_that_goes_wrong_is_said_once_and_goes_on(do, value, tmp_path, capsys):
+    learn = fit(toy([*terms(), Guard(do, tmp_path), Overflow(1, 1, value)], n=4), 3); said = capsys.readouterr().err
+    assert said.startswith('Validation of epoch 1: valid_loss not finite. The first batch whose loss is not finite is 1.') and said.count('\n')==1
+    assert len(learn.recorder.values)==3 and not [*tmp_path.iterdir()] and np.isfinite(learn.recorder.values[2][1]) and not np.isfinite(learn.recorder.values[1][1])
+
+def test_a_metric_that_goes_wrong_is_said(capsys):
+    from fastai.metrics import AvgMetric
+    learn = toy([*terms(), Guard()]); learn.metrics += AvgMetric(lambda p,y: torch.tensor(nan)); fit(learn, 2)
+    assert capsys.readouterr().err.count('<lambda> not finite')==1
+    fit(toy([Pair(), MeanTeacher(), Mix(start=99), Guard()]), 1); assert not capsys.readouterr().err, 'a term that has not begun is n/a, and no error'
+
+def test_files_of_validation_are_named(pairs, tmp_path, capsys):
+    src,tgt = pairs
+    dls = uda_dls(src, tgt.unlabelled(), tgt, bs=2, n=2, size=(64,64), seed=3, device='cpu')
+    fit(uda_learner(dls, light('mit_b0', n_out=dls.c), 'source', cbs=Overflow(0, 1), path=tmp_path))
+    said = capsys.readouterr().err
+    assert f'is 1: {tgt.images[2]}, {tgt.images[3]}.' in said and str(tgt.images[1]) not in said
+
+def test_validate_and_predict_alone_are_as_ever(pairs, tmp_path, capsys):
+    src,tgt = pairs
+    dls = uda_dls(src, tgt.unlabelled(), tgt, bs=2, n=2, size=(64,64), seed=3, device='cpu')
+    l = uda_learner(dls, light('mit_b0', n_out=dls.c), 'source', path=tmp_path)
+    with l.no_bar(): assert len(l.validate())==3 and len(l.get_preds()[0])==5
+    assert not capsys.readouterr().err
+
+def test_a_full_disk_does_not_hide_the_cause(tmp_path, capsys, monkeypatch):
+    import errno, os
+    def full(a, b): raise OSError(errno.ENOSPC, 'No space left on device', str(b))
+    monkeypatch.setattr(os, 'replace', full)
+    text = stopped(toy([*terms(), Guard(out=tmp_path), spoil('mix')]))
+    assert 'the loss of mix is nan' in text and 'It is kept' not in text and 'The disk is full' in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+def test_a_learner_of_names_has_a_guard(pairs, tmp_path):
+    src,tgt = pairs
+    dls = uda_dls(src, tgt.unlabelled(), src, bs=2, n=6, size=(64,64), seed=3, device='cpu')
+    for kw,do in (({}, 'stop'), (dict(guard='skip'), 'skip')):
+        l = uda_learner(dls, light('mit_b0', n_out=dls.c), 'source', path=tmp_path/do, cbs=At(1, before_batch=lambda l: l.xb[0].fill_(nan)), **kw)
+        if do=='skip': fit(l); assert l.recorder.metric_names[-2]=='skipped' and l.recorder.values[-1][-1]==1
+        else: assert 'source image 0 of the batch' in stopped(l) and (tmp_path/'stop/faults/step_1.json').exists()
+
+def test_a_net_with_names_of_its_own_is_not_shadowed(tmp_path):
+    "fastai warns of a callback's attribute that the net has, too; `last`, `mean` and `out` are names that nets have"
+    import warnings
+    net = light('mit_b0', n_out=3); net.register_buffer('mean', torch.zeros(3)); net.last = net.out = net.loss_f = 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', 'You are shadowing')
+        fit(toy([Pair(), Guard('skip', tmp_path), spoil('image')], net=net, n=4))
+
+# --- several processes ------------------------------------------------------------------------------------------------------------------
+def on_two(pairs, do, out):
+    "Two ranks; the second has a bad gradient in its second step, which the first can't see"
+    from pipa.ranks import place
+    seed(place()[0]); src,tgt = pairs
+    dls = uda_dls(src, tgt.unlabelled(), src, bs=1, n=8, size=(64,64), seed=3, device='cpu')
+    def once(l): h = next(l.model.decode_head.parameters()).register_hook(lambda g: (h.remove(), g*nan)[1])
+    x = At(1, **(dict(before_batch=once) if place()[0] else {}))
+    l = uda_learner(dls, light('mit_b0', n_out=dls.c), 'self_training', guard=do, cbs=x, path=out)
+    said = stopped(l) if do=='stop' else fit(l) and ''
+    return dict(said=said, skipped=l.guard.total_skipped, t=l.mean_teacher.t, net=dict(l.model.state_dict()))
+
+def test_ranks_leave_a_batch_out_together(pairs, tmp_path):
+    from pipa.ranks import on_ranks
+    a,b = on_ranks(on_two, 2, pairs, 'skip', tmp_path)
+    assert all(torch.equal(v, b['net'][k]) and v.isfinite().all() for k,v in a['net'].items())
+    assert (a['skipped'], b['skipped'], a['t'], b['t'])==(1, 1, 3, 3) and [p.name for p in (tmp_path/'faults').glob('*.json')]==['step_1_rank1.json']
+
+def test_ranks_stop_together(pairs, tmp_path):
+    from pipa.ranks import on_ranks
+    a,b = on_ranks(on_two, 2, pairs, 'stop', tmp_path)
+    assert 'a number on another process is not finite' in a['said'] and 'It is kept' not in a['said'] and 'the gradient of' in b['said'] and 'step_1_rank1' in b['said']
