@@ -170,6 +170,15 @@ def sentence(self:Guard, text, files, file):
     again = f' It is kept as `{file}`: `pipa.guard.replay` runs it again.' if file else ''
     return f"{text}{many}{of}{again} Look at the files, lower the learning rate, or skip such batches."
 
+# %% ../nbs/13_guard.ipynb #gua00044
+@patch
+def show(self:Guard, n:int=2):
+    "Images and labels of the last batch; pixels that aren't finite are magenta"
+    magenta = torch.tensor([9.,-9.,9.])[:,None,None]
+    def image(x): return torch.where(x.isfinite().all(0), x.float(), magenta.to(x.device))
+    def part(o): return [image(x) for x in o[:n]] if o.is_floating_point() else o[:n]
+    return _show([*zip(*map(part, self.batch))], ('source', 'label', 'target')[:len(self.batch)])
+
 # %% ../nbs/13_guard.ipynb #gua00051
 def odd_columns(
     learn # Learner whose validation has just ended
@@ -197,15 +206,6 @@ def after_epoch(self:Guard):
     self.told.update(new)
     at = ' The first batch whose loss is not finite is {}{}.'.format(self.odd[0], ': '*bool(self.odd[1])+', '.join(self.odd[1])) if self.odd else ''
     print(f"Validation of epoch {self.epoch}: {' and '.join(new)} not finite.{at} The weights aren't touched by that; choose none by it.", file=sys.stderr)
-
-# %% ../nbs/13_guard.ipynb #gua00044
-@patch
-def show(self:Guard, n:int=2):
-    "Images and labels of the last batch; pixels that aren't finite are magenta"
-    magenta = torch.tensor([9.,-9.,9.])[:,None,None]
-    def image(x): return torch.where(x.isfinite().all(0), x.float(), magenta.to(x.device))
-    def part(o): return [image(x) for x in o[:n]] if o.is_floating_point() else o[:n]
-    return _show([*zip(*map(part, self.batch))], ('source', 'label', 'target')[:len(self.batch)])
 
 # %% ../nbs/13_guard.ipynb #gua00041
 @patch
