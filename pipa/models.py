@@ -16,6 +16,7 @@ from torchvision.models import resnet101
 from fastcore.meta import delegates
 from .mit import mit, mit_sizes
 from .lite import lite
+from .winograd import winograd, pays
 
 # %% auto #0
 __all__ = ['Feats', 'Detail', 'resize', 'mix_maps', 'dilated', 'ConvBN', 'SepConvBN', 'SepASPP', 'Embed', 'DAFormerHead',
@@ -75,6 +76,13 @@ def mix_maps(maps:list,     # Maps, each B×C_i×h_i×w_i; the first one gives t
 # %% ../nbs/05_models.ipynb #5d11a002
 def _shifted(n, o): return slice(max(0, o), n+min(0, o)),slice(max(0, -o), n-max(0, o))
 
+def _taps(x, g, d, out):
+    "The gradient of a kernel for each channel, written to `out`"
+    for i in range(out.shape[2]):
+        for j in range(out.shape[3]):
+            (r,r_g),(c,c_g) = (_shifted(n, d*(k-m//2)) for n,k,m in zip(x.shape[2:], (i,j), out.shape[2:]))
+            if r.start<r.stop and c.start<c.stop: out[:,0,i,j] = (x[:,:,r,c]*g[:,:,r_g,c_g]).sum((0,2,3))
+
 class _Dilated(Function):
     @staticmethod
     @custom_fwd(device_type='cpu', cast_inputs=torch.float32)
@@ -87,11 +95,8 @@ class _Dilated(Function):
     def backward(ctx, g):
         (x,w),d,g = ctx.saved_tensors,ctx.kw['dilation'],g.contiguous()
         g_x = F.conv2d(g, w.flip(2,3), **ctx.kw) if ctx.needs_input_grad[0] else None
-        g_w = torch.zeros_like(w)
-        for i in range(w.shape[2]):
-            for j in range(w.shape[3]):
-                (r,r_g),(c,c_g) = (_shifted(n, d*(k-m//2)) for n,k,m in zip(x.shape[2:], (i,j), w.shape[2:]))
-                if r.start<r.stop and c.start<c.stop: g_w[:,0,i,j] = (x[:,:,r,c]*g[:,:,r_g,c_g]).sum((0,2,3))
+        g_w,few = torch.zeros_like(w),max(1, 2**18//x[:,0].numel())
+        for o,*both in zip(g_w.split(few), x.split(few, 1), g.split(few, 1)): _taps(*both, d, o)
         return g_x,g_w,None
 
 def dilated(
@@ -119,9 +124,10 @@ class ConvBN(nn.Module):
 
     def run(self, x):
         c = self.conv
-        own = x.device.type=='cpu' and self.training and c.groups==c.in_channels==c.out_channels and c.dilation[0]>1
-        return dilated(x, c.weight, c.dilation[0]) if own else c(x)
-    def act(self, x): return F.relu(self.bn(x))
+        if not self.training or x.device.type!='cpu': return c(x)
+        if c.groups==c.in_channels==c.out_channels and c.dilation[0]>1: return dilated(x, c.weight, c.dilation[0])
+        return winograd(x, c.weight) if c.groups==1 and c.dilation==(1,1) and pays(x, c.weight) else c(x)
+    def act(self, x): return F.relu(self.bn(x), inplace=True)
 
     def forward(self, x): return self.act(mix_maps(x, self.conv.weight) if isinstance(x, list) else self.run(x))
 
@@ -148,6 +154,7 @@ class SepASPP(nn.Module):
 
     def forward(self, maps):
         x = torch.cat([resize(m, maps[0].shape[-2:]) for m in maps], 1).contiguous()
+        if self.training and x.device.type=='cpu' and x.dtype==torch.bfloat16: x = x.float()   # once for all branches
         return self.bottleneck(torch.cat([m(maps if isinstance(m, ConvBN) else x) for m in self.aspp_modules], 1))
 
 # %% ../nbs/05_models.ipynb #1f0e3dad
