@@ -393,6 +393,7 @@ def crops_ways(
     return {'crops of 1/2 x 1 of the image':make((s//2,s)), 'crops of 1/2 x 1/2':make((s//2,s//2)),
             'crops of 1/4 x 1/2':make((s//4,s//2)), 'no patch term':make((s//2,s), 'pixel')}
 
+# %% ../nbs/28_bench.ipynb #ev280002
 def every_ways(
     o # Settings, see `pipa_bench`
 )->dict:
