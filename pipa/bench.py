@@ -26,8 +26,8 @@ from .learner import uda_learner, adamw, param_groups, make_net
 __all__ = ['parts', 'interleaved', 'part_rows', 'PlainEmbed', 'PlainAttention', 'stack', 'PlainConvBN', 'PlainASPP',
            'PlainSegFormerHead', 'PlainProjHead', 'plain', 'plain_pixel', 'plain_sup', 'plain_patch', 'PlainStep',
            'block_pairs', 'our_step', 'encoder_ways', 'head_ways', 'pixel_ways', 'patch_ways', 'ema_ways',
-           'optimizer_ways', 'augment_ways', 'step_ways', 'crops_ways', 'machine', 'Settings', 'bench', 'pipa_bench',
-           'add_rows', 'Clock', 'profile_step', 'growth', 'exponents']
+           'optimizer_ways', 'augment_ways', 'step_ways', 'crops_ways', 'every_ways', 'machine', 'Settings', 'bench',
+           'pipa_bench', 'add_rows', 'Clock', 'profile_step', 'growth', 'exponents']
 
 # %% ../nbs/28_bench.ipynb #5beb0006
 def _now():
@@ -393,9 +393,22 @@ def crops_ways(
     return {'crops of 1/2 x 1 of the image':make((s//2,s)), 'crops of 1/2 x 1/2':make((s//2,s//2)),
             'crops of 1/4 x 1/2':make((s//4,s//2)), 'no patch term':make((s//2,s), 'pixel')}
 
+# %% ../nbs/28_bench.ipynb #ev280002
+def every_ways(
+    o # Settings, see `pipa_bench`
+)->dict:
+    "Four whole steps of ours with the patch term in each, in each second and in one, and without the term"
+    (net,batch),size = _net_and_batch(o),(o.size//2,o.size)
+    def four(n, method='pipa'):
+        step = our_step(net, batch, size, 0., method=method, pixel=dict(min_pixels=1), patch=dict(every=n))[1]
+        return lambda: [step() for _ in range(4)]
+    return {'four steps, four with patch term':four(1), 'two with patch term':four(2), 'one with patch term':four(4),
+            'no patch term':four(1, 'pixel')}
+
 parts = {'encoder, forward':lambda o: encoder_ways(o, False), 'encoder, training':lambda o: encoder_ways(o, True),
          'head':head_ways, 'pixel':pixel_ways, 'patch':patch_ways, 'ema':ema_ways, 'optimizer':optimizer_ways,
-         'augment':augment_ways, 'step':step_ways, 'crops':crops_ways}
+         'augment':augment_ways, 'step':step_ways, 'crops':crops_ways,
+         'every':every_ways}
 
 # %% ../nbs/28_bench.ipynb #5beb0025
 def machine()->dict: # Text each
@@ -436,7 +449,7 @@ def _line(r):
 
 @call_parse
 def pipa_bench(
-    parts:str='', # Parts, joined by commas; all if empty: encoder, head, pixel, patch, ema, optimizer, augment, step, crops
+    parts:str='', # Parts, joined by commas; all if empty: encoder, head, pixel, patch, ema, optimizer, augment, step, crops, every
     model:str='daformer', # Net of head and step, see pipa.learner.nets
     arch:str='mit_b0', # Encoder, mit_b0 to mit_b5
     size:int=128, # Side of the square images, a multiple of 32

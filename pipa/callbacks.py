@@ -196,7 +196,7 @@ def show(self:MeanTeacher, n:int=2):
 # %% ../nbs/10_callbacks.ipynb #1ff1de77
 class LossTerm(Callback):
     "One loss of a method: `prepare`, `predict`, `score`; added with weight `w` from step `start` on"
-    order,run_valid = MeanTeacher.order+1,False
+    order,run_valid,every = MeanTeacher.order+1,False,1
     def __init__(self,
         w:float=1., # Weight in the sum
         start:int=0 # Steps before the term begins
@@ -212,7 +212,7 @@ class LossTerm(Callback):
         self.undo = None
 
     @property
-    def active(self): return self.steps>=self.start
+    def active(self): return self.steps>=self.start and (self.steps-self.start)%self.every==0
     def before_train(self): self.total,self.n,self.count = 0.,0,0
     def before_batch(self): 
         if self.active: self.prepare()
@@ -225,8 +225,9 @@ class LossTerm(Callback):
 def after_loss(self:LossTerm):
     if not self.active: return
     l,n = self.score()
-    self.learn.loss_grad = self.loss_grad + self.w*l*_part(self)
-    self.learn.loss = self.loss + self.w*l.detach()
+    w = self.w*self.every
+    self.learn.loss_grad = self.loss_grad + w*l*_part(self)
+    self.learn.loss = self.loss + w*l.detach()
     self.total,self.count,self.n = self.total + l.detach(),self.count + n,self.n + 1
 
 @patch(as_prop=True)
@@ -299,8 +300,8 @@ class TargetPixelContrast(PixelContrast):
 class PatchContrast(LossTerm):
     "Contrast between two views of a target image (PiPa, patch-wise)"
     def __init__(self, w=.1, start=0, size=(64,128), stride=8, iou=(.1,1.), scale=(1.,1.), temp=.1, thresh=.9,
-                 n_neg=1600, keep=3, balanced=False, form='released'):
-        super().__init__(w, start); store_attr('size,stride,iou,scale,temp,thresh,n_neg,keep,balanced,form')
+                 n_neg=1600, keep=3, balanced=False, form='released', every=1):
+        super().__init__(w, start); store_attr('size,stride,iou,scale,temp,thresh,n_neg,keep,balanced,form,every')
         self.bank = []
 
     def prepare(self):

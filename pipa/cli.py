@@ -233,7 +233,7 @@ def parse_range(
     if not 0<=lo<=hi: raise ValueError(f"`{text}`: a range goes from 0 or more to a number that isn't smaller.")
     return lo,hi
 
-switches = dict(temp=.1, iou='.1:1', samples=1024, n_neg=1600, keep=3, balanced=False, target=0., form='released', buffers='mean')
+switches = dict(temp=.1, iou='.1:1', samples=1024, n_neg=1600, keep=3, every=1, balanced=False, target=0., form='released', buffers='mean')
 
 def parse_switches(
     text:str # Such as `temp=.05 balanced=1`
@@ -254,7 +254,7 @@ def method_args(
     "The arguments of a command as those of `method_cbs`"
     s = AttrDict(parse_switches(o.switch))
     pixel = dict(temp=s.temp, max_samples=s.samples, form=s.form) | (dict(target=s.target) if s.target else {})
-    patch = dict(temp=s.temp, iou=parse_range(s.iou), n_neg=s.n_neg, keep=s.keep, balanced=s.balanced, form=s.form)
+    patch = {k: s[k] for k in ('temp','n_neg','keep','every','balanced','form')} | dict(iou=parse_range(s.iou))
     kw = dict({k: o[k] for k in ('terms','alpha','thresh','trust','start')}, w_pixel=o.pixel, w_patch=o.patch,
               teacher=dict(buffers=s.buffers), host={} if o.weight is None else dict(w=o.weight))
     if o.preset:

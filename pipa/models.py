@@ -16,6 +16,7 @@ from torchvision.models import resnet101
 from fastcore.meta import delegates
 from .mit import mit, mit_sizes
 from .lite import lite
+from .winograd import winograd, pays, _first
 
 # %% auto #0
 __all__ = ['Feats', 'Detail', 'resize', 'mix_maps', 'dilated', 'ConvBN', 'SepConvBN', 'SepASPP', 'Embed', 'DAFormerHead',
@@ -75,31 +76,41 @@ def mix_maps(maps:list,     # Maps, each B×C_i×h_i×w_i; the first one gives t
 # %% ../nbs/05_models.ipynb #5d11a002
 def _shifted(n, o): return slice(max(0, o), n+min(0, o)),slice(max(0, -o), n-max(0, o))
 
+def _taps(x, y, w, d):
+    "A few channels at a time, each tap, and the windows of map and output that meet through it"
+    k = max(1, 2**18//x[:,0].numel())
+    for x,y,w in zip(x.split(k, 1), y.split(k, 1), w.split(k)):
+        for i in range(w.shape[2]):
+            for j in range(w.shape[3]):
+                (r,r_y),(c,c_y) = (_shifted(n, d*(o-m//2)) for n,o,m in zip(x.shape[2:], (i,j), w.shape[2:]))
+                if r.start<r.stop and c.start<c.stop: yield x[:,:,r,c],y[:,:,r_y,c_y],w[:,0,i,j]
+
+def _sum_of_taps(x, w, d):
+    y = torch.zeros_like(x)
+    for p,q,t in _taps(x, y, w, d): q.addcmul_(p, t[:,None,None])
+    return y
+
 class _Dilated(Function):
     @staticmethod
     @custom_fwd(device_type='cpu', cast_inputs=torch.float32)
     def forward(ctx, x, w, d):
-        ctx.save_for_backward(x, w); ctx.kw = dict(padding=[d*(n//2) for n in w.shape[-2:]], dilation=d, groups=len(w))
-        return F.conv2d(x, w, **ctx.kw)
+        ctx.save_for_backward(x, w); ctx.d = d
+        return _sum_of_taps(x.contiguous(), w, d)
 
     @staticmethod
     @custom_bwd(device_type='cpu')
     def backward(ctx, g):
-        (x,w),d,g = ctx.saved_tensors,ctx.kw['dilation'],g.contiguous()
-        g_x = F.conv2d(g, w.flip(2,3), **ctx.kw) if ctx.needs_input_grad[0] else None
+        (x,w),g = ctx.saved_tensors,g.contiguous()
         g_w = torch.zeros_like(w)
-        for i in range(w.shape[2]):
-            for j in range(w.shape[3]):
-                (r,r_g),(c,c_g) = (_shifted(n, d*(k-m//2)) for n,k,m in zip(x.shape[2:], (i,j), w.shape[2:]))
-                if r.start<r.stop and c.start<c.stop: g_w[:,0,i,j] = (x[:,:,r,c]*g[:,:,r_g,c_g]).sum((0,2,3))
-        return g_x,g_w,None
+        for p,q,t in _taps(x, g, g_w, ctx.d): t.copy_((p*q).sum((0,2,3)))
+        return _sum_of_taps(g, w.flip(2,3), ctx.d) if ctx.needs_input_grad[0] else None,g_w,None
 
 def dilated(
     x:Tensor, # Map, B×C×h×w
     w:Tensor, # A kernel for each channel, C×1×k×k, k odd
     dilation:int=1 # Distance between its taps, in pixels
 )->Tensor: # Map of the same size
-    "Depthwise dilated convolution with gradients that a busy CPU is quick at, too"
+    "Depthwise dilated convolution that a busy CPU is quick at, forward and backward"
     return _Dilated.apply(x, w, dilation)
 
 # %% ../nbs/05_models.ipynb #c51ce410
@@ -119,9 +130,10 @@ class ConvBN(nn.Module):
 
     def run(self, x):
         c = self.conv
-        own = x.device.type=='cpu' and self.training and c.groups==c.in_channels==c.out_channels and c.dilation[0]>1
-        return dilated(x, c.weight, c.dilation[0]) if own else c(x)
-    def act(self, x): return F.relu(self.bn(x))
+        if not self.training or x.device.type!='cpu': return c(x)
+        if c.groups==c.in_channels==c.out_channels and c.dilation[0]>1: return dilated(x, c.weight, c.dilation[0])
+        return winograd(x, c.weight) if c.groups==1 and c.dilation==(1,1) and pays(x, c.weight) else c(x)
+    def act(self, x): return F.relu(self.bn(x), inplace=True)
 
     def forward(self, x): return self.act(mix_maps(x, self.conv.weight) if isinstance(x, list) else self.run(x))
 
@@ -135,6 +147,15 @@ class SepConvBN(nn.Module):
     def forward(self, x): return self.pointwise_conv(self.depthwise_conv(x))
 
 # %% ../nbs/05_models.ipynb #70efdf2e
+class _Planes(Function):
+    "The map channel by channel, in 32 bits at least, once for all branches"
+    @staticmethod
+    def forward(ctx, x):
+        y = x if x.is_contiguous() else _first(x.permute(0,2,3,1))
+        return y.to(torch.promote_types(y.dtype, torch.float32))
+    @staticmethod
+    def backward(ctx, g): return g
+
 class SepASPP(nn.Module):
     "Views of different width over the stacked maps, merged by a 3×3 convolution"
     def __init__(self,
@@ -147,7 +168,8 @@ class SepASPP(nn.Module):
         self.bottleneck = ConvBN(c*len(dilations), c, 3)
 
     def forward(self, maps):
-        x = torch.cat([resize(m, maps[0].shape[-2:]) for m in maps], 1).contiguous()
+        x = torch.cat([resize(m, maps[0].shape[-2:]) for m in maps], 1)
+        x = _Planes.apply(x) if self.training and x.device.type=='cpu' else x.contiguous()
         return self.bottleneck(torch.cat([m(maps if isinstance(m, ConvBN) else x) for m in self.aspp_modules], 1))
 
 # %% ../nbs/05_models.ipynb #1f0e3dad

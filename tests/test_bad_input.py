@@ -156,6 +156,8 @@ table = dict(pipa_train=r"""
 --switch=form=other | `form` is 'other': choose one of released
 --switch=buffers=other | `buffers` is 'other': choose
 --switch=keep=0 | `keep` is 0
+--switch=every=0 | `every` is 0
+--switch=every=1.5 | `every=1.5` needs a whole number
 --switch=samples=0 | `samples` is 0
 --switch=n_neg=0 | `n_neg` is 0
 --switch=target=2 | `target` is 2.0

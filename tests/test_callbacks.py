@@ -4,11 +4,14 @@ import math
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import to_float
 from timm.utils import ModelEmaV2
 from torch import nn
 from pipa.callbacks import *
 from pipa.labels import label_space
+from pipa.lean import Lean
+from pipa.learner import adamw, param_groups
 from pipa.losses import weighted_ce
 from pipa.mix import aligned
 from pipa.models import Feats, adapt, light
@@ -474,3 +477,30 @@ def test_whoever_has_something_to_see_shows_it():
     for cb in cbs:
         fig = cb.show(1); fig.canvas.draw()
         assert fig.axes and all(ax.images for ax in fig.axes[:2]), cb.name
+
+class Turns(PatchContrast):
+    "In steps 1, 1+n, 1+2n …, counted by the teacher, with n times its weight: what `every=n, start=1` has to be"
+    name = 'patch_contrast'
+    def __init__(self, n, **kwargs): super().__init__(w=.1*n, **kwargs); self.turn = n
+    active = property(lambda self: self.mean_teacher.t>=1 and (self.mean_teacher.t-1)%self.turn==0)
+
+@pytest.mark.parametrize('every,more,steps', [(2,[],6), (3,[Lean],6), (2,[lambda: GradientAccumulation(4)],3)], ids=['2', '3-lean', '2-accumulated'])
+def test_in_each_nth_step(every, more, steps):
+    def run(pt): return fit(toy([Pair(), MeanTeacher(), Mix(), pt, *(f() for f in more)], n=12))
+    kw = dict(size=(32,32), thresh=0., n_neg=20)
+    a,b = run(PatchContrast(start=1, every=every, **kw)),run(Turns(every, **kw))
+    x,y = a.patch_contrast,b.patch_contrast
+    assert x.steps==a.mean_teacher.t==steps and x.n==y.n==2+(every==2 and steps==6) and x.total==y.total>0
+    assert same(state(a.model), state(b.model)) and same(state(a.mean_teacher.teacher), state(b.mean_teacher.teacher))
+
+def test_in_between_the_patch_head_rests():
+    moved = []
+    class Look(Callback):
+        order = 99
+        def before_batch(self): self.was = {k:v.detach().clone() for k,v in self.model.named_parameters()}
+        def after_batch(self):
+            if self.training: moved.append({k.split('.')[0] for k,v in self.model.named_parameters() if not torch.equal(v, self.was[k])})
+    cbs = [Pair(), MeanTeacher(), PatchContrast(size=(32,32), thresh=0., n_neg=20, every=3), Look()]
+    learn = fit(toy(cbs, n=10, opt_func=adamw, splitter=param_groups))
+    assert moved==[{'backbone','decode_head'} | ({'project'} if t%3==0 else set()) for t in range(5)]
+    assert len(learn.patch_contrast.bank)==2

@@ -444,12 +444,12 @@ def test_settings_are_what_counts():
 
 def test_host_under_terms(data):
     "A run of another host with PiPa on top, with every switch: columns, row and settings"
-    cli.pipa_train('mic', str(data), terms='both', out='o', switch='balanced=1 target=.05 buffers=copy form=paper iou=.2:1', weight=.5, **opts | dict(unlabelled=2))
+    cli.pipa_train('mic', str(data), terms='both', out='o', switch='balanced=1 every=2 target=.05 buffers=copy form=paper iou=.2:1', weight=.5, **opts | dict(unlabelled=2))
     r,cols = json.loads(Path('o/row.json').read_text()),[*pd.read_csv('o/metrics.csv')]
     assert (r['method'], r['host'], r['terms'])==('mic+pipa', 'mic', 'both')
     assert cols[3:-1]==['pair','mix','mic','pixel_contrast','patch_contrast','miou','teacher_miou','entropy','info_max','agreement','overlap','density']
     for k in ('entropy','info_max','agreement','overlap','density'): assert abs(r[k]-pd.read_csv('o/metrics.csv')[k][0])<1e-4
-    assert all(o in r['settings'].split() for o in ('balanced=True', 'target=0.05', 'buffers=copy', 'form=paper', 'iou=.2:1', 'weight=0.5', 'crop=64x64'))
+    assert all(o in r['settings'].split() for o in ('balanced=True', 'every=2', 'target=0.05', 'buffers=copy', 'form=paper', 'iou=.2:1', 'weight=0.5', 'crop=64x64'))
     assert not [o for o in r['settings'].split() if o.split('=')[0] in ('method','terms','data','seed','epochs','unlabelled')]
 
 def test_hrda_as_a_host(data):

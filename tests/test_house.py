@@ -97,11 +97,11 @@ def test_version():
 
 # --- arrows go down ---------------------------------------------------------------------------------------------------------------------
 # What a module may import from pipa; modules that aren't named may import whatever has a lower number.
-layers = dict(limits='', labels='', losses='', mix='', metrics='', mit='', lite='', models='mit lite', hrda='models', minicity='labels', domains='labels',
+layers = dict(limits='', labels='', losses='', mix='', metrics='', mit='', lite='', winograd='', models='mit lite winograd', hrda='models', minicity='labels', domains='labels',
               rare='labels domains', layouts='labels domains minicity', data='limits labels domains rare layouts', names='mit lite', files='',
               weights='lite names files', checkpoints='models hrda files weights names labels',
               ranks='losses mix', callbacks='mix losses models ranks', baselines='callbacks mix losses models ranks')
-leaves = 'labels losses mix mit lite models hrda minicity'.split()
+leaves = 'labels losses mix mit lite winograd models hrda minicity'.split()
 number = {re.sub(r'^\d+[a-z]?_', '', p.stem):p.stem[:2] for p in nbs}
 
 def imports(mod):

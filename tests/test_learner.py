@@ -157,9 +157,9 @@ def test_ways_to_say_it(said):
     assert [cb.name for cb in method_cbs(*said)]==['pair','mean_teacher','mix','mic','pixel_contrast','patch_contrast'] and host_terms(*said)==('mic','both')
 
 def test_switches():
-    cbs = {cb.name:cb for cb in method_cbs('mic', 'both', start=3, host=dict(ratio=.5), teacher=dict(buffers='copy'), pixel=dict(target=.8, form='paper'), patch=dict(balanced=True, form='paper'))}
+    cbs = {cb.name:cb for cb in method_cbs('mic', 'both', start=3, host=dict(ratio=.5), teacher=dict(buffers='copy'), pixel=dict(target=.8, form='paper'), patch=dict(balanced=True, form='paper', every=2))}
     px,pt = cbs['pixel_contrast'],cbs['patch_contrast']
-    assert (cbs['mic'].ratio, cbs['mean_teacher'].buffers, px.target, px.target_start, px.kw['form'], pt.balanced, pt.form)==(.5, 'copy', .8, 3, 'paper', True, 'paper')
+    assert (cbs['mic'].ratio, cbs['mean_teacher'].buffers, px.target, px.target_start, px.kw['form'], pt.balanced, pt.form, pt.every)==(.5, 'copy', .8, 3, 'paper', True, 'paper', 2)
     for bad,says in (('mic+nothing','no method `mic\\+nothing`'), ('','no method ``')):
         with pytest.raises(ValueError, match=says): method_cbs(bad)
     with pytest.raises(ValueError, match='no terms `all`'): method_cbs('mic', 'all')

@@ -97,6 +97,14 @@ def test_stopped_within_an_epoch(home, tmp_path, method):
     assert b.resume()==(1,1)
     equal(a, fit(b))
 
+@pytest.mark.parametrize('at', [1,4])
+def test_a_term_that_comes_now_and_then(home, tmp_path, at):
+    "Steps 1, 3, 5 have patch contrast, whether the run was stopped before one of them or after"
+    build = lambda p, *cbs, **kw: make(home, tmp_path/p, 'pipa', *cbs, patch=dict(every=2, start=1, thresh=0.), **kw)
+    a = fit(build('a')); stopped(build('b', Do(at, term)))
+    b = build('b', s=9); assert b.resume()==divmod(at, 3)
+    equal(a, fit(b)); assert a.patch_contrast.n==2
+
 @pytest.mark.slow
 @pytest.mark.parametrize('workers', [0,2])
 @pytest.mark.parametrize('method', [*methods, 'mic+pipa', 'advent+pixel'])
