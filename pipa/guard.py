@@ -133,7 +133,7 @@ class Guard(Callback):
         if total(torch.tensor(float(not fine)))==0: self.row,self.good_loss = 0,self.learn.loss.detach()
         else: self.wrong(elsewhere=fine)
 
-    def after_fit(self): self.batch = self.had = self.was = self.kept = self.rng = ()   # no batch outlives the fit
+    def after_fit(self): self.had = self.was = self.kept = self.rng = ()   # the batch stays, for `show`
 
     @property
     def mean(self): return self.skipped   # what a `TermColumn` asks for
