@@ -80,11 +80,13 @@ def gains_picture(
     colours = dict(zip(hues, sns.color_palette('colorblind')))
     fig = Fig(figsize=(7,.8+.28*len(runs)*len(hues))); ax = fig.subplots()
     sns.stripplot(d, x='gain', y='run', hue='terms', order=runs, hue_order=hues, palette=colours, dodge=True, jitter=False,
-                  alpha=.5, size=4, ax=ax)
+                  size=5, ax=ax)
+    ends = np.concatenate([d.gain, g.lo, g.hi]); ends = ends[np.isfinite(ends)]; pad = .05*np.ptp(ends) or 1.
+    ax.set_xlim(ends.min()-pad, ends.max()+pad)
     for o in g.itertuples():
         y = runs.index(o.run) + .8*((hues.index(o.terms)+.5)/len(hues)-.5)
         ax.plot(np.clip([o.lo, o.hi], *ax.get_xlim()), [y,y], c=colours[o.terms]); ax.plot(o.gain, y, '|', c='k', ms=10)
-    ax.axvline(0, c='k', lw=.8); ax.legend(title='', loc='best', fontsize=8); sns.despine(ax=ax)
+    ax.axvline(0, c='k', lw=.8); sns.move_legend(ax, 'center left', bbox_to_anchor=(1,.5), title='', frameon=False); sns.despine(ax=ax)
     ax.set(xlabel=f'{what}: difference to the host alone, hundredths', ylabel='', ylim=(len(runs)-.5, -.5))
     return fig
 
