@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 from copy import deepcopy
 from typing import NamedTuple
-import numpy as np, pandas as pd, torch, seaborn as sns
+import numpy as np, pandas as pd, torch, seaborn as sns, torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
 from fastai.callback.core import Callback
@@ -127,25 +127,29 @@ def see(
     e,p,c = map(np.concatenate, zip(*out))
     return views(denorm(x), e, None if y is None else np.asarray(y.cpu() if isinstance(y, Tensor) else y), p, c, domain)
 
+def _some(dl, n, seed=0):
+    "`n` labelled images of a loader, each a batch of its own, which may differ in size"
+    if isinstance(dl, PairDL): dl = dl.new(seed=seed, num_workers=0, persistent_workers=False)
+    old,dl.rng,out = dl.rng,random.Random(seed),[]
+    with dl.fake_l.no_multiproc():
+        for b in dl:
+            x,y = (o.as_subclass(Tensor).detach() for o in b[:2])
+            if y.shape[1:]!=x.shape[2:]: y = F.interpolate(y[:,None].float(), x.shape[2:], mode='nearest-exact')[:,0]
+            out += zip(x.split(1), y.long().split(1))
+            if len(out)>=n: break
+    dl.rng = old
+    return out[:n]
+
 def scenes(
     dls, # From `pipa.data.uda_dls`, or any whose batches are `(x_s, y_s, x_t)` and `(x, y)`
     n:int=4, # Images of each domain
     seed:int=0 # Which source views
-)->tuple: # Images `2n×3×H×W`, labels `2n×H×W`, domains
+)->tuple: # Images `2n×3×H×W`, cut to the smallest of them, labels `2n×H×W`, domains
     "Some source views, and some labelled validation images of the target, which serve to look and never to train"
-    def some(dl):
-        if isinstance(dl, PairDL): dl = dl.new(seed=seed, num_workers=0, persistent_workers=False)
-        old,dl.rng,x,y = dl.rng,random.Random(seed),[],[]
-        with dl.fake_l.no_multiproc():
-            for b in dl:
-                for xs,o in zip((x,y), b): xs.append(o.as_subclass(Tensor).detach())
-                if sum(map(len, x))>=n: break
-        dl.rng = old
-        return torch.cat(x)[:n],torch.cat(y)[:n].long()
-    sides = some(dls.train),some(dls.valid)
-    h,w = (min(x.shape[d] for x,_ in sides) for d in (-2,-1))
-    x,y = (torch.cat([o[i][..., :h, :w] for o in sides]) for i in (0,1))
-    return x,y,['source']*len(sides[0][0]) + ['target']*len(sides[1][0])
+    sides = [_some(dl, n, seed) for dl in (dls.train, dls.valid)]
+    h,w = (min(x.shape[d] for x,_ in sides[0]+sides[1]) for d in (-2,-1))
+    x,y = (torch.cat([o[i][..., :h, :w] for o in sides[0]+sides[1]]) for i in (0,1))
+    return x,y,['source']*len(sides[0]) + ['target']*len(sides[1])
 
 # %% ../nbs/23_explore.ipynb #98f13708
 def nets_of(
@@ -405,9 +409,8 @@ def tightness(
     layer:str='fused' # Which vectors, see `embedding`
 )->dict: # compactness (up to 1) and separability (up to 2) of the target's classes, and their gap to the source; means over classes
     "How tight the classes lie in the target, how far apart, and how far from the source"
-    x,y,of = scenes(dls, n)
-    parts = [class_sums(see(net, x[i:i+1], y[i:i+1], layer=layer), dls.c) for i in range(len(x))]
-    (s,k_s),(t,k) = (map(sum, zip(*(p for p,d in zip(parts, of) if d==o))) for o in ('source', 'target'))
+    def sums(dl): return map(sum, zip(*(class_sums(see(net, *o, layer=layer), dls.c) for o in _some(dl, n))))
+    (s,k_s),(t,k) = sums(dls.train),sums(dls.valid)
     s[k_s==0],t[k==0] = np.nan,np.nan
     mu = unit(t); cos = mu@mu.T; np.fill_diagonal(cos, np.nan)
     each = dict(compactness=np.linalg.norm(t, axis=1)/np.where(k>1, k, np.nan), separability=1-pd.DataFrame(cos).max(axis=1), gap=1-(mu*unit(s)).sum(1))
