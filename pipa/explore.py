@@ -416,7 +416,6 @@ def tightness(
     each = dict(compactness=np.linalg.norm(t, axis=1)/np.where(k>1, k, np.nan), separability=1-pd.DataFrame(cos).max(axis=1), gap=1-(mu*unit(s)).sum(1))
     return {o: float(pd.Series(v).mean()) for o,v in each.items()}
 
-
 # %% ../nbs/23_explore.ipynb #9a115815
 def class_lines(
     tables:dict, # Name of a checkpoint → its `class_table`
