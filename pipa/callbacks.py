@@ -322,7 +322,7 @@ class PatchContrast(LossTerm):
 def negatives(self:PatchContrast, f, y):
     "Remember some embeddings of this step with their labels and return those of the last few"
     f,y = f.detach().float().flatten(2).transpose(1,2),whole_labels(y).flatten()
-    if self.balanced: i = random_rank(y, int(y.max())+1).argsort(stable=True)
+    if self.balanced: i = random_rank(y, 256).argsort(stable=True)
     else: i = torch.randperm(len(y), device=f.device)
     i = i[:2*self.n_neg]
     self.bank = (self.bank + [(rows(f, i), y[i])])[-self.keep:]

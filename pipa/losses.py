@@ -4,17 +4,20 @@
 
 # %% ../nbs/01_losses.ipynb #c81e728d
 from __future__ import annotations
+from contextlib import nullcontext
 import torch, torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 # %% auto #0
 __all__ = ['weighted_ce', 'shrink_labels', 'feat_dist', 'sup_contrast', 'n_hard', 'group_sizes', 'random_rank', 'sample_pixels',
-           'pixel_contrast', 'patch_rows', 'patch_contrast']
+           'pixel_contrast', 'patch_rows', 'patch_ways', 'patch_contrast']
 
 # %% ../nbs/01_losses.ipynb #e4da3b7f
 def _wide(x): return x.to(torch.promote_types(x.dtype, torch.float32))
-def _full_precision(x): return torch.autocast(x.device.type, enabled=False)
+def _full_precision(x):
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 # %% ../nbs/01_losses.ipynb #8f14e45f
 def weighted_ce(
@@ -65,7 +68,7 @@ def feat_dist(
     small = shrink_labels(F.pad(y, (0,w*s-W,0,h*s-H), value=ignore), s, min_ratio, 256, ignore)
     m = torch.isin(small, torch.as_tensor(list(classes), device=y.device))
     d = (_wide(f)-_wide(f0).detach()).norm(dim=1)
-    return d[m].sum()/m.sum().clamp(min=1)
+    return d.where(m, 0).sum()/m.sum().clamp(min=1)
 
 # %% ../nbs/01_losses.ipynb #33e75ff0
 def _is_paper(form):
@@ -74,22 +77,26 @@ def _is_paper(form):
 
 def sup_contrast(
     e:Tensor, # Embeddings of the samples, `M x D`, of length 1
-    y:Tensor, # Their labels, `M`
+    y:Tensor, # Their labels, `M`; below 0: an empty place, which takes no part
     temp:float=.1, # Temperature of the softmax (PiPa and ContrastiveSeg: 0.1)
     base_temp:float=.07, # Scales the loss by `temp/base_temp` (release: 0.07)
     form:str='released', # 'released' (a partner against strangers) or 'paper' (a partner against all), see below
+    fixed:bool=False, # Score all pairs and keep those of a class? More work than finding them first, but nothing is waited for
 )->Tensor: # 0-dim; 0 if no two samples share a class, or all do
     "Supervised contrast: each sample's partners against all samples of other classes"
     with _full_precision(e):
         e = _wide(e)
         s = e @ e.t() / temp
-        same = y[:,None]==y
-        partner = same & ~torch.eye(len(y), dtype=torch.bool, device=y.device)
+        same,void = y[:,None]==y,y<0
+        partner = same & ~void & ~torch.eye(len(y), dtype=torch.bool, device=y.device)
         n = partner.sum(1)
-        i,j = partner.nonzero(as_tuple=True)
-        if _is_paper(form): l,base_temp = s.logsumexp(1)[i]-s[i,j],temp
-        else: l = F.softplus(s.masked_fill(same, -torch.inf).logsumexp(1)[i]-s[i,j])
-        return temp/base_temp * (l/n[i]).sum()/(n>0).sum().clamp(min=1)
+        if paper := _is_paper(form): base_temp = temp
+        lse = s.masked_fill(void if paper else same | void, -torch.inf).logsumexp(1)
+        if fixed: l = lse[:,None]-s
+        else: i,j = partner.nonzero(as_tuple=True); l = lse[i]-s[i,j]
+        if not paper: l = F.softplus(l)
+        l = (l.masked_fill(~partner, 0)/n[:,None].clamp(min=1) if fixed else l/n[i]).sum()
+        return temp/base_temp * l/(n>0).sum().clamp(min=1)
 
 # %% ../nbs/01_losses.ipynb #a5bfc9e0
 def n_hard(
@@ -128,20 +135,26 @@ def sample_pixels(
     max_views:int=100, # Samples of a class in an image, at most (release: 100)
     min_pixels:int=None, # Pixels that a class must have in an image; `None`: more than `max_views`, as released
     ignore:int=255, # Label of void: never drawn
+    fixed:bool=False, # Give always `max_samples` positions (or all there are), -1 where nothing was drawn?
 )->Tensor: # Positions in `y.flatten()`, in rising order; none if no class qualifies
     "Draw the same number of pixels, half of them hard, for every class of every image"
     y,k = y.long(),256
-    i = (y!=ignore).flatten().nonzero()[:,0]
+    real = (y!=ignore).flatten()
+    i = torch.arange(len(real), device=y.device) if fixed else real.nonzero()[:,0]
     image = torch.arange(len(y), device=y.device).view(-1,1,1)
     wrong = 0 if pred is None else (pred!=y).long()
-    g = ((image*k + y)*2 + wrong).flatten()[i]
-    size = group_sizes(g, len(y)*k*2)
-    easy,hard = size.view(-1,2).unbind(1)
+    g = ((image*k + y)*2 + wrong).flatten()
+    g = g.where(real, k*2*len(y)) if fixed else g[i]
+    size = group_sizes(g, len(y)*k*2 + 2)
+    easy,hard = size[:-2].view(-1,2).unbind(1)
     ok = easy+hard >= (max_views+1 if min_pixels is None else max(min_pixels, 1))
     n = (max_samples//ok.sum().clamp(min=1)).clamp(max=max_views)
     q = n_hard(easy, hard, n)
-    quota = torch.stack([n-q, q], 1)*ok[:,None]
-    return i[random_rank(g, len(size)) < quota.flatten()[g]]
+    quota = F.pad((torch.stack([n-q, q], 1)*ok[:,None]).flatten(), (0,2))
+    drawn = random_rank(g, len(size)) < quota[g]
+    if not fixed: return i[drawn]
+    i = drawn.byte().argsort(descending=True, stable=True)[:max_samples]
+    return i.where(drawn[i], -1)
 
 # %% ../nbs/01_losses.ipynb #9a115815
 def _nearest(y, size):
@@ -160,13 +173,15 @@ def pixel_contrast(
     min_pixels:int=None, # See `sample_pixels`
     form:str='released', # See `sup_contrast`
     return_n:bool=False, # Also return how many pixels took part, for the log?
+    fixed:bool|None=None, # The same shapes at each step, so that nothing is waited for? `None`: anywhere but on a CPU
 )->Tensor: # 0-dim, without the weight (release: 0.1), or a tuple of it and a number; 0 if no class qualifies
     "Supervised contrast of pixels that are drawn evenly from all classes of all images"
     y,pred = (_nearest(o, emb.shape[-2:]) for o in (y,pred))
-    i = sample_pixels(y, pred, max_samples, max_views, min_pixels, ignore)
+    if fixed is None: fixed = not emb.is_cpu
+    i = sample_pixels(y, pred, max_samples, max_views, min_pixels, ignore, fixed)
     hw = emb.shape[-2]*emb.shape[-1]
-    l = sup_contrast(emb.flatten(2)[i//hw, :, i%hw], y.flatten()[i].long(), temp, base_temp, form)
-    return (l, len(i)) if return_n else l
+    l = sup_contrast(emb.flatten(2)[i//hw, :, i%hw], y.flatten()[i].long().where(i>=0, -1), temp, base_temp, form, fixed)
+    return (l, (i>=0).sum() if fixed else len(i)) if return_n else l
 
 # %% ../nbs/01_losses.ipynb #66f041e1
 def patch_rows(
@@ -195,11 +210,26 @@ class _Rivals(Function):
     def backward(ctx, d): return d[:,None]*ctx.saved_tensors[0], None, None, None, None, None
 
 # %% ../nbs/01_losses.ipynb #fc490ca4
-def _one_way(f, g, y, neg, y_neg, temp):
-    "Loss of rows `f` that are pulled to `g`; at most two million scores are held at once"
-    if not len(f) or not len(neg): return f.sum()*0
-    pos = (f*g).sum(1)/temp
-    return F.softplus(_Rivals.apply(f, y, neg.detach(), y_neg, temp, max(2**21//len(neg), 1)) - pos).mean()
+def _one_way(f, g, y, m, neg, y_neg, temp, fixed):
+    "Mean loss of the rows of `f` that are in `m` and pulled to `g`, and how many; at most two million scores are held at once"
+    if not fixed: i = m.nonzero()[:,0]; f,g,y,m = f[i],g[i],y[i],m[i]
+    n = m.sum() if fixed else len(f)
+    if not len(f) or not len(neg): return f.sum()*0,n
+    l = F.softplus(_Rivals.apply(f, y, neg.detach(), y_neg, temp, max(2**21//len(neg), 1)) - (f*g).sum(1)/temp)
+    return (l.masked_fill(~m, 0).sum()/n.clamp(min=1) if fixed else l.mean()),n
+
+def patch_ways(
+    f_1, f_2, y_1, y_2, c_1, c_2, neg, y_neg, temp=.1, thresh=.9, form='released', fixed=None, # See `patch_contrast`
+)->tuple: # For each direction the mean loss of its rows, 0-dim, and their number
+    "Each direction of `patch_contrast` by itself"
+    a,b,still = patch_rows(c_1, c_2, thresh),patch_rows(c_2, c_1, thresh),Tensor.detach
+    if _is_paper(form):
+        a,b,still = torch.ones_like(a),torch.ones_like(b),Tensor.clone
+        y_1,y_2,y_neg = torch.zeros_like(y_1),torch.zeros_like(y_2),torch.ones_like(y_neg)
+    if fixed is None: fixed = not f_1.is_cpu
+    with _full_precision(f_1):
+        f_1,f_2,neg = map(_wide, (f_1,f_2,neg))
+        return _one_way(f_1, still(f_2), y_1, a, neg, y_neg, temp, fixed),_one_way(f_2, still(f_1), y_2, b, neg, y_neg, temp, fixed)
 
 def patch_contrast(
     f_1:Tensor, # Embeddings of places in crop 1, of length 1, `N x D`
@@ -214,15 +244,8 @@ def patch_contrast(
     thresh:float=.9, # See `patch_rows`
     form:str='released', # 'released' (surer views teach, rivals of other classes) or 'paper' (all of both), see below
     return_n:bool=False, # Also return how many rows counted in each direction, for the log?
+    fixed:bool|None=None, # Score all rows and keep those that count, so that nothing is waited for? `None`: anywhere but on a CPU
 )->Tensor: # 0-dim, both directions summed, without the weight (release: 0.1), or a tuple of it and two numbers
     "Pull each place towards its surer view in the other crop, push it from places of other classes"
-    a,b,fixed = patch_rows(c_1, c_2, thresh),patch_rows(c_2, c_1, thresh),Tensor.detach
-    if _is_paper(form):
-        a,b,fixed = torch.ones_like(a),torch.ones_like(b),Tensor.clone
-        y_1,y_2,y_neg = torch.zeros_like(y_1),torch.zeros_like(y_2),torch.ones_like(y_neg)
-    a,b = (o.nonzero()[:,0] for o in (a,b))
-    with _full_precision(f_1):
-        f_1,f_2,neg = map(_wide, (f_1,f_2,neg))
-        l = _one_way(f_1[a], fixed(f_2[a]), y_1[a], neg, y_neg, temp)
-        l = l + _one_way(f_2[b], fixed(f_1[b]), y_2[b], neg, y_neg, temp)
-    return (l, len(a), len(b)) if return_n else l
+    (a,n),(b,m) = patch_ways(f_1, f_2, y_1, y_2, c_1, c_2, neg, y_neg, temp, thresh, form, fixed)
+    return (a+b, n, m) if return_n else a+b

@@ -16,7 +16,7 @@ from torchvision.models import resnet101
 from fastcore.meta import delegates
 from .mit import mit, mit_sizes
 from .lite import lite
-from .winograd import winograd, pays, _first
+from .winograd import winograd, pays, to_first
 
 # %% auto #0
 __all__ = ['Feats', 'Detail', 'resize', 'mix_maps', 'dilated', 'ConvBN', 'SepConvBN', 'SepASPP', 'Embed', 'DAFormerHead',
@@ -151,7 +151,7 @@ class _Planes(Function):
     "The map channel by channel, in 32 bits at least, once for all branches"
     @staticmethod
     def forward(ctx, x):
-        y = x if x.is_contiguous() else _first(x.permute(0,2,3,1))
+        y = x if x.is_contiguous() else to_first(x.permute(0,2,3,1))
         return y.to(torch.promote_types(y.dtype, torch.float32))
     @staticmethod
     def backward(ctx, g): return g

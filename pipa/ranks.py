@@ -176,16 +176,18 @@ def pixel_contrast(
     ignore:int=255, # Label of void
     min_pixels:int|None=None, # As there
     form:str='released', # As there
-    return_n:bool=False # Also return how many pixels took part?
+    return_n:bool=False, # Also return how many pixels took part?
+    fixed:bool|None=None # As there
 )->Tensor: # 0-dim, the same on each rank
     "Contrast of pixels that are drawn from all images of all ranks"
-    kw = dict(max_samples=max_samples, max_views=max_views, min_pixels=min_pixels, ignore=ignore)
+    kw = dict(max_samples=max_samples, max_views=max_views, min_pixels=min_pixels, ignore=ignore, fixed=not emb.is_cpu if fixed is None else fixed)
     if place()[1]==1: return losses.pixel_contrast(emb, y, pred, temp, base_temp, form=form, return_n=return_n, **kw)
     small = lambda o: o if o is None or o.shape[-2:]==emb.shape[-2:] else F.interpolate(o[:,None].float(), emb.shape[-2:])[:,0].long()
     y,pred = (whole_labels(small(o)) for o in (y, pred))
     i = losses.sample_pixels(y, pred, **kw)
-    l = losses.sup_contrast(rows(emb.flatten(2).transpose(1,2), i), y.flatten()[i].long(), temp, base_temp, form)
-    return (l, len(i)) if return_n else l
+    e,y = rows(emb.flatten(2).transpose(1,2), i),y.flatten()[i].long().where(i>=0, -1)
+    l = losses.sup_contrast(e, y, temp, base_temp, form, kw['fixed'])
+    return (l, (i>=0).sum() if kw['fixed'] else len(i)) if return_n else l
 
 # %% ../nbs/09_ranks.ipynb #rk000027
 def patch_contrast(
@@ -193,17 +195,14 @@ def patch_contrast(
     temp:float=.1, # As there (release)
     thresh:float=.9, # As there (release)
     form:str='released', # As there
-    return_n:bool=False # Also return how many of this rank's rows counted in each direction?
+    return_n:bool=False, # Also return how many of this rank's rows counted in each direction?
+    fixed:bool|None=None # As there
 )->Tensor: # 0-dim; the mean over the ranks is the loss of all
     "Contrast of two views, as a part of that of all ranks"
-    views,rivals = views[:6],views[6:]
-    one = lambda m: losses.patch_contrast(*[o[m] for o in views], *rivals, temp, thresh, form, return_n=True)
-    if place()[1]==1: return one(slice(None)) if return_n else one(slice(None))[0]
-    back = losses.patch_rows(*views[:-3:-1], thresh)
-    (a,n_1,k_1),(b,n_2,k_2) = (one(slice(None)),one(slice(0,0))) if form=='paper' else (one(~back),one(back))
-    w = share(torch.tensor([max(n_1,k_1), max(n_2,k_2)], device=a.device))
+    (a,n),(b,m) = losses.patch_ways(*views, temp, thresh, form, fixed)
+    w = share(torch.stack([torch.as_tensor(o, device=a.device) for o in (n,m)])) if place()[1]>1 else (1,1)
     l = a*w[0] + b*w[1]
-    return (l, n_1+n_2, k_1+k_2) if return_n else l
+    return (l, n, m) if return_n else l
 
 # %% ../nbs/09_ranks.ipynb #rk000030
 def feat_dist(

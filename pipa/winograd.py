@@ -11,7 +11,7 @@ from torch.amp import custom_fwd, custom_bwd
 from torch.autograd import Function
 
 # %% auto #0
-__all__ = ['toom_cook', 'winograd', 'pays']
+__all__ = ['toom_cook', 'to_first', 'winograd', 'pays']
 
 # %% ../nbs/04b_winograd.ipynb #wg000005
 def toom_cook(
@@ -34,8 +34,10 @@ def _last(x, *pad):
     for o,i in zip(y, x): o.copy_(i.flatten(1).t())
     return F.pad(y.unflatten(1, x.shape[2:]), (0,0,*pad))
 
-def _first(y):
-    "Channels before the places again"
+def to_first(
+    y:Tensor # `B×H×W×C`, in any memory format
+)->Tensor: # `B×C×H×W`, contiguous
+    "Channels before the places again, image by image"
     x = y.new_empty(len(y), y.shape[3], y[0,:,:,0].numel())
     for o,i in zip(x, y): o.copy_(i.flatten(0, 1).t())
     return x.unflatten(2, y.shape[1:3])
@@ -68,7 +70,7 @@ def _convolve(x, w):
         z = torch.cat([(A @ torch.bmm(v, u.mT).flatten(1)).view(16, -1, u.shape[1]) for u in us], -1)
         o = y[i,j]
         o.copy_(z.view(4, 4, len(o), -1, cols, len(w)).permute(2,3,0,4,1,5).reshape(o.shape))
-    return _first(y[:, :x.shape[2], :x.shape[3]])
+    return to_first(y[:, :x.shape[2], :x.shape[3]])
 
 # %% ../nbs/04b_winograd.ipynb #wg000018
 def _gradients(x, w, g):
@@ -85,7 +87,7 @@ def _gradients(x, w, g):
         for a in range(6):
             for b in range(6): g_t[here][:, a:a+h:4, b:b+4*cols:4] += d[a,b]
     g_w = torch.cat([(G.t() @ o.flatten(1)).t().reshape(o.shape[1], -1, 3, 3) for o in g_us])
-    return _first(g_t[:, 1:1+x.shape[2], 1:1+x.shape[3]]),g_w
+    return to_first(g_t[:, 1:1+x.shape[2], 1:1+x.shape[3]]),g_w
 
 class _Winograd(Function):
     @staticmethod

@@ -441,3 +441,56 @@ def test_host_waits_for_the_device_a_few_times_only():
         with Syncs() as b: l,*_ = patch_contrast(*f[:2], *torch.randint(0, k, (2,200)), *torch.rand(2, 200), f[2], torch.randint(0, k, (200,)), thresh=.5, return_n=True); l.backward()
         got.append((a.names, b.names))
     assert got[0]==got[1] and sorted(got[0][0])==['index','nonzero','nonzero'] and got[0][1]==['nonzero']*2
+
+def some_places(n=60, m=40, d=8, k=3):
+    f_1,f_2,neg = (F.normalize(torch.randn(o, d).double(), dim=1).requires_grad_() for o in (n,n,m))
+    return f_1, f_2, *torch.randint(0, k, (2,n)), *torch.rand(2, n), neg, torch.randint(0, k, (m,))
+
+@pytest.mark.parametrize('form', ['released','paper'])
+def test_fixed_shapes_wait_for_nothing(form):
+    emb,y,a = F.normalize(torch.randn(2,8,40,40), dim=1).requires_grad_(),torch.randint(0, 9, (2,40,40)),some_places()
+    with Syncs() as s:
+        l,n = pixel_contrast(emb, y, y.flip(1), min_pixels=1, form=form, return_n=True, fixed=True)
+        m,*_ = patch_contrast(*a, thresh=.5, form=form, return_n=True, fixed=True)
+        (l+m+feat_dist(emb, emb.detach()+1, y, [3])).backward()
+    assert s.names==[] and torch.is_tensor(n)
+
+@pytest.mark.parametrize('form', ['released','paper'])
+@pytest.mark.parametrize('ms,mv,mp', [(1024,100,None), (64,50,5), (3,100,1), (9000,10,1)])
+def test_fixed_draw_is_the_same_kind_of_draw(ms, mv, mp, form):
+    "As many of each class of each image, hard and easy; and the loss is that of the drawn ones"
+    y = (torch.rand(2,40,50)**3*6).long(); y[torch.rand(y.shape)<.1] = 255
+    pred = torch.where(torch.rand(y.shape)<.3, 0, y)
+    torch.manual_seed(3); i = sample_pixels(y, pred, ms, mv, mp, fixed=True)
+    assert len(i)==min(ms, y.numel())
+    got = i[i>=0]
+    assert (got.diff()>0).all() and (i[len(got):]==-1).all()
+    key = lambda i: ((i//2000)*1000 + y.flatten()[i]*2 + (pred!=y).flatten()[i]).sort()[0]
+    assert torch.equal(key(got), key(sample_pixels(y, pred, ms, mv, mp)))
+    emb = F.normalize(torch.randn(2,8,40,50).double(), dim=1).requires_grad_()
+    torch.manual_seed(3); l,n = pixel_contrast(emb, y, pred, max_samples=ms, max_views=mv, min_pixels=mp, form=form, return_n=True, fixed=True)
+    e = emb.flatten(2)[got//2000, :, got%2000]
+    want = sup_contrast(e, y.flatten()[got], form=form)
+    assert n==len(got) and abs(l-want)<1e-12
+    assert torch.allclose(*(torch.autograd.grad(o, emb)[0] for o in (l,want)), atol=1e-14)
+
+@pytest.mark.parametrize('form', ['released','paper'])
+def test_fixed_shapes_where_nothing_counts(form):
+    for y in (torch.full((2,20,20), 255), torch.zeros(1,20,20).long(), torch.arange(400).view(1,20,20)%200, torch.zeros(0,20,20).long()):
+        emb = F.normalize(torch.randn(len(y),8,20,20), dim=1).requires_grad_()
+        both = []
+        for o in (False,True): torch.manual_seed(0); both.append(pixel_contrast(emb, y, form=form, min_pixels=1, fixed=o))
+        assert torch.allclose(*both, rtol=1e-5) and torch.autograd.grad(both[1], emb)[0].isfinite().all()
+        assert both[1]==0 or y.unique().numel()==200 or form=='paper'
+    f_1,f_2,y_1,y_2,c_1,c_2,neg,y_n = some_places()
+    for c,k,m in ((c_1*0,60,40), (c_1,0,40), (c_1,60,0)):
+        a = f_1[:k], f_2[:k], y_1[:k], y_2[:k], c[:k], c[:k], neg[:m], y_n[:m]
+        (p,*n),(q,*o) = [patch_contrast(*a, form=form, return_n=True, fixed=o) for o in (False,True)]
+        assert abs(p-q)<1e-12 and n==[int(i) for i in o]
+        assert torch.allclose(*(torch.autograd.grad(o, f_1, allow_unused=True, materialize_grads=True)[0] for o in (p,q)), atol=1e-14)
+
+def test_fixed_shapes_compile_whole():
+    "One graph without a break; the backend is PyTorch's own, as what is asked is whether it can be traced"
+    emb,y,a = F.normalize(torch.randn(2,8,20,20), dim=1),torch.randint(0, 3, (2,20,20)),some_places()
+    f = lambda emb, *a: pixel_contrast(emb, y, y, max_samples=9000, max_views=400, min_pixels=1, fixed=True) + patch_contrast(*a, thresh=.5, fixed=True)
+    with torch.no_grad(): got = torch.compile(f, fullgraph=True, backend='eager')(emb, *a); assert abs(got-f(emb, *a)) < 1e-5
