@@ -26,8 +26,8 @@ from .learner import uda_learner, adamw, param_groups, make_net
 __all__ = ['parts', 'interleaved', 'part_rows', 'PlainEmbed', 'PlainAttention', 'stack', 'PlainConvBN', 'PlainASPP',
            'PlainSegFormerHead', 'PlainProjHead', 'plain', 'plain_pixel', 'plain_sup', 'plain_patch', 'PlainStep',
            'block_pairs', 'our_step', 'encoder_ways', 'head_ways', 'pixel_ways', 'patch_ways', 'ema_ways',
-           'optimizer_ways', 'augment_ways', 'step_ways', 'crops_ways', 'every_ways', 'machine', 'Settings', 'bench',
-           'pipa_bench', 'add_rows', 'Clock', 'profile_step', 'growth', 'exponents']
+           'optimizer_ways', 'augment_ways', 'step_ways', 'crops_ways', 'compile_ways', 'every_ways', 'machine',
+           'Settings', 'bench', 'pipa_bench', 'add_rows', 'Clock', 'profile_step', 'growth', 'exponents']
 
 # %% ../nbs/28_bench.ipynb #5beb0006
 def _now():
@@ -297,8 +297,9 @@ def encoder_ways(
     def smp(t):
         m = t.encoders.get_encoder(o.arch, weights=None); m.train(train)
         return _run(lambda x: m(x)[2:], x, train)
-    net.train(train); p = plain(net)
+    net.train(train); p,last = plain(net),deepcopy(net).to(memory_format=torch.channels_last)
     return {'plain':_run(p, x, train), 'ours':_run(net, x, train), 'ours, bf16':_run(net, x, train, True),
+            'ours, channels last':_run(last, x.to(memory_format=torch.channels_last), train),
             'transformers':_try('transformers', hf), 'segmentation-models-pytorch':_try('segmentation_models_pytorch', smp)}
 
 # %% ../nbs/28_bench.ipynb #5beb0021
@@ -323,11 +324,11 @@ def pixel_ways(
     emb = F.normalize(torch.randn(o.bs, 256, s, s), dim=1).requires_grad_()
     y = block_pairs(o.bs, (o.size, o.size), o.classes)[1][:, ::4, ::4]
     pred,kw = torch.where(torch.rand(y.shape)<.5, y, 0),dict(max_samples=o.samples, min_pixels=1)
-    def run(f): return lambda: f(emb, y, pred, **kw).backward()
+    def run(f, **more): return lambda: f(emb, y, pred, **kw, **more).backward()
     def pml(t):
         f,i = t.SupConLoss(.1),torch.randint(y.numel(), (o.samples,))
         return lambda: f(emb.flatten(2)[i//s**2, :, i%s**2], y.flatten()[i]).backward()
-    return {'plain':run(plain_pixel), 'ours':run(pixel_contrast),
+    return {'plain':run(plain_pixel), 'ours':run(pixel_contrast), 'ours, fixed shapes':run(pixel_contrast, fixed=True),
             'pytorch-metric-learning, loss alone':_try('pytorch_metric_learning.losses', pml)}
 
 # %% ../nbs/28_bench.ipynb #5beb0022
@@ -339,7 +340,8 @@ def patch_ways(
     f_1,f_2,neg = (F.normalize(torch.randn(m, 128), dim=1) for m in (n, n, o.bank))
     f_1.requires_grad_(); f_2.requires_grad_()
     case = f_1, f_2, *torch.randint(o.classes, (2,n)), *(.5+.5*torch.rand(2, n)), neg, torch.randint(o.classes, (o.bank,))
-    return {'plain':lambda: plain_patch(*case).backward(), 'ours':lambda: patch_contrast(*case).backward()}
+    return {'plain':lambda: plain_patch(*case).backward(), 'ours':lambda: patch_contrast(*case).backward(),
+            'ours, fixed shapes':lambda: patch_contrast(*case, fixed=True).backward()}
 
 def ema_ways(
     o # Settings, see `pipa_bench`
@@ -393,6 +395,19 @@ def crops_ways(
     return {'crops of 1/2 x 1 of the image':make((s//2,s)), 'crops of 1/2 x 1/2':make((s//2,s//2)),
             'crops of 1/4 x 1/2':make((s//4,s//2)), 'no patch term':make((s//2,s), 'pixel')}
 
+# %% ../nbs/28_bench.ipynb #cm280002
+def compile_ways(
+    o # Settings, see `pipa_bench`
+)->dict:
+    "The encoder's training as it is, and through `torch.compile`"
+    x,net = torch.randn(o.bs, 3, o.size, o.size),mit(o.arch).train()
+    ways = {k:_run(net, x, True, k.endswith('bf16')) for k in ('ours', 'ours, bf16')}
+    for k in [*ways]:
+        f = _run(torch.compile(deepcopy(net)), x, True, k.endswith('bf16'))
+        try: f(); ways[f'{k}, compiled'] = f
+        except (RuntimeError, OSError) as e: ways[f'{k}, compiled'] = f"can't compile: {type(e).__name__}" # no C++ compiler
+    return ways
+
 # %% ../nbs/28_bench.ipynb #ev280002
 def every_ways(
     o # Settings, see `pipa_bench`
@@ -407,8 +422,7 @@ def every_ways(
 
 parts = {'encoder, forward':lambda o: encoder_ways(o, False), 'encoder, training':lambda o: encoder_ways(o, True),
          'head':head_ways, 'pixel':pixel_ways, 'patch':patch_ways, 'ema':ema_ways, 'optimizer':optimizer_ways,
-         'augment':augment_ways, 'step':step_ways, 'crops':crops_ways,
-         'every':every_ways}
+         'augment':augment_ways, 'step':step_ways, 'crops':crops_ways, 'every':every_ways, 'compile':compile_ways}
 
 # %% ../nbs/28_bench.ipynb #5beb0025
 def machine()->dict: # Text each
@@ -426,7 +440,7 @@ class Settings(dict):
     __getattr__ = dict.__getitem__
 
 def bench(
-    names:list=None, # Parts by name or first word, see `parts`; `None`: all; unknown ones raise a `ValueError`
+    names:list=None, # Parts by name or first word, see `parts`; `None`: all but compile; unknown ones raise a `ValueError`
     turns:int=5, # See `interleaved`
     tell=None, # Called with the rows of each part when they are there
     **o # Settings, see `pipa_bench`
@@ -437,7 +451,7 @@ def bench(
     if bad: raise ValueError(f"There is no part {', '.join(bad)}: choose some of {', '.join(parts)}.")
     rows = []
     for k,f in parts.items():
-        if names and k not in names and k.split(',')[0] not in names: continue
+        if k=='compile' if not names else k not in names and k.split(',')[0] not in names: continue
         torch.manual_seed(0); some = part_rows(k, f(o), turns); rows += some
         if tell: tell(some)
     return pd.DataFrame(rows)
@@ -449,7 +463,7 @@ def _line(r):
 
 @call_parse
 def pipa_bench(
-    parts:str='', # Parts, joined by commas; all if empty: encoder, head, pixel, patch, ema, optimizer, augment, step, crops, every
+    parts:str='', # Parts, joined by commas; all if empty: encoder, head, pixel, patch, ema, optimizer, augment, step, crops, every; and compile if asked for
     model:str='daformer', # Net of head and step, see pipa.learner.nets
     arch:str='mit_b0', # Encoder, mit_b0 to mit_b5
     size:int=128, # Side of the square images, a multiple of 32
