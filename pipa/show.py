@@ -264,12 +264,14 @@ def read_results(
 def _by(df): return [c for c in ('benchmark', 'epochs') if df[c].nunique()>1] + ['method']
 
 def usual(
-    df # From `read_results`
-)->pd.DataFrame: # The rows of each benchmark that share its commonest settings: those of sweeps are left out
+    df, # From `read_results`
+    hosts:bool=False # Has each host settings of its own, which it shares with what is put on top of it?
+)->pd.DataFrame: # The rows of each benchmark (and host) that share its commonest settings: those of sweeps are left out
     "The rows that can be compared with each other"
-    n = df.groupby(['benchmark', 'settings']).size().reset_index(name='n').assign(l=lambda o: o.settings.str.len())
-    best = n.sort_values(['n', 'l'], ascending=[False, True]).drop_duplicates('benchmark')
-    return df.merge(best[['benchmark', 'settings']])
+    by = ['benchmark', 'host'][:1+hosts]
+    n = df.groupby([*by, 'settings']).size().reset_index(name='n').assign(l=lambda o: o.settings.str.len())
+    best = n.sort_values(['n', 'l'], ascending=[False, True]).drop_duplicates(by)
+    return df.merge(best[[*by, 'settings']])
 
 def _pm(v):
     v = 100*pd.to_numeric(v, errors='coerce').dropna()

@@ -22,7 +22,7 @@ def hosts_table(
     score:str='miou_student' # Column
 )->pd.DataFrame: # Strings such as `51.2 ± 0.4`, `–` where nothing was run; settings of sweeps are left out
     "Each host without and with PiPa's terms"
-    df = usual(read_results(csv))
+    df = usual(read_results(csv), hosts=True)
     t = df.groupby(_groups(df)+['terms'], observed=True, sort=False)[score].agg(_pm).unstack('terms')
     return t.reindex(columns=[o for o in terms if o in t]).fillna('–')
 
@@ -48,7 +48,7 @@ def gains(
     level:float=.95 # Of the intervals
 )->pd.DataFrame: # Columns host (with benchmark and epochs if there are several), terms, n, gain, lo, hi; in points
     "What each of PiPa's terms adds to each host, over the seeds that both were run with"
-    df,out = usual(read_results(csv)),[]
+    df,out = usual(read_results(csv), hosts=True),[]
     for k,g in df.groupby(_groups(df), observed=True, sort=False):
         v = 100*g.pivot(index='seed', columns='terms', values=score)
         for t in terms[1:]:
@@ -72,7 +72,7 @@ def gains_picture(
     "Mean gain of each term on each host with its interval, and each pair as a dot"
     g = gains(csv, score)
     if not len(g): return sentence(f'Nothing in {csv} can be compared yet: run a host with and without a term.')
-    df = usual(read_results(csv)); keys = _groups(df)+['seed']
+    df = usual(read_results(csv), hosts=True); keys = _groups(df)+['seed']
     base = df[df.terms=='none'][keys+[score]]
     d = df[df.terms!='none'].merge(base, on=keys, suffixes=('', '_host')).assign(gain=lambda o: 100*(o[score]-o[f'{score}_host']))
     d,g = [o.assign(run=o[_groups(df)].astype(str).agg(', '.join, axis=1)) for o in (d, g)]
@@ -105,9 +105,9 @@ def sweep_rows(
     df = read_results(csv)
     said = df.settings.map(lambda o: dict(p.split('=', 1) for p in o.split()))
     rest = said.map(lambda o: ' '.join(f'{k}={v}' for k,v in o.items() if k!=name))
-    base = usual(df).drop_duplicates('benchmark').set_index('benchmark').settings
+    base = usual(df, hosts=True).groupby(['benchmark', 'host']).settings.first()
     df = df.assign(**{name: said.map(lambda o: _value(o.get(name, default)))})
-    df = df[(df.method==method) & (rest==df.benchmark.map(base))]
+    df = df[(df.method==method) & (rest.values==base.reindex([*zip(df.benchmark, df.host)]).values)]
     return df.sort_values([name, 'seed'], key=lambda c: c if c.map(type).nunique()<2 else c.astype(str))
 
 # %% ../nbs/24_study.ipynb #cc91c4b5
