@@ -9,8 +9,8 @@ from .metrics import rank_correlation
 from .show import Fig, read_results, usual, _pm
 
 # %% auto #0
-__all__ = ['terms', 'hosts_table', 'paired', 'gains', 'sentence', 'gains_picture', 'sweep_rows', 'sweep_picture',
-           'validators_picture']
+__all__ = ['terms', 'hosts_table', 'paired', 'gains', 'sentence', 'gains_picture', 'sweep_rows', 'sweep_picture', 'variants',
+           'variants_picture', 'validators_picture']
 
 # %% ../nbs/24_study.ipynb #73d3dab9
 terms = ['none', 'pixel', 'patch', 'both']
@@ -126,6 +126,46 @@ def sweep_picture(
     sns.lineplot(df, x=name, y='iou', errorbar=('pi', 100), marker='o', ax=ax, sort=False)
     sns.stripplot(df, x=name, y='iou', hue='seed', palette='crest', jitter=False, size=4, alpha=.7, ax=ax, legend=False)
     ax.set(ylabel='mean IoU, points'); sns.despine(ax=ax)
+    return fig
+
+# %% ../nbs/24_study.ipynb #vr240002
+def _apart(o, base):
+    "The one setting in which `o` differs from `base`; None if that are several"
+    a,b = (dict(p.split('=', 1) for p in s.split()) for s in (o, base))
+    diff = [k for k in a|b if a.get(k)!=b.get(k)]
+    return '' if not diff else f"{diff[0]}={a.get(diff[0], 'usual')}" if len(diff)==1 else None
+
+def variants(
+    csv, # Path of the file, of one benchmark
+    method:str='pipa', # Method whose rows to take
+    score:str='miou_student', # Column
+    level:float=.95 # Of the intervals
+)->pd.DataFrame: # Columns setting (such as `temp=.05`), n, gain, lo, hi, and `pairs`, the gain of each seed; in points
+    "What a change of one setting brings, over the seeds that were run with and without it"
+    df = read_results(csv); df = df[df.method==method]
+    base = usual(df)
+    columns = ['setting', 'n', 'gain', 'lo', 'hi', 'pairs']
+    if not len(base): return pd.DataFrame(columns=columns)
+    df = df.assign(setting=df.settings.map(lambda o: _apart(o, base.settings.iloc[0])))
+    v = 100*df.dropna(subset='setting').pivot(index='seed', columns='setting', values=score)
+    return pd.DataFrame([dict(setting=k) | paired(v[k], v[''], level) | dict(pairs=(v[k]-v['']).dropna().tolist()) for k in v if k], columns=columns)
+
+# %% ../nbs/24_study.ipynb #vr240004
+def variants_picture(
+    csv, # Path of the file, see `variants`
+    method:str='pipa', # Method whose rows to take
+    order=None # Settings from top to bottom; those that aren't named are left out. `None`: as they come
+)->Fig: # A figure with a sentence if there is nothing to compare
+    "Mean gain of each change with its interval, and each pair as a dot"
+    v = variants(csv, method).set_index('setting'); v = v.reindex([o for o in order or v.index if o in v.index])
+    if not len(v): return sentence(f'There are no runs of {method} with one thing changed in {csv} yet.')
+    fig = Fig(figsize=(7,.8+.25*len(v))); ax = fig.subplots(); ax.set_yticks(range(len(v)), v.index)
+    ends = np.concatenate([*v.pairs, *(o[np.isfinite(o)] for o in (v.lo, v.hi))]); pad = .05*np.ptp(ends) or 1.
+    ax.set(xlim=(ends.min()-pad, ends.max()+pad), ylim=(len(v)-.5, -.5), xlabel='mean IoU: difference to the usual settings, points')
+    for i,o in enumerate(v.itertuples()):
+        ax.plot(np.clip([o.lo, o.hi], *ax.get_xlim()), [i,i], c='C0'); ax.plot(o.gain, i, '|', c='k', ms=10)
+        ax.plot(o.pairs, [i]*len(o.pairs), 'o', c='C0', ms=4)
+    ax.axvline(0, c='k', lw=.8); sns.despine(ax=ax)
     return fig
 
 # %% ../nbs/24_study.ipynb #96f7e832
