@@ -4,7 +4,7 @@
 
 # %% ../nbs/12_resume.ipynb #res00003
 from __future__ import annotations
-import errno, hashlib, inspect, multiprocessing, os, re, signal, sys, threading, time, zipfile
+import errno, hashlib, inspect, io, multiprocessing, os, re, signal, sys, threading, time, zipfile
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -294,8 +294,9 @@ def gather_apart(
     if world==1: return [{}]
     first,found = [None if rank else fingerprint(own)],None if rank else [None]*world
     dist.broadcast_object_list(first, 0)
-    dist.gather_object(apart(own, first[0]) if rank else {}, found, 0)
-    return found
+    torch.save(apart(own, first[0]) if rank else {}, f := io.BytesIO())   # as in the file, data alone
+    dist.gather_object(f.getvalue(), found, 0)
+    return found and [torch.load(io.BytesIO(b), weights_only=True) for b in found]
 
 # %% ../nbs/12_resume.ipynb #res00076
 def same_ranks(

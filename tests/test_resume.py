@@ -44,11 +44,11 @@ def interruptible():
     old = signal.signal(signal.SIGINT, signal.default_int_handler); yield
     signal.signal(signal.SIGINT, old)
 
-def make(home, path, method='pipa', *cbs, s=0, n=6, workers=0, keep=dict(), target=None, **kw):
+def make(home, path, method='pipa', *cbs, s=0, n=6, workers=0, keep=dict(), val=(0,1), **kw):
     "A small learner with a Checkpoint; `s` is the seed of everything"
     seed(s); Path(path).mkdir(exist_ok=True, parents=True)
     g,r = [folder(home/d/'images', home/d/'masks', 'minicity') for d in ('game', 'real')]
-    dls = uda_dls(r if method=='oracle' else g, r.unlabelled(), r.take([0,1]), bs=2, size=(64,64), n=n, device='cpu', num_workers=workers)
+    dls = uda_dls(r if method=='oracle' else g, r.unlabelled(), r.take([*val]), bs=2, size=(64,64), n=n, device='cpu', num_workers=workers)
     net = hrda(Tiny(), dls.c, crop=(32,32), dim=16) if method=='hrda' else light(Tiny(), n_out=dls.c)
     if method in ('advseg', 'advent'): kw['host'] = dict(width=4)
     small = dict(hidden=8, crop=(32,32), thresh=.1, things=(5,), patch=dict(thresh=.05), pixel=dict(min_pixels=4)) | kw
