@@ -401,6 +401,7 @@ def mark(self:Checkpoint, sig, frame):
 @patch
 def agree(self:Checkpoint, due=False):
     "What the ranks do after this step: the signal that one of them got, or 0, and is a checkpoint due by rank 0?"
+    if not self.signals and not self.minutes: return 0,due   # the number of a step is the same for all
     sig,due = most(torch.tensor([self.asked or 0, bool(due) and not place()[0]])).tolist()
     if sig: self.asked = sig
     return sig,due

@@ -5,6 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from torch.multiprocessing import ProcessExitedException
+from safetensors.torch import load_file
 from pipa import resume
 from pipa.ranks import on_ranks, place
 from pipa.resume import checkpoints, pack, read_state
@@ -167,7 +168,7 @@ def launched(args, sig_after=None, cwd=None, timeout=400):
     "`torchrun` in a session of its own; a signal to it once that file is there"
     script = Path(cwd)/'pipa_train'
     script.write_text('from pipa.cli import pipa_train\nif __name__=="__main__": pipa_train()\n')
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(script), *args]
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--', str(script), *args]   # without `--` it takes our --start for an option of its own
     env = os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1]), GLOO_SOCKET_IFNAME='lo')
     with open(Path(cwd)/'said', 'w+') as f:
         p = subprocess.Popen(cmd, stdout=f, stderr=f, env=env, cwd=cwd)
@@ -179,22 +180,24 @@ def launched(args, sig_after=None, cwd=None, timeout=400):
         f.seek(0); return p.returncode,f.read()
 
 @pytest.mark.slow
-@pytest.mark.parametrize('workers', [0,2])
-def test_torchrun_is_stopped_and_goes_on(data, tmp_path, workers):
+def test_torchrun_is_stopped_and_goes_on(data, tmp_path):
     "SIGTERM to torchrun, which sends it on to the groups of its processes, workers included: the run goes on, and its folder is that of the run without a stop"
-    opts = [f'--data={data}', '--method=pipa', '--epochs=3', '--steps=4', '--bs=1', '--size=64x64', '--crop=64x64', '--start=0', '--thresh=.1', '--unlabelled=2',
-            '--minutes=.00001', f'--workers={workers}']
+    opts = [f'--data={data}', '--method=pipa', '--epochs=2', '--steps=4', '--bs=1', '--size=64x64', '--crop=64x64', '--start=0', '--thresh=.1', '--unlabelled=2',
+            '--minutes=.00001', '--workers=1']
     code,said = launched([*opts, '--out=a'], cwd=tmp_path); assert not code, said[-3000:]
     code,said = launched([*opts, '--out=b'], lambda: (tmp_path/'b/checkpoint_001_000001.pt').exists(), cwd=tmp_path)
     assert code and said.count('Stopped by SIGTERM at epoch')==1 and 'DataLoader worker' not in said, said[-3000:]
-    assert (tmp_path/'b/config.json').is_file() and not (tmp_path/'b/row.json').exists() and read_state(tmp_path/'b')[0]['at']<(3,0)
+    assert (tmp_path/'b/config.json').is_file() and not (tmp_path/'b/row.json').exists() and read_state(tmp_path/'b')[0]['at']<(2,0)
     one = subprocess.run([sys.executable, str(tmp_path/'pipa_train'), '--resume', '--out=b'], capture_output=True, text=True, cwd=tmp_path,
                          env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1])))
     assert one.returncode==1 and 'pipa: `b` is of a run on 2 processes, and now there is one process' in one.stderr
     code,said = launched(['--resume', '--out=b'], cwd=tmp_path); assert not code and said.count('Going on from')==1, said[-3000:]
     a,b = tmp_path/'a',tmp_path/'b'
     assert {p.name for p in a.iterdir()}=={p.name for p in b.iterdir()}
-    for n in ('weights.safetensors', 'teacher.safetensors', 'classes.csv'): assert (a/n).read_bytes()==(b/n).read_bytes(), n
+    for n in ('weights.safetensors', 'teacher.safetensors'):   # not their bytes: what stands beside the weights is in any order
+        x,y = (load_file(o/n) for o in (a, b))
+        assert x.keys()==y.keys() and not [k for k in x if not torch.equal(x[k], y[k])], n
+    assert (a/'classes.csv').read_bytes()==(b/'classes.csv').read_bytes()
     pd.testing.assert_frame_equal(*[pd.read_csv(o/'metrics.csv').drop(columns='time') for o in (a, b)], check_exact=True)
     ra,rb = [json.loads((o/'row.json').read_text()) for o in (a, b)]
     assert str(ra)==str(rb)
