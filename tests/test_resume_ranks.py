@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from pipa import resume
 from pipa.ranks import on_ranks, place
 from pipa.resume import checkpoints, pack, read_state
-from test_resume import Do, data, fit, flat, interruptible, make, rows, weights
+from test_resume import data, fit, flat, interruptible, make, weights
 from tiny import city
 
 @pytest.fixture(scope='module')
@@ -66,16 +66,16 @@ def equal(a, b, folders):
 def through(home, tmp_path_factory):
     "Runs without a stop, each made once"
     made = {}
-    def get(method, key='', **kw):
-        if (method, key) not in made:
+    def get(method):
+        if method not in made:
             path = tmp_path_factory.mktemp('through')
-            made[method, key] = path,on_ranks(lambda: part(home, path, method, **kw), 2)
-        return made[method, key]
+            made[method] = path,on_ranks(lambda: part(home, path, method), 2)
+        return made[method]
     return get
 
 term,ctrl_c = signal.SIGTERM,signal.SIGINT
 
-@pytest.mark.parametrize('method,workers,sigs', [('self_training', 1, {1:[term]}), ('pipa', 0, {0:[term], 1:[term]*3}), ('pipa', 1, {0:[ctrl_c]})])
+@pytest.mark.parametrize('method,workers,sigs', [('self_training', 1, {1:[term]}), ('pipa', 0, {0:[term], 1:[term]*3}), pytest.param('pipa', 1, {0:[ctrl_c]}, marks=pytest.mark.slow)])
 def test_stopped_within_an_epoch(home, tmp_path, through, capfd, method, workers, sigs):
     "A signal to one of two ranks, or several to both: both stop after the fourth step of six, and others, from other seeds, go on"
     path,a = through(method)
@@ -99,7 +99,7 @@ def test_what_is_the_same_is_there_once(home, tmp_path):
     torch.save(state['ranks'], tmp_path/'own'); assert (tmp_path/'own').stat().st_size<nets/2
     with pytest.raises(ValueError, match='is of a run on 2 processes, and now there is one process: start it on 2 processes'): make(home, tmp_path, 'pipa').resume()
 
-@pytest.mark.parametrize('val,where', [((0,1,2), (0,3)), ((0,), (1,0))], ids=['two and one', 'one and none'])
+@pytest.mark.parametrize('val,where', [((0,1,2), (0,3)), pytest.param((0,), (1,0), marks=pytest.mark.slow)], ids=['two and one', 'one and none'])
 def test_stopped_while_it_is_validated(home, tmp_path, val, where):
     "Rank 1 has a batch less: both stop after the batches that both have"
     run = lambda p, *cbs, **kw: on_ranks(lambda: part(home, tmp_path/p, 'self_training', *cbs, val=val, more=lambda: [Bs1()], **kw), 2)
