@@ -24,7 +24,7 @@ from .data import class_counts, minicity, folder, codes_space, uda_dls, write_fi
 from .limits import between, one_line, one_of, writable
 from .learner import uda_learner, method_cbs, host_terms, method_name
 from .checkpoints import save, load, space_of, save_hf, save_official, load_official
-from .resume import Checkpoint, checkpoints, claim
+from .resume import Checkpoint, checkpoints, claim, same_ranks
 from .guard import Guard
 from .record import data_stamp, differences, read_config, repeat, revisions, seed_all
 from .metrics import iou, miou, iou_table, pixel_acc, Validator
@@ -389,8 +389,10 @@ def resumed(
     out,usual = Path(out),_defaults()
     if not (out/'config.json').is_file(): raise FileNotFoundError(
         f"`{out}` holds no run that could go on: name its folder with --out, or begin one without --resume.")
-    if (out/'row.json').is_file(): print(f'`{out}` is finished, there is nothing to go on with.'); return None,[]
+    rank,_ = start()
+    if (out/'row.json').is_file(): rank or print(f'`{out}` is finished, there is nothing to go on with.'); return None,[]
     was = json.loads((out/'config.json').read_text(encoding='utf8'))
+    same_ranks(out, was.get('ranks', 1))
     was['threads'] = was['versions']['threads']
     if o.get('preset') or was.get('preset'): was.pop('size', None)   # that of the preset, not what was asked for
     odd = [k for k in o if k in was and k not in _free and o[k]!=usual.get(k) and o[k]!=was[k]]

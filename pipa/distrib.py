@@ -72,7 +72,7 @@ class Ranks(Callback):
     order = MixedPrecision.order-1
     def __init__(self,
         sync_bn:bool=True # Statistics of batch normalisation over all ranks?
-    ): self.sync_bn,self.world = sync_bn,1
+    ): self.sync_bn,self.world,self.apart = sync_bn,1,False
 
     def before_fit(self):
         self.rank,self.world = start()
@@ -87,13 +87,12 @@ class Ranks(Callback):
                 if isinstance(cb, (ProgressCallback, CSVLogger, ShowGraphCallback)): cb.run = False
 
     def before_train(self):
-        if self.world>1: same_draws()
+        self.apart = self.world>1   # columns of the terms are this rank's, until the epoch is validated
+        if self.apart: same_draws()
     def before_step(self):
         if self.world>1: average_(p.grad for p in self.model.parameters() if p.grad is not None)
     def after_step(self):
         if self.world>1 and not self.sync_bn: average_(b for b in self.model.buffers() if b.is_floating_point())
-    def after_train(self):
-        if self.world>1: reduce_terms(self.learn.cbs)
     def after_fit(self):
         if self.world==1: return
         for net in (self.model, getattr(getattr(self, 'mean_teacher', None), 'teacher', None)):
@@ -135,5 +134,6 @@ def before_validate(self:Ranks):
 
 @patch
 def after_validate(self:Ranks):
+    if self.apart: reduce_terms(self.learn.cbs); self.apart = False
     if self.world==1 or not self.dealt: return
     for m in self.recorder._valid_mets: reduce_metric(m)

@@ -13,8 +13,8 @@ from torchvision.ops import StochasticDepth
 from . import losses, mix
 
 # %% auto #0
-__all__ = ['place', 'start', 'on_ranks', 'mine', 'whole', 'whole_labels', 'total', 'mean', 'share', 'rows', 'pseudo_label',
-           'class_mask', 'strong_augment', 'two_crops', 'crop_augment', 'block_mask', 'pixel_contrast',
+__all__ = ['place', 'start', 'on_ranks', 'mine', 'whole', 'whole_labels', 'total', 'most', 'mean', 'share', 'rows',
+           'pseudo_label', 'class_mask', 'strong_augment', 'two_crops', 'crop_augment', 'block_mask', 'pixel_contrast',
            'patch_contrast', 'feat_dist', 'spread', 'unspread', 'same_', 'average_', 'same_draws']
 
 # %% ../nbs/09_ranks.ipynb #rk000006
@@ -91,6 +91,15 @@ def total(
 )->Tensor: # Their sum, the same on each rank
     "Add up what the ranks have; gradients flow to all of them"
     return x if place()[1]==1 else _Total.apply(x.to(_device())).to(x.device)
+
+def most(
+    x:Tensor # One on each rank, all of the same shape
+)->Tensor: # The largest of each number, the same on each rank; no gradient
+    "The maximum over the ranks"
+    if place()[1]==1: return x
+    y = x.detach().to(_device(), copy=True)
+    dist.all_reduce(y, dist.ReduceOp.MAX)
+    return y.to(x.device)
 
 def mean(
     x:Tensor # One on each rank, all of the same shape

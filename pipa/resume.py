@@ -4,11 +4,11 @@
 
 # %% ../nbs/12_resume.ipynb #res00003
 from __future__ import annotations
-import errno, inspect, multiprocessing, os, re, signal, sys, threading, time, zipfile
+import errno, hashlib, inspect, io, multiprocessing, os, re, signal, sys, threading, time, zipfile
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-import numpy as np, torch
+import numpy as np, torch, torch.distributed as dist
 from torch import Tensor
 from fastai.torch_basics import *
 from fastai.callback.core import Callback, CancelEpochException, CancelTrainException
@@ -19,11 +19,13 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 from . import __version__
 from .rare import write_file
+from .ranks import place, start, most
 from .callbacks import Pair, MeanTeacher, LossTerm, PatchContrast, FeatureDistance
 
 # %% auto #0
 __all__ = ['kept', 'pack', 'cb_state', 'load_cb_state', 'state_of', 'load_state', 'asked_for', 'differences', 'write_state',
-           'checkpoints', 'read_state', 'claim', 'Checkpoint', 'pss', 'Memory']
+           'checkpoints', 'read_state', 'claim', 'fingerprint', 'apart', 'of_rank', 'gather_apart', 'same_ranks',
+           'loyal', 'Checkpoint', 'pss', 'Memory']
 
 # %% ../nbs/12_resume.ipynb #res00008
 def pack(
@@ -83,13 +85,15 @@ def load_state_dict(self:Recorder, state):
 
 @patch
 def state_dict(self:CSVLogger):
-    "The rows so far"
+    "The rows so far; nothing on a rank that writes none"
+    if not self.run: return {}
     if not self.file.closed: self.file.flush()
     return dict(text=(self.path/self.fname).read_text())
 
 @patch
 def load_state_dict(self:CSVLogger, state):
     "Have these rows and no others in the file"
+    if not self.run: return
     self.file.seek(0); self.file.truncate()
     self.file.write(state['text']); self.file.flush()
 
@@ -99,16 +103,17 @@ def state_of(
     at:tuple, # Epochs that are done, and batches that are done in the next
     rng:dict=None, # From fastai's `get_random_states`; defaults to the present one
     asked:dict=None # From `asked_for`, as it was when the fit began
-)->dict: # Tensors and plain values, all on the CPU
-    "All that a fit needs to go on from here"
+)->dict: # Tensors and plain values, all on the CPU; on a rank other than 0 only what ranks may have for themselves
+    "All that a fit needs to go on from here; several ranks call it together"
     dls,net,scaler = learn.dls,get_model(learn.model),getattr(learn, 'scaler', None)
-    return pack(dict(pipa_checkpoint=1, versions=dict(pipa=__version__, torch=str(torch.__version__)),
+    own = pack(dict(rng=rng or get_random_states(), loaders=[o.rng.getstate() for o in dls.loaders],
+        grads={k:p.grad for k,p in net.named_parameters() if p.grad is not None},
+        callbacks={o.name:s for o in learn.cbs if (s := cb_state(o))}))
+    ranks = gather_apart(own)
+    return own if place()[0] else own | pack(dict(pipa_checkpoint=1, versions=dict(pipa=__version__, torch=str(torch.__version__)),
         at=at, n_epoch=learn.n_epoch, n_iter=len(dls.train), train_iter=learn.train_iter, pct_train=learn.pct_train,
         student=net, opt=learn.opt.state_dict(), scaler=scaler.state_dict() if scaler else {},
-        grads={k:p.grad for k,p in net.named_parameters() if p.grad is not None},
-        callbacks={o.name:s for o in learn.cbs if (s := cb_state(o))}, rng=rng or get_random_states(),
-        loaders=[o.rng.getstate() for o in dls.loaders], pairs={k:getattr(dls.train, k, None) for k in ('seed', 'drawn')},
-        asked=asked or asked_for(learn)))
+        pairs={k:getattr(dls.train, k, None) for k in ('seed', 'drawn')}, asked=asked or asked_for(learn), ranks=ranks))
 
 def _set_rng(state):
     name,keys,*rest = state['numpy_state']
@@ -118,7 +123,7 @@ def _set_rng(state):
 # %% ../nbs/12_resume.ipynb #res00019
 def load_state(
     learn:Learner, # In the middle of a fit, at the place that the state is of
-    state:dict # From `state_of`
+    state:dict # From `state_of`; on several ranks, from `of_rank`
 ):
     "Put everything back"
     net,dls,dev = get_model(learn.model),learn.dls,next(learn.model.parameters()).device
@@ -245,8 +250,89 @@ def claim(
     try: yield
     finally: file.unlink(missing_ok=True); f.close()   # in this order: closed, it might be another's already
 
+# %% ../nbs/12_resume.ipynb #res00071
+def fingerprint(
+    o # From `pack`
+): # 32 hexadecimal digits for a value, a dictionary of them for a dictionary
+    "Something short that differs where values differ"
+    if isinstance(o, dict): return {k:fingerprint(v) for k,v in o.items()}
+    h = hashlib.blake2b(digest_size=16)
+    def add(o):
+        if isinstance(o, Tensor): add((str(o.dtype), *o.shape)); h.update(o.contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(o, (list,tuple,dict)):
+            h.update(f'{type(o).__name__} {len(o)} '.encode())
+            for x in (o.items() if isinstance(o, dict) else o): add(x)
+        else: h.update(f'{o!r} '.encode())
+    add(o)
+    return h.hexdigest()
+
+def apart(
+    own:dict, # From `pack`
+    first:dict # From `fingerprint`, of another one
+)->dict: # Path of keys and value
+    "What is not as it is there"
+    if isinstance(own, dict) and isinstance(first, dict) and own.keys()==first.keys():
+        return {(k, *p):v for k in own for p,v in apart(own[k], first[k]).items()}
+    return {} if fingerprint(own)==first else {(): own}
+
+# %% ../nbs/12_resume.ipynb #res00072
+def _put(o, path, v): return o | {path[0]: _put(o[path[0]], path[1:], v)} if path else v
+
+def of_rank(
+    state:dict, # From `state_of`, on rank 0
+    rank:int # One of those it is of
+)->dict: # The state of that rank
+    "What all ranks share, and what this one has for itself"
+    for path,v in state.get('ranks', [{}])[rank].items(): state = _put(state, path, v)
+    return state
+
+def gather_apart(
+    own:dict # From `pack`
+)->list|None: # For each rank what it has for itself, from `apart`; on ranks other than 0 None
+    "Send rank 0 what is not as it is there"
+    rank,world = place()
+    if world==1: return [{}]
+    first,found = [None if rank else fingerprint(own)],None if rank else [None]*world
+    dist.broadcast_object_list(first, 0)
+    torch.save(apart(own, first[0]) if rank else {}, f := io.BytesIO())   # as in the file, data alone
+    dist.gather_object(f.getvalue(), found, 0)
+    return found and [torch.load(io.BytesIO(b), weights_only=True) for b in found]
+
+# %% ../nbs/12_resume.ipynb #res00076
+def same_ranks(
+    of, # File or folder of a run
+    was:int # Processes that it was made by
+):
+    "Raise a `ValueError` if there is another number of processes now"
+    if was==(now := start()[1]): return
+    a,b = [f'{n} processes' if n>1 else 'one process' for n in (was, now)]
+    how = f"`torchrun --nproc_per_node {was} --no-python pipa_train …`, or more machines with {was} in all" if was>1 else "without a launcher"
+    raise ValueError(f"`{of}` is of a run on {a}, and now there {'are' if now>1 else 'is'} {b}: start it on {a} ({how}), or begin anew.")
+
+def _read_together(path):
+    "The state of this rank, and the file, which rank 0 chooses"
+    rank,world = start()
+    said = [None]
+    if not rank:
+        try: state,file = read_state(path); said = [file]
+        except (OSError, ValueError) as e: said = [e]
+    if world>1: dist.broadcast_object_list(said, 0)
+    if isinstance(said[0], Exception): raise said[0]
+    if rank: state,file = read_state(said[0])
+    same_ranks(file, len(state.get('ranks', [{}])))
+    return of_rank(state, rank),file
+
 # %% ../nbs/12_resume.ipynb #res00033
 _signals = [getattr(signal, o) for o in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, o)]
+
+def loyal():
+    "In a worker: let nobody but the process it works for end it"
+    if not hasattr(signal, 'sigwaitinfo'): return
+    signal.pthread_sigmask(signal.SIG_BLOCK, _signals)
+    def listen():
+        while signal.sigwaitinfo(_signals).si_pid!=os.getppid(): pass
+        os._exit(0)
+    threading.Thread(target=listen, daemon=True).start()
 
 class Checkpoint(Callback):
     "Keep what a fit needs to go on: after each epoch, now and then within one, and when the process is asked to end"
@@ -263,17 +349,19 @@ class Checkpoint(Callback):
         if self.at is None: self.begin()
         self.at = self.epoch,0
     def after_train(self): self.rng = get_random_states()
+    def before_validate(self):
+        if self.at: self.shared = -int(most(torch.tensor(-len(self.dl))))   # batches that all ranks have
     def after_batch(self):
-        if self.at is None: return
-        if self.training:
-            self.at,self.rng = (self.epoch, self.iter+1),None
-            if self.due(): self.save()
-        if self.asked: self.stop()
+        if self.at is None or not self.training and self.iter>=self.shared: return
+        if self.training: self.at,self.rng = (self.epoch, self.iter+1),None
+        sig,due = self.agree(self.due())
+        if sig: self.stop(sig)
+        elif due: self.save()
     def after_epoch(self):
         if self.at is None: return
         self.at,self.rng = (self.epoch+1, 0),None
         self.save()
-        if self.asked: self.stop()
+        if sig := self.agree()[0]: self.stop(sig)
     def after_fit(self): self.at = None; self.let_go()
 
 # %% ../nbs/12_resume.ipynb #res00034
@@ -281,16 +369,18 @@ class Checkpoint(Callback):
 def begin(self:Checkpoint):
     "A fit begins, or goes on"
     self.let_go()   # of a fit that ended in an error
+    first = not start()[0]
     old = [] if self.going_on else checkpoints(self.path)
-    if old and self.file is None:
+    if first and old and self.file is None:
         print(f"`{old[0]}` is of an earlier fit, and the first checkpoint of this one replaces it.")
     if not self.going_on: self.file = None
-    for p in self.path.glob('.checkpoint_*.pt.*'): p.unlink(missing_ok=True)   # of a process killed as it wrote
+    for p in self.path.glob('.checkpoint_*.pt.*') if first else (): p.unlink(missing_ok=True)   # of a process killed as it wrote
     self.settings,self.going_on = self.going_on or asked_for(self.learn),None
     self.since,self.asked,self.rng = time.monotonic(),None,None
     if self.signals and threading.current_thread() is threading.main_thread():
         ours = [s for s in _signals if signal.getsignal(s) not in (signal.SIG_IGN, None)]   # nohup ignores SIGHUP
         self.old = {s:signal.signal(s, self.mark) for s in ours}
+        for dl in self.dls.loaders: vars(dl).setdefault('wif', loyal)
 
 @patch
 def let_go(self:Checkpoint):
@@ -300,7 +390,8 @@ def let_go(self:Checkpoint):
 
 @patch
 def mark(self:Checkpoint, sig, frame):
-    "Remember a signal for the end of the step; a second one, or one outside of a fit, means what it did before"
+    "Remember a signal for the end of the step; a second one of one process, or one outside of a fit, means what it did before"
+    if self.asked and place()[1]>1: return
     def ours(f): return f.f_code.co_name=='fit' and f.f_locals.get('self') is self.learn
     while frame is not None and not ours(frame): frame = frame.f_back
     if frame is not None and self.asked is None: self.asked = sig; return
@@ -308,9 +399,17 @@ def mark(self:Checkpoint, sig, frame):
 
 # %% ../nbs/12_resume.ipynb #res00035
 @patch
+def agree(self:Checkpoint, due=False):
+    "What the ranks do after this step: the signal that one of them got, or 0, and is a checkpoint due by rank 0?"
+    if not self.signals and not self.minutes: return 0,due   # the number of a step is the same for all
+    sig,due = most(torch.tensor([self.asked or 0, bool(due) and not place()[0]])).tolist()
+    if sig: self.asked = sig
+    return sig,due
+
+@patch
 def due(self:Checkpoint):
     "Is it time, and possible, to keep a state within an epoch?"
-    if not self.within() or self.iter+1==self.n_iter: return False
+    if not self.training or not self.within() or self.iter+1==self.n_iter: return False
     late = self.minutes and time.monotonic()-self.since>60*self.minutes
     return bool(late or self.steps and self.train_iter%self.steps==0)
 
@@ -321,9 +420,10 @@ def within(self:Checkpoint):
 
 @patch
 def save(self:Checkpoint):
-    "Write a checkpoint and keep the one before it"
-    if rank_distrib(): return
-    try: file = write_state(self.path, state_of(self.learn, self.at, self.rng, self.settings))
+    "Write a checkpoint and keep the one before it; all ranks take part, rank 0 writes"
+    state = state_of(self.learn, self.at, self.rng, self.settings)
+    if place()[0]: return
+    try: file = write_state(self.path, state)
     except (OSError, RuntimeError) as e:
         last = f'`{self.file}` stays' if self.file else 'there is none yet'
         said = f"No checkpoint could be written to `{self.path}` ({e}); {last}. Training goes on: make room."
@@ -334,15 +434,17 @@ def save(self:Checkpoint):
 
 # %% ../nbs/12_resume.ipynb #res00036
 @patch
-def stop(self:Checkpoint):
-    "Save, and end with a sentence"
+def stop(self:Checkpoint, sig):
+    "Save, and end with a sentence, which is rank 0's"
     if self.at[1] and self.within(): self.save()
-    self.let_go()
-    (epoch,step),sig = self.at,signal.Signals(self.asked)
+    (rank,world),(epoch,step),sig = place(),self.at,signal.Signals(sig)
+    if world>1: dist.barrier()   # rank 0 has written; from here on signals are of no interest
+    else: self.let_go()
+    self.at = None
+    if rank: raise SystemExit(128+sig)
     go_on = f"`{self.file}` has all that is needed to go on: the same command with --resume, or learn.resume()"
     how = go_on if self.file else "There is no checkpoint yet, so it begins anew next time"
     said = f"Stopped by {sig.name} at epoch {epoch}, step {step} of {len(self.dls.train)}. {how}."
-    self.at = None
     if sig==signal.SIGINT: raise KeyboardInterrupt(said)
     print(said, file=sys.stderr, flush=True)
     raise SystemExit(128+sig)
@@ -392,7 +494,7 @@ def _same(learn, state, strict):
     diff = differences(state['asked'], now)
     if diff and strict: raise ValueError(
         f"This fit is not the one that was interrupted: {'; '.join(diff)}. Make it the same, or give `strict=False`.")
-    if diff: print(f"Other than before: {'; '.join(diff)}.")
+    if diff and not place()[0]: print(f"Other than before: {'; '.join(diff)}.")
     for o in learn.cbs:
         if isinstance(o, Checkpoint): o.going_on = now   # before the optimizer gets its later rates
 
@@ -410,17 +512,16 @@ def resume(self:Learner,
     strict:bool=True # Must the next fit be as the interrupted one? Else differences are said and accepted
 )->tuple: # Epochs that are done, and batches that are done in the next
     "Take weights from a checkpoint, and let the next fit, the same as the interrupted one, go on from there"
-    if num_distrib()>1: raise NotImplementedError(
-        "A run on several devices can't go on exactly, for each has random states of its own: begin anew.")
-    state,file = read_state(path or self.path)
+    state,file = _read_together(path or self.path)
     _take_student(self, state, file)
     (epoch,step),n,v = state['at'],state['n_epoch'],state['versions']['torch']
     for o in self.cbs:
         if isinstance(o, Checkpoint): o.file,o.going_on = file if file in checkpoints(self.path) else None,state['asked']
     now = str(torch.__version__)
-    if v!=now: print(f"Written with torch {v}; this is {now}, so last digits may differ.")
     where = f"epoch {epoch} of {n}, step {step} of {state['n_iter']}." if epoch<n else "all epochs are done."
-    print(f"Going on from `{file}`: {where}")
+    if not place()[0]:
+        if v!=now: print(f"Written with torch {v}; this is {now}, so last digits may differ.")
+        print(f"Going on from `{file}`: {where}")
     self._do_fit = partial(_rest_of_fit, self, state, strict)
     return state['at']
 

@@ -1,5 +1,5 @@
 "A run that was stopped anywhere, by anything, ends bit by bit as one that was not"
-import errno, json, multiprocessing as mp, os, random, resource, signal, sys, time, warnings, zipfile
+import errno, json, multiprocessing as mp, os, random, resource, signal, subprocess, sys, time, warnings, zipfile
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
@@ -44,11 +44,11 @@ def interruptible():
     old = signal.signal(signal.SIGINT, signal.default_int_handler); yield
     signal.signal(signal.SIGINT, old)
 
-def make(home, path, method='pipa', *cbs, s=0, n=6, workers=0, keep=dict(), target=None, **kw):
+def make(home, path, method='pipa', *cbs, s=0, n=6, workers=0, keep=dict(), val=(0,1), **kw):
     "A small learner with a Checkpoint; `s` is the seed of everything"
     seed(s); Path(path).mkdir(exist_ok=True, parents=True)
     g,r = [folder(home/d/'images', home/d/'masks', 'minicity') for d in ('game', 'real')]
-    dls = uda_dls(r if method=='oracle' else g, r.unlabelled(), r.take([0,1]), bs=2, size=(64,64), n=n, device='cpu', num_workers=workers)
+    dls = uda_dls(r if method=='oracle' else g, r.unlabelled(), r.take([*val]), bs=2, size=(64,64), n=n, device='cpu', num_workers=workers)
     net = hrda(Tiny(), dls.c, crop=(32,32), dim=16) if method=='hrda' else light(Tiny(), n_out=dls.c)
     if method in ('advseg', 'advent'): kw['host'] = dict(width=4)
     small = dict(hidden=8, crop=(32,32), thresh=.1, things=(5,), patch=dict(thresh=.05), pixel=dict(min_pixels=4)) | kw
@@ -438,6 +438,37 @@ def test_a_second_signal_is_obeyed(home, tmp_path):
         raise AssertionError('still here')
     with pytest.raises(KeyboardInterrupt) as e: fit(make(home, tmp_path, 'source', Do(2, twice)))
     assert not e.value.args and not checkpoints(tmp_path)
+
+def test_a_signal_to_the_whole_group(home, tmp_path):
+    "From a launcher or a scheduler: workers get it too, and stay, for what they load is needed to end the step"
+    def all_of_us(): subprocess.run(['kill', '-TERM', '--', f'-{os.getpgrp()}'], start_new_session=True); time.sleep(1)   # not from their parent
+    def go():
+        os.setpgid(0, 0); say_to(tmp_path/'log')
+        fit(make(home, tmp_path/'b', 'source', Do(4, all_of_us), workers=2))
+    p = fork.Process(target=go); p.start(); p.join(200)
+    assert p.exitcode==128+signal.SIGTERM, (tmp_path/'log').read_text()
+    a = fit(make(home, tmp_path/'a', 'source'))
+    b = make(home, tmp_path/'b', 'source', s=5); assert b.resume()==(1,1)
+    equal(a, fit(b))
+
+def test_workers_end_with_their_process(home, tmp_path):
+    "Killed, it leaves nobody behind; and one that ends by itself can end them"
+    def go(end):
+        learn = make(home, tmp_path/'c', 'source', Do(1, end), workers=2)
+        fit(learn)
+    def tell(): (tmp_path/'pids').write_text(' '.join(str(o.pid) for o in mp.active_children()))
+    def killed(): tell(); os.kill(os.getpid(), signal.SIGKILL)
+    def ended(): tell(); [o.terminate() for o in mp.active_children()]; [o.join(20) for o in mp.active_children()]; os._exit(7)
+    for end,code in ((killed, -signal.SIGKILL), (ended, 7)):
+        p = fork.Process(target=go, args=(end,)); p.start(); p.join(100); assert p.exitcode==code
+        pids = [int(o) for o in (tmp_path/'pids').read_text().split()]; assert len(pids)==2
+        limit = time.time()+(30 if code<0 else 5)
+        while any(alive(o) for o in pids) and time.time()<limit: time.sleep(.1)
+        assert not any(alive(o) for o in pids)
+
+def alive(pid):
+    try: return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0]!='Z'
+    except OSError: return False
 
 def test_a_signal_that_is_ignored_stays_ignored(home, tmp_path):
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
