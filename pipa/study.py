@@ -9,8 +9,8 @@ from .metrics import rank_correlation
 from .show import Fig, read_results, usual, _pm
 
 # %% auto #0
-__all__ = ['terms', 'hosts_table', 'paired', 'gains', 'sentence', 'gains_picture', 'sweep_rows', 'sweep_picture', 'variants',
-           'variants_picture', 'validators_picture']
+__all__ = ['terms', 'hosts_table', 'paired', 'gains', 'sentence', 'gains_picture', 'hosts_markdown', 'sweep_rows',
+           'sweep_picture', 'variants', 'variants_picture', 'validators_picture']
 
 # %% ../nbs/24_study.ipynb #73d3dab9
 terms = ['none', 'pixel', 'patch', 'both']
@@ -89,6 +89,19 @@ def gains_picture(
     ax.axvline(0, c='k', lw=.8); sns.move_legend(ax, 'center left', bbox_to_anchor=(1,.5), title='', frameon=False); sns.despine(ax=ax)
     ax.set(xlabel=f'{what}: difference to the host alone, hundredths', ylabel='', ylim=(len(runs)-.5, -.5))
     return fig
+
+# %% ../nbs/24_study.ipynb #hm240002
+def hosts_markdown(
+    csv # Path of the file, see `hosts_table`
+)->str: # A table in Markdown
+    "The table of hosts and terms for a README"
+    t,df = hosts_table(csv),usual(read_results(csv), hosts=True)
+    v = 100*df.pivot_table(index=_groups(df)+['seed'], columns='terms', values='miou_student', observed=True)
+    d = (v['both']-v['none']).dropna().groupby(_groups(df), sort=False)
+    t['both − none'] = d.agg(lambda o: f'{o.mean():+.1f} (in {(o>0).sum()} of {len(o)})').reindex(t.index).fillna('–')
+    t = t.reset_index().astype(str)
+    lines = [list(t.columns), ['---']+['---:']*(t.shape[1]-1), *t.values.tolist()]
+    return '\n'.join(f"| {' | '.join(l)} |" for l in lines)
 
 # %% ../nbs/24_study.ipynb #840db505
 def _value(o):

@@ -91,6 +91,10 @@ def test_readme_tables_are_measured(monkeypatch, name):
     monkeypatch.chdir(root/'nbs')
     assert results_markdown(f'../data/results/{name}.csv').strip() in (root/'README.md').read_text(encoding='utf8'), 'run python .ci/readme.py'
 
+def test_readme_has_the_hosts(monkeypatch):
+    from pipa.study import hosts_markdown
+    assert hosts_markdown(root/'data/results/ablation.csv') in (root/'README.md').read_text(encoding='utf8'), 'run python .ci/readme.py'
+
 def test_version():
     from pipa import __version__
     assert __version__==cfg['version'] and f'## {__version__}' in (root/'CHANGELOG.md').read_text(encoding='utf8')
