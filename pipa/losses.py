@@ -219,7 +219,18 @@ def _one_way(f, g, y, m, neg, y_neg, temp, fixed):
     return (l.masked_fill(~m, 0).sum()/n.clamp(min=1) if fixed else l.mean()),n
 
 def patch_ways(
-    f_1, f_2, y_1, y_2, c_1, c_2, neg, y_neg, temp=.1, thresh=.9, form='released', fixed=None, # See `patch_contrast`
+    f_1:Tensor, # See `patch_contrast`, here and below
+    f_2:Tensor, # `N x D`
+    y_1:Tensor, # Pseudo-labels, `N`
+    y_2:Tensor, # Pseudo-labels, `N`
+    c_1:Tensor, # Confidence, `N`
+    c_2:Tensor, # Confidence, `N`
+    neg:Tensor, # Bank, `M x D`
+    y_neg:Tensor, # Its labels, `M`
+    temp:float=.1, # Temperature (release: 0.1)
+    thresh:float=.9, # Confidence above which a view may teach (release: 0.9)
+    form:str='released', # 'released' or 'paper'
+    fixed:bool|None=None # All rows scored?
 )->tuple: # For each direction the mean loss of its rows, 0-dim, and their number
     "Each direction of `patch_contrast` by itself"
     a,b,still = patch_rows(c_1, c_2, thresh),patch_rows(c_2, c_1, thresh),Tensor.detach
