@@ -242,6 +242,7 @@ def patch_ways(
         f_1,f_2,neg = map(_wide, (f_1,f_2,neg))
         return _one_way(f_1, still(f_2), y_1, a, neg, y_neg, temp, fixed),_one_way(f_2, still(f_1), y_2, b, neg, y_neg, temp, fixed)
 
+# %% ../nbs/01_losses.ipynb #fx000010
 def patch_contrast(
     f_1:Tensor, # Embeddings of places in crop 1, of length 1, `N x D`
     f_2:Tensor, # The same places in crop 2, `N x D`
