@@ -454,7 +454,7 @@ def test_a_signal_to_the_whole_group(home, tmp_path):
 def test_workers_end_with_their_process(home, tmp_path):
     "Killed, it leaves nobody behind; and one that ends by itself can end them"
     def go(end):
-        learn = make(home, tmp_path/'c', 'source', Do(1, end), workers=2)
+        learn = make(home, tmp_path/'c', 'source', Do(1, end), workers=2, n=64)   # more than is loaded ahead: no worker is done by then
         fit(learn)
     def tell(): (tmp_path/'pids').write_text(' '.join(str(o.pid) for o in mp.active_children()))
     def killed(): tell(); os.kill(os.getpid(), signal.SIGKILL)
