@@ -155,8 +155,8 @@ def variants(
     level:float=.95 # Of the intervals
 )->pd.DataFrame: # Columns setting (such as `temp=.05`), n, gain, lo, hi, and `pairs`, the gain of each seed; in points
     "What a change of one setting brings, over the seeds that were run with and without it"
-    df = read_results(csv); df = df[df.method==method]
-    base = usual(df)
+    df = read_results(csv); base = usual(df, hosts=True)   # usual for the host, however often something was changed
+    df,base = (o[o.method==method] for o in (df, base))
     columns = ['setting', 'n', 'gain', 'lo', 'hi', 'pairs']
     if not len(base): return pd.DataFrame(columns=columns)
     df = df.assign(setting=df.settings.map(lambda o: _apart(o, base.settings.iloc[0])))
