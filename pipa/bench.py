@@ -449,9 +449,9 @@ def bench(
     o = Settings(dict(model='daformer', arch='mit_b0', size=128, bs=2, classes=19, samples=1024, bank=9600) | o)
     bad = [n for n in names or () if not any(n in (k, k.split(',')[0]) for k in parts)]
     if bad: raise ValueError(f"There is no part {', '.join(bad)}: choose some of {', '.join(parts)}.")
-    rows = []
+    names,rows = names or [k for k in parts if k!='compile'],[]
     for k,f in parts.items():
-        if k=='compile' if not names else k not in names and k.split(',')[0] not in names: continue
+        if k not in names and k.split(',')[0] not in names: continue
         torch.manual_seed(0); some = part_rows(k, f(o), turns); rows += some
         if tell: tell(some)
     return pd.DataFrame(rows)

@@ -299,6 +299,11 @@ def _bold(t):
             if len(v)>1 and v[t.index[i]]==v.max(): t.iloc[i,j] = f'**{t.iloc[i,j]}**'
     return t
 
+def _markdown(t, left=1):
+    "A table in Markdown, the first `left` columns flush left"
+    lines = [list(t.columns), ['---']*left + ['---:']*(t.shape[1]-left), *t.astype(str).values.tolist()]
+    return '\n'.join(f"| {' | '.join(l)} |" for l in lines)
+
 def results_markdown(
     csv # Path of the file, see `results_table`
 )->str: # A table in Markdown; a sentence if there are no results
@@ -306,9 +311,7 @@ def results_markdown(
     try: wide,t = results_table(csv),results_table(csv, spread=False)
     except (FileNotFoundError, ValueError) as e: return f'*{e}*'
     t = t.assign(**{c:wide[c] for c in t.columns[:3]})
-    t = (_bold(t) if t.index.nlevels==1 else t).reset_index().astype(str)
-    lines = [list(t.columns), ['---']*2 + ['---:']*(t.shape[1]-2), *t.values.tolist()]
-    return '\n'.join(f"| {' | '.join(l)} |" for l in lines)
+    return _markdown((_bold(t) if t.index.nlevels==1 else t).reset_index(), 2)
 
 # %% ../nbs/22_show.ipynb #17e62166
 def results_picture(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import numpy as np, pandas as pd, seaborn as sns
 from .metrics import rank_correlation
-from .show import Fig, read_results, usual, _pm
+from .show import Fig, read_results, usual, _pm, _markdown
 
 # %% auto #0
 __all__ = ['terms', 'hosts_table', 'paired', 'gains', 'sentence', 'gains_picture', 'hosts_markdown', 'sweep_rows',
@@ -96,12 +96,10 @@ def hosts_markdown(
 )->str: # A table in Markdown
     "The table of hosts and terms for a README"
     t,df = hosts_table(csv),usual(read_results(csv), hosts=True)
-    v = 100*df.pivot_table(index=_groups(df)+['seed'], columns='terms', values='miou_student', observed=True)
+    v = 100*df.pivot_table(index=_groups(df)+['seed'], columns='terms', values='miou_student', observed=True).reindex(columns=terms)
     d = (v['both']-v['none']).dropna().groupby(_groups(df), sort=False)
     t['both − none'] = d.agg(lambda o: f'{o.mean():+.1f} (in {(o>0).sum()} of {len(o)})').reindex(t.index).fillna('–')
-    t = t.reset_index().astype(str)
-    lines = [list(t.columns), ['---']+['---:']*(t.shape[1]-1), *t.values.tolist()]
-    return '\n'.join(f"| {' | '.join(l)} |" for l in lines)
+    return _markdown(t.reset_index())
 
 # %% ../nbs/24_study.ipynb #840db505
 def _value(o):
@@ -149,7 +147,7 @@ def _apart(o, base):
     return '' if not diff else f"{diff[0]}={a.get(diff[0], 'usual')}" if len(diff)==1 else None
 
 def variants(
-    csv, # Path of the file, of one benchmark
+    csv, # Path of the file; of several benchmarks or lengths, the first counts
     method:str='pipa', # Method whose rows to take
     score:str='miou_student', # Column
     level:float=.95 # Of the intervals
@@ -159,7 +157,8 @@ def variants(
     df,base = (o[o.method==method] for o in (df, base))
     columns = ['setting', 'n', 'gain', 'lo', 'hi', 'pairs']
     if not len(base): return pd.DataFrame(columns=columns)
-    df = df.assign(setting=df.settings.map(lambda o: _apart(o, base.settings.iloc[0])))
+    df = df.merge(base[['benchmark', 'epochs']][:1])
+    df['setting'] = df.settings.map(lambda o: _apart(o, base.settings.iloc[0]))
     v = 100*df.dropna(subset='setting').pivot(index='seed', columns='setting', values=score)
     return pd.DataFrame([dict(setting=k) | paired(v[k], v[''], level) | dict(pairs=(v[k]-v['']).dropna().tolist()) for k in v if k], columns=columns)
 

@@ -10,7 +10,7 @@ from pipa import resume
 from pipa.ranks import on_ranks, place
 from pipa.resume import checkpoints, pack, read_state
 from test_resume import data, fit, flat, interruptible, make, weights
-from tiny import city
+from tiny import Watch, city
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory): return city(tmp_path_factory.mktemp('city'), n=4, size=(64,64))
@@ -28,13 +28,6 @@ class On(Callback):
     def before_validate(self):
         if self.when=='validate' and self.epoch==0: self.send()
 
-class Steps(Callback):
-    "The loss of this rank in each step"
-    order = 70
-    def before_fit(self): self.seen = []
-    def after_batch(self):
-        if self.training: self.seen.append(self.learn.loss.item())
-
 class Boom(Callback):
     "An error on all ranks, before the second epoch's first step"
     def before_batch(self):
@@ -43,7 +36,7 @@ class Boom(Callback):
 def part(home, path, method, *cbs, go_on=False, s=0, n=12, epochs=2, more=list, before=None, **kw):
     "What a rank does, and what it has at the end; ranks begin with seeds of their own"
     if before: before()
-    learn = make(home, path, method, *cbs, *more(), Steps(), s=s+10*place()[0], n=n, **kw)
+    learn = make(home, path, method, *cbs, *more(), Watch(), s=s+10*place()[0], n=n, **kw)
     at,code = learn.resume() if go_on else None,0
     try: fit(learn, epochs)
     except (SystemExit, KeyboardInterrupt) as e: code = getattr(e, 'code', 'Ctrl-C')
@@ -51,7 +44,7 @@ def part(home, path, method, *cbs, go_on=False, s=0, n=12, epochs=2, more=list, 
     draws = random.random(),float(np.random.rand()),float(torch.rand(()))
     rec = learn.recorder
     return pack(dict(code=code, at=at, weights=weights(learn), opt=learn.opt.state_dict(), bank=getattr(getattr(learn, 'patch_contrast', None), 'bank', []),
-        losses=[float(o) for o in rec.losses], steps=learn.steps.seen, lrs=rec.lrs, values=str(rec.values), draws=draws, terms=[float(c.total) for c in learn.cbs if hasattr(c, 'total')]))
+        losses=[float(o) for o in rec.losses], steps=learn.watch.seen, lrs=rec.lrs, values=str(rec.values), draws=draws, terms=[float(c.total) for c in learn.cbs if hasattr(c, 'total')]))
 
 def equal(a, b, folders):
     "Each rank has what it has in the run without a stop, and the log is one"

@@ -16,7 +16,7 @@ from pipa.distrib import Ranks, deal_dl
 from pipa.learner import uda_learner
 from pipa.lean import Kept, Lean
 from pipa.ranks import on_ranks, place
-from tiny import city, seed
+from tiny import Watch, city, seed
 
 small = dict(hidden=16, crop=(32,32), thresh=.1, patch=dict(thresh=.05), pixel=dict(min_pixels=4))
 
@@ -24,13 +24,6 @@ small = dict(hidden=16, crop=(32,32), thresh=.1, patch=dict(thresh=.05), pixel=d
 def home(tmp_path_factory): return city(tmp_path_factory.mktemp('city'), n=5, size=(64,64))
 
 pytestmark = pytest.mark.usefixtures('cache_home')
-
-class Watch(Callback):
-    "Keep the loss of each step"
-    order = 70
-    def before_fit(self): self.seen = []
-    def after_batch(self):
-        if self.training: self.seen.append(self.learn.loss.item())
 
 def make(home, bs, method, *cbs, n=8, s=0, **kw):
     seed(s)

@@ -48,3 +48,10 @@ class HalfOnCPU(Callback):
     def before_batch(self): self.ac = torch.autocast('cpu', dtype=torch.bfloat16); self.ac.__enter__()
     def after_pred(self): self.learn.pred = to_float(self.pred)
     def after_loss(self): self.ac.__exit__(None, None, None)
+
+class Watch(Callback):
+    "Keep the loss of each step, as this process has it"
+    order = 70
+    def before_fit(self): self.seen = []
+    def after_batch(self):
+        if self.training: self.seen.append(self.learn.loss.item())
