@@ -15,7 +15,7 @@ from .losses import weighted_ce
 from .mix import imagenet_mean, imagenet_std
 from .ranks import block_mask, strong_augment, average_, same_, place
 from .models import resize
-from .callbacks import MeanTeacher, LossTerm, with_detail, _show
+from .callbacks import MeanTeacher, LossTerm, with_detail, _show, _after
 
 # %% auto #0
 __all__ = ['self_info', 'MinEnt', 'Halve', 'discriminator', 'AdvSeg', 'AdvEnt', 'fda', 'FDA', 'MIC']
@@ -43,6 +43,7 @@ class MinEnt(LossTerm):
 
 # %% ../nbs/11_baselines.ipynb #3e0b7aa2
 @patch
+@_after('z')
 def show(self:MinEnt, n:int=2):
     "The last target images and the entropy of each pixel (bright: no idea)"
     e = resize(self_info(self.z.detach()).sum(1, keepdim=True), self.seen.shape[-2:])[:,0]
@@ -135,6 +136,7 @@ def load_state_dict(self:AdvSeg, state, device=None):
 
 # %% ../nbs/11_baselines.ipynb #31b76200
 @patch
+@_after('views')
 def show(self:AdvSeg, n:int=2):
     "What the discriminator saw last, summed over the classes, and its verdict (bright: source)"
     with torch.no_grad(): v = [resize(self.net_d(m).sigmoid(), m.shape[-2:])[:,0] for m in self.views]
@@ -169,6 +171,7 @@ class FDA(Callback):
         self.seen,self.learn.xb = (self.x, self.x_t, x_st),(x_st,)
 
 @patch
+@_after('seen')
 def show(self:FDA, n:int=2):
     "The last source and target images, and what became of the source"
     return _show([*zip(*[o[:n] for o in self.seen])], ('source', 'target', 'source restyled'))
@@ -195,6 +198,7 @@ class MIC(LossTerm):
         return l,int((self.b[2]>0).sum())
 
 @patch
+@_after('b')
 def show(self:MIC, n:int=2):
     "The last covered images, the labels that are asked for, and the trust in them"
     return _show([*zip(*[o[:n] for o in self.b])], ('covered', 'label', 'trust'))

@@ -5,7 +5,7 @@
 # %% ../nbs/10_callbacks.ipynb #c81e728d
 from __future__ import annotations
 from copy import deepcopy
-from functools import cached_property
+from functools import cached_property, wraps
 import torch
 from torch import nn, Tensor
 from fastai.torch_basics import *
@@ -96,6 +96,17 @@ def add_heads(
     if not hasattr(net, 'proj_head'): net.proj_head = ProjHead(net.widths, pixel_dim, hidden).to(dev)
     if not hasattr(net, 'project'): net.project = PatchHead(net.fused_dim, patch_dim).to(dev)
     return net
+
+def _after(attr):
+    "For a `show`: where a batch hasn't left `attr` yet, say so"
+    def needs(f):
+        @wraps(f)
+        def show(self, n:int=2):
+            if hasattr(self, attr): return f(self, n)
+            begins = f" (its term begins after {self.start} steps)" if getattr(self, 'start', 0) else ''
+            raise RuntimeError(f"{type(self).__name__} has worked on no batch yet{begins}, so there is nothing to show: call `fit` first.")
+        return show
+    return needs
 
 # %% ../nbs/10_callbacks.ipynb #pa1r0002
 @patch
@@ -189,6 +200,7 @@ _asked('y_t'); _asked('w_t')
 
 # %% ../nbs/10_callbacks.ipynb #98f13708
 @patch
+@_after('x_t')
 def show(self:MeanTeacher, n:int=2):
     "The last target images, their pseudo-labels and the trust in them"
     return _show([*zip(self.x_t[:n], self.y_t[:n], self.w_t[:n])], ('target', 'pseudo-label', 'trust'))
@@ -252,6 +264,7 @@ class Mix(LossTerm):
 
 # %% ../nbs/10_callbacks.ipynb #33e75ff0
 @patch
+@_after('b')
 def show(self:Mix, n:int=2):
     "The last mixed images, their labels and the trust in them"
     return _show([*zip(*[o[:n] for o in self.b])], ('mixed', 'label', 'trust'))
@@ -271,6 +284,7 @@ class PixelContrast(LossTerm):
 
 # %% ../nbs/10_callbacks.ipynb #1c383cd3
 @patch
+@_after('emb')
 def show(self:PixelContrast, n:int=2):
     "The last source images and their embeddings, three principal directions as colours"
     e = self.emb[:n].detach().float().movedim(1,-1)
@@ -337,6 +351,7 @@ def score(self:PatchContrast):
 
 # %% ../nbs/10_callbacks.ipynb #d645920e
 @patch
+@_after('crops')
 def show(self:PatchContrast, n:int=2):
     "The last two crops of each image as the student saw them, and where they overlap (bright)"
     c,rows = self.crops,[]
@@ -364,6 +379,7 @@ class FeatureDistance(LossTerm):
 
 # %% ../nbs/10_callbacks.ipynb #a684ecee
 @patch
+@_after('seen')
 def show(self:FeatureDistance, n:int=2):
     "The last source images, their labels, and how far each cell of a thing has moved: bright is far"
     x,y = (o[:n] for o in self.seen)

@@ -14,7 +14,7 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from fastai.callback.fp16 import MixedPrecision
 from .limits import one_line, one_of
 from .data import write_file
-from .callbacks import LossTerm, Pair, _show
+from .callbacks import LossTerm, Pair, _show, _after
 from .metrics import TermColumn
 from .ranks import place, total
 
@@ -172,6 +172,7 @@ def sentence(self:Guard, text, files, file):
 
 # %% ../nbs/13_guard.ipynb #gua00044
 @patch
+@_after('batch')
 def show(self:Guard, n:int=2):
     "Images and labels of the last batch; pixels that aren't finite are magenta"
     magenta = torch.tensor([9.,-9.,9.])[:,None,None]

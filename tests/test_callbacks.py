@@ -473,6 +473,10 @@ def test_whoever_has_something_to_see_shows_it():
                 FeatureDistance=lambda c: c([1,2], min_ratio=.5), AdvSeg=lambda c: c(width=4), AdvEnt=lambda c: c(width=4))
     cbs = [make.get(n, lambda c: c())(c) for n,c in found.items() if n not in unseen]
     learn = toy(cbs); learn.dls.space = label_space(['floor', 'wall', 'box'])
+    waits = [cb for cb in cbs if type(cb).__name__ not in ('Pair', 'Snapshots')]
+    assert len(waits)==len(cbs)-2
+    for cb in waits:
+        with pytest.raises(RuntimeError, match=f'^{type(cb).__name__} has worked on no batch yet.*call `fit` first'): cb.show()
     fit(learn)
     for cb in cbs:
         fig = cb.show(1); fig.canvas.draw()
