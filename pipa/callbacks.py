@@ -375,7 +375,7 @@ class FeatureDistance(LossTerm):
         self.seen,self.f = (self.x,self.y),self.feats.maps[-1].detach()
         x = getattr(self.model, 'context', noop)(self.x)
         with torch.no_grad(): self.f0 = getattr(self.frozen, 'maps', self.frozen)(x)[-1]
-    def score(self): return feat_dist(self.feats.maps[-1].float(), self.f0.float(), self.y, self.classes, self.min_ratio),self.y.numel()
+    def score(self): return feat_dist(self.feats.maps[-1].float(), self.f0.float(), self.y, self.classes, self.min_ratio, return_n=True)
 
 # %% ../nbs/10_callbacks.ipynb #a684ecee
 @patch

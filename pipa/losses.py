@@ -60,6 +60,7 @@ def feat_dist(
     classes, # Ids of the thing classes
     min_ratio:float=.75, # See `shrink_labels`
     ignore:int=255, # Label of void
+    return_n:bool=False, # Also return how many cells took part?
 )->Tensor: # 0-dim: mean Euclidean distance, without the weight (DAFormer: 0.005); raises `ValueError` if sizes don't fit
     "Mean distance of `f` to `f0` over the cells that hold one of `classes`"
     (h,w),(H,W) = f.shape[-2:], y.shape[-2:]
@@ -68,7 +69,8 @@ def feat_dist(
     small = shrink_labels(F.pad(y, (0,w*s-W,0,h*s-H), value=ignore), s, min_ratio, 256, ignore)
     m = torch.isin(small, torch.as_tensor(list(classes), device=y.device))
     d = (_wide(f)-_wide(f0).detach()).norm(dim=1)
-    return d.where(m, 0).sum()/m.sum().clamp(min=1)
+    l,n = d.where(m, 0).sum()/m.sum().clamp(min=1),m.sum()
+    return (l, n) if return_n else l
 
 # %% ../nbs/01_losses.ipynb #33e75ff0
 def _is_paper(form):

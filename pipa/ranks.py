@@ -220,15 +220,13 @@ def feat_dist(
     y:Tensor, # This rank's labels
     classes, # Ids of the thing classes
     min_ratio:float=.75, # As there (DAFormer)
-    ignore:int=255 # Label of void
+    ignore:int=255, # Label of void
+    return_n:bool=False # Also return how many of this rank's cells took part?
 )->Tensor: # 0-dim; the mean over the ranks is the loss of all
     "Distance to the pretrained encoder, as a part of that of all ranks"
-    l = losses.feat_dist(f, f0, y, classes, min_ratio, ignore)
-    if place()[1]==1: return l
-    (h,w),(H,W) = f.shape[-2:],y.shape[-2:]
-    s = max(-(-H//h), -(-W//w))
-    small = losses.shrink_labels(F.pad(y, (0, w*s-W, 0, h*s-H), value=ignore), s, min_ratio, 256, ignore)
-    return l*share(torch.isin(small, torch.as_tensor(list(classes), device=y.device)).sum())
+    l,n = losses.feat_dist(f, f0, y, classes, min_ratio, ignore, True)
+    if place()[1]>1: l = l*share(n)
+    return (l, n) if return_n else l
 
 # %% ../nbs/09_ranks.ipynb #rk000033
 class _Norm(_BatchNorm):
