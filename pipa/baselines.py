@@ -189,13 +189,13 @@ class MIC(LossTerm):
     def prepare(self):
         x = strong_augment(self.x_t, **self.aug)
         block = self.block or max(1, min(x.shape[-2:])//16)
-        self.b = x*block_mask(x.shape, self.ratio, block, device=x.device),self.y_t,self.w_t
+        self.b = x*block_mask(x.shape, self.ratio, block, device=x.device),*self.labels
     def predict(self):
         self.z,f = self.model(self.b[0])
         self.detail = f.detail
     def score(self):
         l = with_detail(weighted_ce(self.z.float(), *self.b[1:]), weighted_ce, self.detail, *self.b[1:])
-        return l,int((self.b[2]>0).sum())
+        return l,(self.b[2]>0).sum()
 
 @patch
 @_after('b')

@@ -15,7 +15,8 @@ from fastai.learner import Learner
 from matplotlib import pyplot as plt
 from .losses import weighted_ce, random_rank
 from .mix import margins, class_mix, aligned, imagenet_mean, imagenet_std
-from .ranks import pseudo_label, class_mask, strong_augment, two_crops, crop_augment, pixel_contrast, patch_contrast, feat_dist, rows, whole_labels
+from .ranks import pseudo_label, class_mask, strong_augment, two_crops, crop_augment, rows, all_rows, whole_labels
+from .ranks import pixel_contrast, patch_contrast, feat_dist
 from .models import ProjHead, PatchHead
 
 # %% auto #0
@@ -147,7 +148,7 @@ class MeanTeacher(Callback):
         alpha:float=.999, # Decay, see `ema_decay`
         thresh:float=.968, # Probability above which a pixel counts for trust (DACS)
         trust:str='batch', # One trust for the 'batch' (published), for each 'image', or for each 'pixel' (0 or 1)
-        margin:tuple=(0,0), # Rows without trust at the top and bottom; (15, 120) of 512 for Cityscapes in DAFormer
+        margin:tuple=(0,0), # Rows without trust at the top and bottom; below 1: shares of the height, as (15/512, 120/512) for Cityscapes in DAFormer
         buffers:str='mean' # Running statistics: averaged ('mean') or the student's ('copy'), see `ema_`
     ):
         store_attr(); self.teacher,self.t,self.todo,self.z = None,0,None,None
@@ -181,7 +182,7 @@ def label(self:MeanTeacher):
     z = self.z = self.logits(x).float()
     y,w = pseudo_label(z, self.thresh, self.trust)
     if v is not None: w = w*v
-    if any(self.margin): w = margins(w, *self.margin)
+    if any(self.margin): w = margins(w, *(round(m*x.shape[-2]) if m<1 else m for m in self.margin))
     for k,o in (('y_t',y), ('w_t',w)): vars(self.learn).setdefault(k, o)
 
 @patch
@@ -206,9 +207,11 @@ def show(self:MeanTeacher, n:int=2):
     return _show([*zip(self.x_t[:n], self.y_t[:n], self.w_t[:n])], ('target', 'pseudo-label', 'trust'))
 
 # %% ../nbs/10_callbacks.ipynb #1ff1de77
+def _no_teacher(cb): return ValueError(f"{type(cb).__name__} asks a teacher for labels, and there is none: add `MeanTeacher()` to the callbacks.")
+
 class LossTerm(Callback):
     "One loss of a method: `prepare`, `predict`, `score`; added with weight `w` from step `start` on"
-    order,run_valid,every = MeanTeacher.order+1,False,1
+    order,run_valid,every,needs_teacher = MeanTeacher.order+1,False,1,False
     def __init__(self,
         w:float=1., # Weight in the sum
         start:int=0 # Steps before the term begins
@@ -218,7 +221,9 @@ class LossTerm(Callback):
     def predict(self): pass
     def score(self): raise NotImplementedError
 
-    def before_fit(self): self.undo = dict(vars(self)) if hasattr(self.learn, 'lr_finder') else None
+    def before_fit(self):
+        if self.needs_teacher and not hasattr(self.learn, 'mean_teacher'): raise _no_teacher(self)
+        self.undo = dict(vars(self)) if hasattr(self.learn, 'lr_finder') else None
     def after_fit(self):
         if self.undo: vars(self).update(self.undo)
         self.undo = None
@@ -246,14 +251,29 @@ def after_loss(self:LossTerm):
 def mean(self:LossTerm): # Mean score of the epoch; NaN, shown as n/a, before the term begins or when nothing could be scored
     return float(self.total)/self.n if self.n and self.count else float('nan')
 
+@patch(as_prop=True)
+def labels(self:LossTerm): # The target's labels and the trust in them; raises `ValueError` if nobody makes any
+    try: return self.y_t,self.w_t
+    except AttributeError:
+        if hasattr(self.learn, 'mean_teacher'): raise
+        raise _no_teacher(self) from None
+
+@patch(as_prop=True)
+def per_step(self:LossTerm): # Pixels or places that were scored in a step of the epoch, on average
+    return float(self.count)/self.n if self.n else 0.
+
 # %% ../nbs/10_callbacks.ipynb #02e74f10
 class Mix(LossTerm):
     "Cross-entropy on source classes pasted into target images (DACS)"
-    def __init__(self, w=1., start=0, classes='batch', **aug):
-        super().__init__(w, start); self.classes,self.aug = classes,aug
+    def __init__(self,
+        w:float=1., # Weight in the sum (DACS)
+        start:int=0, # Steps before the term begins
+        classes:str='batch', # Paste half of the classes of the whole 'batch' (DAFormer) or of each 'image' (DACS)
+        **aug # To `strong_augment`
+    ): super().__init__(w, start); self.classes,self.aug = classes,aug
     def prepare(self):
         m = class_mask(self.y, classes=self.classes)
-        x_m,y_m,w_m = class_mix(self.x, self.y, self.x_t, self.y_t, self.w_t, m)
+        x_m,y_m,w_m = class_mix(self.x, self.y, self.x_t, *self.labels, m)
         self.b = strong_augment(x_m, **self.aug),y_m,w_m
     def predict(self):
         self.pred_m,feats = self.model(self.b[0])
@@ -272,7 +292,15 @@ def show(self:Mix, n:int=2):
 # %% ../nbs/10_callbacks.ipynb #e369853d
 class PixelContrast(LossTerm):
     "Contrast between source pixels, labels being the truth (PiPa, pixel-wise)"
-    def __init__(self, w=.1, start=0, temp=.1, max_samples=1024, max_views=100, min_pixels=None, form='released'):
+    def __init__(self,
+        w:float=.1, # Weight in the sum, the paper's α (the release)
+        start:int=0, # Steps before the term begins
+        temp:float=.1, # Temperature τ (the release)
+        max_samples:int=1024, # Pixels of a batch, at most (the release)
+        max_views:int=100, # Pixels of a class in an image, at most (the release)
+        min_pixels:int|None=None, # Pixels that a class must have in an image; None: more than `max_views` (the release)
+        form:str='released', # 'released' or 'paper', see `pipa.losses.sup_contrast`
+    ):
         super().__init__(w, start)
         self.kw = dict(temp=temp, max_samples=max_samples, max_views=max_views, min_pixels=min_pixels, form=form)
     def predict(self):
@@ -296,9 +324,14 @@ def show(self:PixelContrast, n:int=2):
 # %% ../nbs/10_callbacks.ipynb #df117921
 class TargetPixelContrast(PixelContrast):
     "Contrast between source pixels, and target pixels whose pseudo-labels are certain"
-    name = 'pixel_contrast'
-    def __init__(self, w=.1, start=0, target=.968, target_start=0, **kwargs):
-        super().__init__(w, start, **kwargs); self.target,self.target_start = target,target_start
+    name,needs_teacher = 'pixel_contrast',True
+    def __init__(self,
+        w:float=.1, # Weight in the sum (the release)
+        start:int=0, # Steps before the term begins
+        target:float=.968, # Probability from which a target pixel takes part (DACS' threshold)
+        target_start:int=0, # Steps before target pixels take part
+        **kwargs # To `PixelContrast`
+    ): super().__init__(w, start, **kwargs); self.target,self.target_start = target,target_start
 
     def prepare(self): self.y_sure = self.mean_teacher.sure(self.target if self.steps>=self.target_start else 2.)
     def predict(self):
@@ -313,12 +346,27 @@ class TargetPixelContrast(PixelContrast):
 # %% ../nbs/10_callbacks.ipynb #a5771bce
 class PatchContrast(LossTerm):
     "Contrast between two views of a target image (PiPa, patch-wise)"
-    def __init__(self, w=.1, start=0, size=(64,128), stride=8, iou=(.1,1.), scale=(1.,1.), temp=.1, thresh=.9,
-                 n_neg=1600, keep=3, balanced=False, form='released', every=1):
+    needs_teacher = True
+    def __init__(self,
+        w:float=.1, # Weight in the sum, the paper's β (the release; .01 on HRDA)
+        start:int=0, # Steps before the term begins (the release: 10 000)
+        size:tuple=(64,128), # Height and width of the crops, px (the release: 720×720)
+        stride:int=8, # Pixels of a crop for each place (the release)
+        iou:tuple=(.1,1.), # Least and largest overlap of the two crops (the release)
+        scale:tuple=(1.,1.), # Range of a random resize before (the release: .8 to 2 of 2048×1024)
+        temp:float=.1, # Temperature τ (the release)
+        thresh:float=.9, # Confidence above which a view may teach (the release)
+        n_neg:int=1600, # Rivals that are remembered of each of the two crops and step (the release)
+        keep:int=3, # Steps that are remembered (the release)
+        balanced:bool=False, # Draw the rivals evenly from the classes? (an idea of PiPa++)
+        form:str='released', # 'released' or 'paper', see `pipa.losses.patch_contrast`; the paper's has no memory
+        every:int=1, # Only in every n-th step, at n times the weight
+    ):
         super().__init__(w, start); store_attr('size,stride,iou,scale,temp,thresh,n_neg,keep,balanced,form,every')
         self.bank = []
 
     def prepare(self):
+        self.fits()
         c = self.crops = two_crops(self.x_t, self.size, self.stride, self.iou, self.scale)
         x = torch.cat([c.x_1, c.x_2])
         with torch.no_grad():
@@ -343,9 +391,18 @@ def negatives(self:PatchContrast, f, y):
     return [torch.cat(o) for o in zip(*self.bank)]
 
 @patch
+def fits(self:PatchContrast):
+    "Refuse crops that would be padded"
+    (h,w),s,(a,b) = self.x_t.shape[-2:],self.scale[0],(self.size,)*2 if isinstance(self.size, int) else self.size
+    if a>round(h*s) or b>round(w*s): raise ValueError(
+        f"Crops of {a}x{b} don't fit into target images of {h}x{w}" + (f', which are scaled by {s:g} at the least' if s!=1 else '')
+        + ": take smaller ones (`crop` of `uda_learner`, `size` of `PatchContrast`).")
+
+@patch
 def score(self:PatchContrast):
-    neg,y_neg = self.negatives(self.f, self.lab)
+    neg,y_neg = (None,None) if self.form=='paper' else self.negatives(self.f, self.lab)
     (f_1,f_2),(y_1,y_2),(c_1,c_2) = [aligned(*o.chunk(2), self.crops, self.stride) for o in (self.f.float(), self.lab, self.conf)]
+    if neg is None: neg = all_rows(torch.cat([f_1,f_2]))
     l,*n = patch_contrast(f_1, f_2, y_1, y_2, c_1, c_2, neg, y_neg, temp=self.temp, thresh=self.thresh, form=self.form, return_n=True)
     return l,sum(n)
 
@@ -366,8 +423,12 @@ def show(self:PatchContrast, n:int=2):
 # %% ../nbs/10_callbacks.ipynb #67c6a1e7
 class FeatureDistance(LossTerm):
     "Keep the encoder's last map near that of the pretrained encoder, on things (DAFormer)"
-    def __init__(self, classes, w=.005, start=0, min_ratio=.75):
-        super().__init__(w, start); self.classes,self.min_ratio,self.frozen = list(classes),min_ratio,None
+    def __init__(self,
+        classes, # Train ids of things
+        w:float=.005, # Weight in the sum (DAFormer)
+        start:int=0, # Steps before the term begins
+        min_ratio:float=.75 # Share of a cell that a thing must cover (DAFormer)
+    ): super().__init__(w, start); self.classes,self.min_ratio,self.frozen = list(classes),min_ratio,None
     def before_fit(self):
         super().before_fit()
         if self.frozen is None: self.frozen = deepcopy(getattr(self.model, 'backbone', self.model)).eval().requires_grad_(False)

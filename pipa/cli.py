@@ -32,12 +32,12 @@ from .explore import tightness
 from . import check, data, show, infer, export
 
 # %% auto #0
-__all__ = ['switches', 'parse_size', 'domains', 'named_domains', 'versions', 'new_folder', 'rank0_first', 'rank0_folder',
-           'Before', 'write_run', 'measures', 'sentences', 'valid_bs', 'plain_log', 'parse_range', 'parse_switches',
-           'method_args', 'data_args', 'net_args', 'fit_args', 'look_before', 'origins', 'watch', 'adapt', 'resumed',
-           'train', 'pipa_train', 'idle', 'look_for_idle', 'open_net', 'eval_domain', 'write_scores', 'pipa_eval',
-           'pipa_export', 'settings', 'unusual', 'pipa_predict', 'pipa_convert', 'plan', 'interrupted', 'add_row',
-           'pipa_study', 'pipa_check']
+__all__ = ['switches', 'parse_size', 'domains', 'named_domains', 'versions', 'made_of', 'new_folder', 'rank0_first',
+           'rank0_folder', 'Before', 'write_run', 'measures', 'sentences', 'valid_bs', 'plain_log', 'parse_range',
+           'parse_switches', 'method_args', 'data_args', 'net_args', 'fit_args', 'look_before', 'origins', 'watch',
+           'adapt', 'resumed', 'train', 'pipa_train', 'idle', 'look_for_idle', 'open_net', 'eval_domain',
+           'write_scores', 'pipa_eval', 'pipa_export', 'settings', 'unusual', 'pipa_predict', 'pipa_convert', 'plan',
+           'interrupted', 'add_row', 'pipa_study', 'pipa_check']
 
 # %% ../nbs/31_cli.ipynb #e4da3b7f
 def parse_size(
@@ -60,7 +60,7 @@ def domains(
     size:tuple=(128,256) # Size of MiniCity's images
 )->tuple: # Source, target and validation `Domain`
     "The three domains of a run"
-    oracle = method=='oracle'
+    oracle = 'oracle' in method.split('+')
     if data=='minicity':
         target = minicity('real', 'train', size=size, labels=oracle)
         return (target if oracle else minicity('game', 'train', size=size)),target,minicity('real', 'val', size=size)
@@ -104,6 +104,11 @@ def versions()->dict:
     return dict(python=platform.python_version(), machine=platform.machine(), threads=torch.get_num_threads(),
                 **{o: v(o) for o in ('pipa', 'torch', 'torchvision', 'fastai', 'numpy', 'pillow')})
 
+def made_of()->str: # Such as `pipa 0.1.0 (d1ad15c), torch 2.14.1`
+    "Versions of package and torch, in a few words, and the commit where the package lies in a repository"
+    v,c = versions(),revisions()['package']
+    return f"pipa {v['pipa']}{f' ({c[:7]}{c[40:]})' if c else ''}, torch {v['torch']}"
+
 def new_folder(
     path # Wanted
 )->Path:
@@ -136,7 +141,10 @@ def rank0_folder(
 class Before(Callback):
     "Keep the student's answer to some validation images after the first epoch"
     order = 70
-    def __init__(self, dl, n=4):
+    def __init__(self,
+        dl, # Loader of validation images
+        n:int=4 # How many, evenly spread
+    ):
         some = np.linspace(0, len(dl.dataset)-1, min(n, len(dl.dataset))).round().astype(int).tolist()
         self.batches,self.preds = [*dl.new(shuffle=False, num_workers=0, get_idxs=lambda: some)],None
     def answer(self):
@@ -233,7 +241,7 @@ def parse_range(
     if not 0<=lo<=hi: raise ValueError(f"`{text}`: a range goes from 0 or more to a number that isn't smaller.")
     return lo,hi
 
-switches = dict(temp=.1, iou='.1:1', samples=1024, n_neg=1600, keep=3, every=1, balanced=False, target=0., form='released', buffers='mean')
+switches = dict(temp=.1, iou='.1:1', scale='1:1', samples=1024, n_neg=1600, keep=3, every=1, balanced=False, target=0., form='released', buffers='mean')
 
 def parse_switches(
     text:str # Such as `temp=.05 balanced=1`
@@ -254,17 +262,19 @@ def method_args(
     "The arguments of a command as those of `method_cbs`"
     s = AttrDict(parse_switches(o.switch))
     pixel = dict(temp=s.temp, max_samples=s.samples, form=s.form) | (dict(target=s.target) if s.target else {})
-    patch = {k: s[k] for k in ('temp','n_neg','keep','every','balanced','form')} | dict(iou=parse_range(s.iou))
+    memory = () if s.form=='paper' else ('n_neg','keep','balanced')     # the paper's formula has none
+    patch = {k: s[k] for k in ('temp','every','form',*memory)} | dict(iou=parse_range(s.iou))
     kw = dict({k: o[k] for k in ('terms','alpha','thresh','trust','start')}, w_pixel=o.pixel, w_patch=o.patch,
               teacher=dict(buffers=s.buffers), host={} if o.weight is None else dict(w=o.weight))
     if o.preset:
-        scale = (1.28,3.2) if 'daformer' in o.preset else (.8,2.)
+        wide = data.preset(o.preset)['resize_t'][1]
+        scale = tuple(n/wide for n in (.8*2048,2.*2048)) if s.scale==switches['scale'] else parse_range(s.scale)
         teacher = dict(buffers=s.buffers, margin=(0,0)) # the loader marks margins
         return kw | dict(released=True, pixel=pixel, patch=dict(patch, scale=scale), teacher=teacher)
     crop = parse_size(o.crop, '--crop')
     if 'size' in o and host_terms(o.method, o.terms)[1] in ('patch','both') and any(a>b for a,b in zip(crop, parse_size(o.size))):
         raise ValueError(f"`--crop {o.crop}` doesn't fit into `--size {o.size}`: give a smaller crop or a larger size.")
-    return kw | dict(crop=crop, pixel=dict(pixel, min_pixels=8, max_views=50), patch=dict(patch, thresh=.6))
+    return kw | dict(crop=crop, pixel=dict(pixel, min_pixels=8, max_views=50), patch=dict(patch, thresh=.6, scale=parse_range(s.scale)))
 
 # %% ../nbs/31_cli.ipynb #f61602c3
 def data_args(
@@ -364,7 +374,7 @@ def adapt(
     o.size = 'x'.join(map(str, views['size']))
     dls = uda_dls(src, tgt, val, n=o.steps*views['bs']*world, shard=(rank,world), num_workers=o.workers, bs_valid=valid_bs(val or src, views['bs']), **views)
     before = Before(dls.valid)
-    learn = uda_learner(dls, method=o.method, arch=o.arch, pretrained=o.encoder or o.pretrained, lr=o.lr, things=src.space.things, lean=o.get('lean', False),
+    learn = uda_learner(dls, method=o.method, arch=o.arch, pretrained=o.encoder or o.pretrained, lr=o.lr, lean=o.get('lean', False),
                         cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)], n_unlabelled=o.unlabelled, guard=None, **net_args(o), **method_args(o))
     learn.path = out = Path(out) if o.resume else rank0_folder(out)
     watch(learn, o.get('guard', 'off'), out/'metrics.csv')
@@ -421,7 +431,7 @@ def train(
         out,row = adapt(out, held, **o)
         if not row: return out
         apart = ' '.join([o for o in (unusual(o), f'ranks={place()[1]}'*(place()[1]>1)) if o])
-        row |= dict(settings=apart, command=shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))]), version=versions()['pipa'])
+        row |= dict(settings=apart, command=shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))]), version=made_of())
         write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
         for p in checkpoints(out): p.unlink(missing_ok=True)
     return out

@@ -4,7 +4,7 @@
 
 # %% ../nbs/20_learner.ipynb #c81e728d
 from __future__ import annotations
-import torch
+import warnings, torch
 from torch import nn
 from fastai.torch_basics import *
 from fastai.learner import Learner
@@ -12,7 +12,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.callback.schedule import ParamScheduler
 from .limits import between, one_of
 from .losses import weighted_ce
-from .metrics import MIoU, TeacherMIoU, TermColumn, validators
+from .metrics import MIoU, TeacherMIoU, TermColumn, validators, label_free
 from .checkpoints import load_pretrained
 from .models import light, segformer, daformer
 from .hrda import hrda
@@ -55,20 +55,31 @@ def _fda(start, beta=.01, w=.005, eta=2.): return [FDA(beta), MinEnt(w, start, e
 
 def _host(name, method, base, start, things, more):
     "The callbacks of one host"
-    hosts = dict(source=lambda: [], oracle=lambda: [], minent=lambda: [MinEnt(start=start, **more)],
-                 advseg=lambda: [AdvSeg(start=start, **more)], advent=lambda: [AdvEnt(start=start, **more)],
-                 fda=lambda: _fda(start, **more), self_training=lambda: base, hrda=lambda: base,
-                 daformer=lambda: base+[FeatureDistance(things)], mic=lambda: base+[MIC(start=start, **more)])
+    more = dict(start=start) | more
+    hosts = dict(source=lambda: [], oracle=lambda: [], minent=lambda: [MinEnt(**more)], advseg=lambda: [AdvSeg(**more)],
+                 advent=lambda: [AdvEnt(**more)], fda=lambda: _fda(**more), self_training=lambda: base,
+                 daformer=lambda: base+[FeatureDistance(things)], hrda=lambda: base+[FeatureDistance(things)], mic=lambda: base+[MIC(**more)])
     if name not in hosts:
         raise ValueError(f"There is no method `{method}`: choose one of {', '.join(hosts)}, pixel, patch or pipa,"
                          " join some with +, or give a list of callbacks.")
     return hosts[name]()
 
+def _for_each(names, host):
+    "Which of the hosts gets which arguments"
+    own = [o for o in names if o in ('minent','advseg','advent','fda','mic')]
+    if {'minent','fda'}<={*own}: raise ValueError("`minent` and `fda` both bring a penalty on entropy: take one of them.")
+    if host and all(isinstance(v, dict) for v in host.values()):
+        if bad := [k for k in host if k not in own]: raise ValueError(f"`host` has arguments for `{bad[0]}`, and the terms of `{'+'.join(names)}` are {', '.join(own) or 'none'}.")
+        return host
+    if host and len(own)>1: raise ValueError(
+        f"`{'+'.join(names)}` has {len(own)} terms of its own, {' and '.join(own)}: say in Python whose arguments these are, such as `host=dict({own[-1]}={host})`.")
+    return {o:host for o in own}
+
 # %% ../nbs/20_learner.ipynb #lim20002
 def _in_range(alpha, thresh, trust, start, w_pixel, w_patch, host, pixel, patch, teacher):
     "Refuse numbers and names with which a method can't work"
     for k,v in dict(alpha=alpha, thresh=thresh).items(): between(k, v, 0, 1)
-    for k,v in dict(start=start, w_pixel=w_pixel, w_patch=w_patch, weight=host.get('w', 0)).items(): between(k, v, 0)
+    for k,v in dict(start=start, w_pixel=w_pixel, w_patch=w_patch, **{f'weight of {k}':v.get('w', 0) for k,v in host.items()}).items(): between(k, v, 0)
     one_of('trust', trust, ('batch', 'image', 'pixel')); one_of('buffers', teacher.get('buffers', 'mean'), ('mean', 'copy'))
     for o in (pixel, patch):
         one_of('form', o.get('form', 'released'), ('released', 'paper')); between('temp', o.get('temp', 1), 0, above=True)
@@ -86,21 +97,22 @@ def method_cbs(
     w_pixel:float=.1, # Weight of pixel contrast (the release)
     w_patch:float=.1, # Weight of patch contrast (the release on DAFormer; 0.01 on HRDA)
     crop:tuple=None, # Height and width of the two crops; `None`: (64, 128), or 720x720 if `released`
-    things:tuple=(), # Train ids of things, for the feature distance of 'daformer'
+    things:tuple=(), # Train ids of things, for the feature distance of 'daformer' and 'hrda'; `uda_learner` knows them from the data
     released:bool=False, # Released constants for what depends on the images' size or a run's length? See below
     teacher:dict=None, # More arguments for `MeanTeacher`
-    host:dict=None, # More arguments for the host's own term: `MinEnt`, `AdvSeg`, `AdvEnt`, `FDA` or `MIC`
+    host:dict=None, # More arguments for the host's own term: `MinEnt`, `AdvSeg`, `AdvEnt`, `FDA` or `MIC`; of several by name, `dict(mic=dict(w=.5))`
     pixel:dict=None, # More arguments for `PixelContrast`; with `target`, for `TargetPixelContrast`
     patch:dict=None, # More arguments for `PatchContrast`
     mix:dict=None # More arguments for `Mix`
 )->list: # Callbacks
     "The callbacks of a method by name"
     name,terms = host_terms(method, terms)
-    _in_range(alpha, thresh, trust, start, w_pixel, w_patch, host or {}, pixel or {}, patch or {}, teacher or {})
-    more,pixel,patch = host or {},pixel or {},(dict(start=10_000, scale=(.8,2.)) if released else {}) | (patch or {})
-    mt = MeanTeacher(alpha, thresh, trust, **(dict(margin=(15,120)) if released else {}) | (teacher or {}))
+    more = _for_each(name.split('+'), host or {})
+    _in_range(alpha, thresh, trust, start, w_pixel, w_patch, more, pixel or {}, patch or {}, teacher or {})
+    pixel,patch = pixel or {},(dict(start=10_000, scale=(.8,2.)) if released else {}) | (patch or {})
+    mt = MeanTeacher(alpha, thresh, trust, **(dict(margin=(15/512,120/512)) if released else {}) | (teacher or {}))
     base = [mt, Mix(start=start, **(mix or {}))]
-    cbs = [cb for o in name.split('+') for cb in _host(o, method, base, start, things, more)]
+    cbs = [cb for o in name.split('+') for cb in _host(o, method, base, start, things, more.get(o, {}))]
     if terms in ('pixel','both'):
         if 'target' in pixel: cbs = [mt, *cbs, TargetPixelContrast(w_pixel, **dict(target_start=start) | pixel)]
         else: cbs.append(PixelContrast(w_pixel, **pixel))
@@ -168,7 +180,9 @@ def fit_poly(self:Learner,
 # %% ../nbs/20_learner.ipynb #1f0e3dad
 class SegLoss:
     "Weighted cross-entropy that knows how predictions are read"
-    def __init__(self, ignore=255): self.ignore,self.reduction = ignore,'mean'
+    def __init__(self,
+        ignore:int=255 # Label of pixels that don't count
+    ): self.ignore,self.reduction = ignore,'mean'
     def __call__(self, pred, y):
         pred = pred[0] if isinstance(pred, (tuple,list)) else pred
         if self.reduction!='none': return weighted_ce(pred.float(), y, ignore=self.ignore)
@@ -202,11 +216,22 @@ def make_net(
     net = nets[model](arch, n_out=n_out, **kwargs)
     return load_pretrained(net, pretrained) if pretrained else net
 
+def _model_of(model, method):
+    "What the net is where it isn't said"
+    two_scales = isinstance(method, str) and 'hrda' in host_terms(method)[0].split('+')
+    if two_scales and isinstance(model, str) and model!='hrda': raise ValueError(
+        f"The host `hrda` is a net of two scales, and `{model}` has one: leave the net out, or take 'hrda' (or a host such as 'daformer').")
+    return model if model is not None else 'hrda' if two_scales else 'light'
+
+def _warn_of(cbs):
+    if any(isinstance(cb, FeatureDistance) and not cb.classes for cb in cbs):
+        warnings.warn('No class of this data is known as a thing, so the feature distance has nothing to do: name some with `things`.')
+
 # %% ../nbs/20_learner.ipynb #37693cfc
 @delegates(method_cbs)
 def uda_learner(
     dls, # From `uda_dls`
-    model='light', # A name from `nets`, or any net (see `pipa.models.adapt`)
+    model=None, # A name from `nets`, or any net (see `pipa.models.adapt`); `None`: 'light', and 'hrda' for the host of that name
     method='pipa', # A name, see `method_cbs`, or a list of callbacks
     arch:str='mit_b0', # Encoder, when `model` is a name
     pretrained:bool|str=False, # Start from ImageNet weights? `True`, or a file, see `load_pretrained`
@@ -224,13 +249,16 @@ def uda_learner(
 )->Learner:
     "A learner that adapts `model` from the source to the target of `dls`"
     between('lr', lr, 0, above=True); between('wd', wd, 0)
-    net = make_net(model, dls.c, arch, pretrained, **(net or {})).to(dls.device)
+    if isinstance(method, str): kwargs = dict(things=dls.space.things if hasattr(dls, 'space') else ()) | kwargs
+    net = make_net(_model_of(model, method), dls.c, arch, pretrained, **(net or {})).to(dls.device)
     parts = method_cbs(method, **kwargs) if isinstance(method, str) else [Pair()] + [cb for cb in L(method) if not isinstance(cb, Pair)]
+    _warn_of(parts)
     if any(isinstance(cb, (PixelContrast, PatchContrast)) for cb in parts): add_heads(net, hidden=hidden)
     has_teacher = any(isinstance(cb, MeanTeacher) for cb in parts)
     ms = [TermColumn(cb, cb.name) for cb in parts if isinstance(cb, (Pair, LossTerm))]
     ms += [MIoU(dls.c)] + ([TeacherMIoU(dls.c)] if has_teacher else []) + L(metrics)
-    if n_unlabelled: ms += validators(target_dl(dls, n_unlabelled))
+    ms += [TermColumn(cb, f"{cb.name.removesuffix('_contrast')}_n", 'per_step') for cb in parts if isinstance(cb, (PixelContrast, PatchContrast))]
+    if n_unlabelled: ms += validators(target_dl(dls, n_unlabelled), [k for k in label_free if has_teacher or k!='agreement'])
     parts += [Lean()]*lean + [Ranks()]*(num_distrib()>1)
     if guard and not any(isinstance(cb, Guard) for cb in parts+L(cbs)): parts.append(g := Guard(guard)); ms += [g.column]*(guard=='skip')
     return Learner(dls, net, SegLoss(), partial(adamw, wd=wd), lr=lr, splitter=param_groups, metrics=ms, cbs=parts+L(cbs),

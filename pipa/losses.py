@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch, torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
 
 # %% auto #0
 __all__ = ['weighted_ce', 'shrink_labels', 'feat_dist', 'sup_contrast', 'n_hard', 'group_sizes', 'random_rank', 'sample_pixels',
@@ -220,6 +221,13 @@ def _one_way(f, g, y, m, neg, y_neg, temp, fixed):
     l = F.softplus(_Rivals.apply(f, y, neg.detach(), y_neg, temp, max(2**21//len(neg), 1)) - (f*g).sum(1)/temp)
     return (l.masked_fill(~m, 0).sum()/n.clamp(min=1) if fixed else l.mean()),n
 
+def _among_all(f, g, every, temp):
+    "Mean loss of the rows of `f`, whose partners in `g` are scored among `every`, and how many; scores are made in pieces, and again in the backward pass"
+    if not len(f) or not len(every): return f.sum()*0,len(f)
+    def part(x): return (x @ every.t()/temp).logsumexp(1)
+    lse = [checkpoint(part, x, use_reentrant=False, preserve_rng_state=False) for x in f.split(max(2**21//len(every), 1))]
+    return (torch.cat(lse) - (f*g).sum(1)/temp).mean(),len(f)
+
 def patch_ways(
     f_1:Tensor, # See `patch_contrast`, here and below
     f_2:Tensor, # `N x D`
@@ -235,14 +243,12 @@ def patch_ways(
     fixed:bool|None=None # All rows scored?
 )->tuple: # For each direction the mean loss of its rows, 0-dim, and their number
     "Each direction of `patch_contrast` by itself"
-    a,b,still = patch_rows(c_1, c_2, thresh),patch_rows(c_2, c_1, thresh),Tensor.detach
-    if _is_paper(form):
-        a,b,still = torch.ones_like(a),torch.ones_like(b),Tensor.clone
-        y_1,y_2,y_neg = torch.zeros_like(y_1),torch.zeros_like(y_2),torch.ones_like(y_neg)
     if fixed is None: fixed = not f_1.is_cpu
     with _full_precision(f_1):
         f_1,f_2,neg = map(_wide, (f_1,f_2,neg))
-        return _one_way(f_1, still(f_2), y_1, a, neg, y_neg, temp, fixed),_one_way(f_2, still(f_1), y_2, b, neg, y_neg, temp, fixed)
+        if _is_paper(form): return _among_all(f_1, f_2, neg, temp),_among_all(f_2, f_1, neg, temp)
+        a,b = patch_rows(c_1, c_2, thresh),patch_rows(c_2, c_1, thresh)
+        return _one_way(f_1, f_2.detach(), y_1, a, neg, y_neg, temp, fixed),_one_way(f_2, f_1.detach(), y_2, b, neg, y_neg, temp, fixed)
 
 # %% ../nbs/01_losses.ipynb #fx000010
 def patch_contrast(
@@ -252,11 +258,11 @@ def patch_contrast(
     y_2:Tensor, # Pseudo-labels in crop 2, `N`
     c_1:Tensor, # Confidence of these in 0..1, crop 1, `N`
     c_2:Tensor, # Confidence in crop 2, `N`
-    neg:Tensor, # Bank of rivals, of length 1, `M x D`; gets no gradient
-    y_neg:Tensor, # Their pseudo-labels, `M`: a rival of the row's own label is left out
+    neg:Tensor, # Bank of rivals, of length 1, `M x D`; gets no gradient. In form 'paper': all candidates, partners among them; gets one
+    y_neg:Tensor, # Their pseudo-labels, `M`: a rival of the row's own label is left out (in form 'paper' labels don't count)
     temp:float=.1, # Temperature (release: 0.1)
     thresh:float=.9, # See `patch_rows`
-    form:str='released', # 'released' (surer views teach, rivals of other classes) or 'paper' (all of both), see below
+    form:str='released', # 'released' (surer views teach, rivals of other classes) or 'paper' (every place learns, among all), see below
     return_n:bool=False, # Also return how many rows counted in each direction, for the log?
     fixed:bool|None=None, # Score all rows and keep those that count, so that nothing is waited for? `None`: anywhere but on a CPU
 )->Tensor: # 0-dim, both directions summed, without the weight (release: 0.1), or a tuple of it and two numbers

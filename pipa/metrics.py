@@ -100,7 +100,12 @@ def _teacher(learn): return next((t for c in learn.cbs if (t := getattr(c, 'teac
 
 class TeacherMIoU(MIoU):
     "Mean IoU of the teacher over a whole validation set"
-    def __init__(self, n, classes=None, name='teacher_miou', ignore=255): super().__init__(n, classes, name, ignore)
+    def __init__(self,
+                 n:int, # Number of classes
+                 classes:list|None=None, # Classes to average over; None: all
+                 name:str='teacher_miou', # Head of the column
+                 ignore:int=255 # Label of pixels that don't count
+    ): super().__init__(n, classes, name, ignore)
     def logits(self, learn):
         net = _teacher(learn)
         if net is None: raise ValueError("no callback has a `teacher`: add `MeanTeacher()` to the learner,"
@@ -109,15 +114,16 @@ class TeacherMIoU(MIoU):
 
 # %% ../nbs/03_metrics.ipynb #34173cb3
 class TermColumn(Metric):
-    "A column with the mean of a loss term over the last training epoch"
+    "A column with what a loss term says of the last training epoch"
     def __init__(self,
-                 term, # Has `mean`, a float
-                 name:str # Head of the column
-    ): self.term,self._name = term,name
+                 term, # Has an attribute `what`, a float
+                 name:str, # Head of the column
+                 what:str='mean' # Attribute of the term: its 'mean', or how many pixels or places it scored 'per_step'
+    ): self.term,self._name,self.what = term,name,what
     def reset(self): pass
     def accumulate(self, learn): pass
     @property
-    def value(self): return self.term.mean
+    def value(self): return getattr(self.term, self.what)
     @property
     def name(self): return self._name
 

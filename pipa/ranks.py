@@ -13,7 +13,7 @@ from torchvision.ops import StochasticDepth
 from . import losses, mix
 
 # %% auto #0
-__all__ = ['place', 'start', 'on_ranks', 'mine', 'whole', 'whole_labels', 'total', 'most', 'mean', 'share', 'rows',
+__all__ = ['place', 'start', 'on_ranks', 'mine', 'whole', 'whole_labels', 'total', 'most', 'mean', 'share', 'rows', 'all_rows',
            'pseudo_label', 'class_mask', 'strong_augment', 'two_crops', 'crop_augment', 'block_mask', 'pixel_contrast',
            'patch_contrast', 'feat_dist', 'spread', 'unspread', 'same_', 'average_', 'same_draws']
 
@@ -125,6 +125,15 @@ def rows(
     if world==1: return f[b,p]
     return total(torch.where((b%world==rank)[:,None], f[b//world,p], 0))
 
+def all_rows(
+    f:Tensor # This rank's rows, `N×D`; ranks may have different numbers of them
+)->Tensor: # The rows of all ranks, the same on each; gradients flow back to where the rows came from
+    "Put together what the ranks have"
+    if (world := place()[1])==1: return f
+    n = total(F.one_hot(torch.tensor(place()[0], device=f.device), world)*len(f)).long().tolist()
+    before = sum(n[:place()[0]])
+    return total(F.pad(f, (0, 0, before, sum(n)-before-len(f))))
+
 # %% ../nbs/09_ranks.ipynb #rk000021
 def pseudo_label(
     logits:Tensor, # This rank's, see `pipa.mix.pseudo_label`
@@ -185,7 +194,7 @@ def pixel_contrast(
     ignore:int=255, # Label of void
     min_pixels:int|None=None, # As there
     form:str='released', # As there
-    return_n:bool=False, # Also return how many pixels took part?
+    return_n:bool=False, # Also return how many pixels of this rank took part?
     fixed:bool|None=None # As there
 )->Tensor: # 0-dim, the same on each rank
     "Contrast of pixels that are drawn from all images of all ranks"
@@ -196,7 +205,8 @@ def pixel_contrast(
     i = losses.sample_pixels(y, pred, **kw)
     e,y = rows(emb.flatten(2).transpose(1,2), i),y.flatten()[i].long().where(i>=0, -1)
     l = losses.sup_contrast(e, y, temp, base_temp, form, kw['fixed'])
-    return (l, (i>=0).sum() if kw['fixed'] else len(i)) if return_n else l
+    n = ((i>=0) & (i//emb[0,0].numel()%place()[1]==place()[0])).sum()
+    return (l, n) if return_n else l
 
 # %% ../nbs/09_ranks.ipynb #rk000027
 def patch_contrast(

@@ -190,7 +190,7 @@ def curves(
     df = df.assign(epoch=df['epoch'] if 'epoch' in df else range(len(df))).dropna(axis=1, how='all')
     ious = [c for c in df if c.endswith('miou')]
     free = [c for c in df if c in label_free]
-    losses = [c for c in df if c not in [*ious, *free, 'epoch']]
+    losses = [c for c in df if c not in [*ious, *free, 'epoch'] and not c.endswith('_n')]
     panels = [(losses, 1, 'loss'), (free, 1, 'scores without labels'), (ious, 100, 'mean IoU, points')]
     panels = [o for o in panels if o[0] is not free or free]
     fig = Fig(figsize=(4.5*len(panels),3))

@@ -99,7 +99,7 @@ def test_methods_without_teacher(data, method, capsys, placed):
     assert str(out.resolve()) in capsys.readouterr().out
 
 def test_oracle_reads_the_targets_labels_and_nobody_else_does(data, tmp_path):
-    assert cli.domains(str(data), 'oracle')[0].masks==[*sorted((data/'target/masks').iterdir())]
+    for o in ('oracle', 'oracle+fda'): assert cli.domains(str(data), o)[0].masks==[*sorted((data/'target/masks').iterdir())]
     src,tgt,val = cli.domains(str(data), 'pipa')
     assert tgt.masks is None and 'source' in str(src.masks[0]) and 'valid' in str(val.masks[0])
 

@@ -139,7 +139,7 @@ def test_rate_of_the_learner_is_the_default(home, tmp_path):
 # methods
 
 @pytest.mark.parametrize('method,want', dict(source=[], oracle=[], self_training=['mix'], pixel=['mix','pixel_contrast'], patch=['mix','patch_contrast'],
-    pipa=['mix','pixel_contrast','patch_contrast'], daformer=['mix','feature_distance'], mic=['mix','mic'], hrda=['mix'], minent=['min_ent'], advent=['adv_ent'], advseg=['adv_seg'],
+    pipa=['mix','pixel_contrast','patch_contrast'], daformer=['mix','feature_distance'], mic=['mix','mic'], hrda=['mix','feature_distance'], minent=['min_ent'], advent=['adv_ent'], advseg=['adv_seg'],
     fda=['fda','min_ent']).items())
 def test_methods(method, want):
     cbs = method_cbs(method, alpha=.9, thresh=.5, trust='image', start=7, w_pixel=.3, w_patch=.4, crop=(32,64), things=(1,2), pixel=dict(temp=.2), patch=dict(thresh=.6), mix=dict(p_blur=0))
@@ -174,6 +174,62 @@ def test_mistakes(home, tmp_path):
     net = light('mit_b0', n_out=3)
     assert make_net(net, 11) is net
 
+def test_things_come_from_the_data(home, tmp_path):
+    "The feature distance is about things, and the data knows which those are"
+    things = list(loaders(home).space.things)
+    assert things and all(make(home, tmp_path, o).feature_distance.classes==things for o in ('daformer', 'daformer+mic'))
+    assert make(home, tmp_path, 'daformer', things=(1,)).feature_distance.classes==[1]
+    with pytest.warns(UserWarning, match='No class of this data is known as a thing'): make(home, tmp_path, 'daformer', things=())
+
+def test_the_host_of_two_scales_brings_its_net(home, tmp_path):
+    dls = loaders(home)
+    learn = uda_learner(dls, method='hrda', path=tmp_path, net=dict(crop=(32,32), dim=16))
+    assert type(learn.model).__name__=='HRDANet' and learn.feature_distance.classes==list(dls.space.things)
+    assert type(uda_learner(dls, method='mic', path=tmp_path).model).__name__==type(light('mit_b0', n_out=3)).__name__
+    with pytest.raises(ValueError, match='`hrda` is a net of two scales, and `light` has one'): uda_learner(dls, 'light', 'hrda+mic', path=tmp_path)
+
+def test_arguments_of_several_hosts():
+    w = lambda *a, **k: {cb.name:cb.w for cb in method_cbs(*a, **k) if hasattr(cb, 'w')}
+    assert [w('minent+mic', host=dict(mic=dict(w=.5)))[k] for k in ('min_ent','mic')]==[.001, .5]
+    assert w('daformer+mic', host=dict(w=.5))['mic']==.5 and method_cbs('minent', host=dict(start=3))[1].start==3
+    for method,host,says in (('minent+mic', dict(w=.5), 'has 2 terms of its own, minent and mic'), ('mic', dict(fda=dict(beta=.1)), 'arguments for `fda`, and the terms of `mic` are mic'),
+                             ('fda+minent', {}, 'both bring a penalty on entropy'), ('minent+mic', dict(mic=dict(w=-1)), 'weight of mic')):
+        with pytest.raises(ValueError, match=says): method_cbs(method, host=host)
+
+def test_what_needs_a_teacher_says_so(home, tmp_path):
+    for cb in (Mix(), PatchContrast(size=(32,32)), TargetPixelContrast()):
+        learn = make(home, tmp_path, [cb])
+        with pytest.raises(ValueError, match=f'{type(cb).__name__} asks a teacher for labels, and there is none: add `MeanTeacher'): quiet(learn.fit, learn, 1)
+
+def test_crops_larger_than_the_target(home, tmp_path):
+    for kw,says in ((dict(crop=(96,64)), "Crops of 96x64 don't fit into target images of 64x64: take smaller"),
+                    (dict(crop=(64,64), patch=dict(scale=(.8,2.))), "of 64x64, which are scaled by 0.8 at the least")):
+        learn = make(home, tmp_path, 'patch', **kw)
+        with pytest.raises(ValueError, match=says): quiet(learn.fit, learn, 1)
+
+def test_released_margins_fit_any_height(home, tmp_path):
+    learn = make(home, tmp_path, 'self_training', released=True, thresh=0., trust='pixel')
+    quiet(learn.fit, learn, 1)
+    w = learn.mean_teacher; w.learn = learn
+    rows = learn.w_t[0].mean(1)
+    assert (rows[:2]==0).all() and (rows[2:49]==1).all() and (rows[49:]==0).all(), '2 and 15 of 64 rows, as 15 and 120 of 512'
+
+def test_columns_count_what_was_scored(home, tmp_path):
+    "Pixels and places of a step: what the loss functions say they drew"
+    learn = make(home, tmp_path, 'pipa', n=4)
+    said = []
+    for cb in (learn.pixel_contrast, learn.patch_contrast):
+        f = cb.score
+        def score(f=f): l,n = f(); said.append(int(n)); return l,n
+        cb.score = score
+    quiet(learn.fit, learn, 1)
+    at = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[0]))
+    assert at['pixel_n']==np.mean(said[::2])>0 and at['patch_n']==np.mean(said[1::2])
+
+def test_agreement_needs_a_teacher(home, tmp_path):
+    names = [[m.name for m in make(home, tmp_path, o, n_unlabelled=2).metrics] for o in ('source', 'self_training')]
+    assert 'agreement' not in names[0] and 'entropy' in names[0] and 'agreement' in names[1]
+
 def test_heads_only_where_needed(home, tmp_path):
     for method,heads in dict(source=False, self_training=False, pixel=True, patch=True).items():
         assert hasattr(make(home, tmp_path, method).model, 'project')==heads
@@ -191,7 +247,7 @@ def test_columns_and_their_numbers(home, tmp_path):
     with learn.no_bar():
         learn.logger = rows.append
         learn.fit_poly(2)
-    names = ['epoch','train_loss','valid_loss','pair','mix','pixel_contrast','patch_contrast','miou','teacher_miou','time']
+    names = ['epoch','train_loss','valid_loss','pair','mix','pixel_contrast','patch_contrast','miou','teacher_miou','pixel_n','patch_n','time']
     df = pd.read_csv(tmp_path/'m.csv')
     assert [*df]==[*learn.recorder.metric_names]==names and len(df)==len(rows)==2
     assert df[['mix','patch_contrast']].isna().to_numpy().tolist()==[[True]*2, [False]*2], 'before a term begins it is not a number'

@@ -403,17 +403,18 @@ def test_paper_pixel_is_cross_entropy_over_all(temp):
     want,got = torch.stack(rows).mean(),sup_contrast(e, y, temp, form='paper')
     torch.testing.assert_close(got, want); torch.testing.assert_close(*[torch.autograd.grad(l, e)[0] for l in (got,want)])
 
-def test_paper_patch_is_symmetric_cross_entropy():
+@pytest.mark.parametrize('n', [9, 1, 1500])
+def test_paper_patch_is_symmetric_cross_entropy(n):
+    "torch's cross-entropy of each place over all places of both views, its twin being the right one; 1500 places go in several pieces"
     torch.manual_seed(0)
-    f_1,f_2 = (F.normalize(torch.randn(9,6).double(), dim=1).requires_grad_() for _ in range(2)); neg = F.normalize(torch.randn(30,6).double(), dim=1)
-    way = lambda a,b: F.cross_entropy(torch.cat([(a*b).sum(1,keepdim=True), a@neg.t()], 1)/.1, torch.zeros(9).long())
-    y,c = torch.randint(0,3,(9,)),torch.rand(9)
-    got,n_1,n_2 = patch_contrast(f_1, f_2, y, y, c, c, neg, torch.randint(0,3,(30,)), form='paper', return_n=True)
-    want = way(f_1, f_2)+way(f_2, f_1)
-    torch.testing.assert_close(got, want); assert n_1==n_2==9
+    f_1,f_2 = (F.normalize(torch.randn(n,6).double(), dim=1).requires_grad_() for _ in range(2))
+    every,y,c = torch.cat([f_1,f_2]),torch.randint(0,3,(n,)),torch.rand(n)
+    way = lambda a,twin: F.cross_entropy(a@every.t()/.1, twin)
+    got,n_1,n_2 = patch_contrast(f_1, f_2, y, y, c, c, every, torch.randint(0,3,(2*n,)), form='paper', return_n=True)
+    want = way(f_1, torch.arange(n)+n)+way(f_2, torch.arange(n))
+    torch.testing.assert_close(got, want); assert n_1==n_2==n
     for o in (f_1,f_2): torch.testing.assert_close(*[torch.autograd.grad(l, o, retain_graph=True)[0] for l in (got,want)])
-    swapped = patch_contrast(f_2, f_1, y, y, c, c, neg, torch.randint(0,3,(30,)), form='paper')
-    torch.testing.assert_close(got, swapped)
+    torch.testing.assert_close(got, patch_contrast(f_2, f_1, y, y, c, c, every, y.repeat(2), form='paper'))
 
 def test_forms_are_named():
     e,y = F.normalize(torch.randn(4,3), dim=1),torch.tensor([0,0,1,1])
