@@ -5,6 +5,7 @@
 # %% ../nbs/28_bench.ipynb #5beb0003
 from __future__ import annotations
 import math, os, platform, time, numpy as np, pandas as pd, torch, torch.nn.functional as F
+from contextlib import nullcontext
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +19,7 @@ from .losses import weighted_ce, pixel_contrast, patch_contrast, n_hard
 from .mix import pseudo_label, class_mask, class_mix, strong_augment, two_crops, crop_augment, aligned
 from .mit import PatchEmbed, Attention, mit
 from .models import ConvBN, SepASPP, SegFormerHead, ProjHead, resize
-from .callbacks import add_heads, ema_, ema_decay
+from .callbacks import add_heads, ema_, ema_decay, has_bf16
 from .data import write_file
 from .learner import uda_learner, adamw, param_groups, make_net
 
@@ -31,7 +32,7 @@ __all__ = ['parts', 'interleaved', 'part_rows', 'PlainEmbed', 'PlainAttention', 
 
 # %% ../nbs/28_bench.ipynb #5beb0006
 def _now():
-    if torch.cuda.is_available(): torch.cuda.synchronize()
+    if torch.cuda.is_initialized(): torch.cuda.synchronize()
     elif torch.get_num_threads()==1: return time.process_time()
     return time.perf_counter()
 
@@ -278,7 +279,7 @@ def _try(package, make):
 def _run(net, x, train, bf16=False):
     "A function that runs a net once: forward, or forward and backward"
     def f():
-        with torch.set_grad_enabled(train), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        with torch.set_grad_enabled(train), torch.autocast(x.device.type, torch.bfloat16) if bf16 else nullcontext():
             maps = net(x)
             l = sum(m.float().mean() for m in (maps if isinstance(maps, (list,tuple)) else [maps]))
         if train: l.backward()
@@ -425,14 +426,17 @@ parts = {'encoder, forward':lambda o: encoder_ways(o, False), 'encoder, training
          'augment':augment_ways, 'step':step_ways, 'crops':crops_ways, 'every':every_ways, 'compile':compile_ways}
 
 # %% ../nbs/28_bench.ipynb #5beb0025
-def machine()->dict: # Text each
+def machine(
+    device='cpu' # What was measured on
+)->dict: # Text each
     "Where something was measured"
     cpu = platform.processor() or platform.machine()
     if Path('/proc/cpuinfo').exists():
         lines = Path('/proc/cpuinfo').read_text().splitlines()
         cpu = next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), cpu)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'
-    return dict(machine=f'{cpu}, {os.cpu_count()} cores, {gpu}',
+    if torch.device(device).type=='cuda': where = f'{torch.cuda.get_device_name(device)}, beside {cpu}'
+    else: where = f"{cpu}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}{' with bf16' if has_bf16() else ', no bf16'}"
+    return dict(machine=where,
                 versions=f'pipa {__version__}, torch {torch.__version__}, python {platform.python_version()}')
 
 class Settings(dict):
@@ -443,6 +447,7 @@ def bench(
     names:list=None, # Parts by name or first word, see `parts`; `None`: all but compile; unknown ones raise a `ValueError`
     turns:int=5, # See `interleaved`
     tell=None, # Called with the rows of each part when they are there
+    device='cpu', # Where to measure
     **o # Settings, see `pipa_bench`
 )->pd.DataFrame: # Columns part, way, ms, ratio, note
     "Measure some parts"
@@ -452,7 +457,9 @@ def bench(
     names,rows = names or [k for k in parts if k!='compile'],[]
     for k,f in parts.items():
         if k not in names and k.split(',')[0] not in names: continue
-        torch.manual_seed(0); some = part_rows(k, f(o), turns); rows += some
+        torch.manual_seed(0)
+        with torch.device(device): ways = f(o)
+        rows += (some := part_rows(k, ways, turns))
         if tell: tell(some)
     return pd.DataFrame(rows)
 
@@ -473,17 +480,19 @@ def pipa_bench(
     bank:int=9600, # Rivals in the patch term
     turns:int=5, # Turns that count; the median of them is reported
     threads:int=1, # Threads of torch
+    device:str='', # cpu, or cuda; default a GPU where there is one
     json:store_true=False, # Print JSON in place of the table
     out:str='' # CSV file to add the rows to
 ):
     "Time the parts of a step beside a plain composition and other packages: medians of turns, ratios to the first way"
     torch.set_num_threads(threads)
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     o = dict(model=model, arch=arch, size=size, bs=bs, classes=classes, samples=samples, bank=bank)
     if not json: print(f"{'part':18} {'way':38} {'ms':>10} {'ratio':>7}")
     names = [k.strip() for k in parts.split(',') if k.strip()]
-    df = bench(names or None, turns, None if json else lambda rs: print('\n'.join(map(_line, rs)), flush=True), **o)
-    words = ' '.join(f'--{k} {v}' for k,v in dict(parts=parts or 'all', turns=turns, threads=threads, **o).items())
-    df = df.assign(threads=threads, **{k:o[k] for k in ('model','arch','size','bs')}, **machine(), command=f'pipa_bench {words}')
+    df = bench(names or None, turns, None if json else lambda rs: print('\n'.join(map(_line, rs)), flush=True), device, **o)
+    words = ' '.join(f'--{k} {v}' for k,v in dict(parts=parts or 'all', turns=turns, threads=threads, device=device, **o).items())
+    df = df.assign(threads=threads, **{k:o[k] for k in ('model','arch','size','bs')}, **machine(device), command=f'pipa_bench {words}')
     if json: print(df.to_json(orient='records', indent=1))
     if out: add_rows(df, out)
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from copy import deepcopy
 from functools import cached_property, wraps
-import torch
+import torch, warnings
 from torch import nn, Tensor
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
@@ -20,7 +20,7 @@ from .ranks import pixel_contrast, patch_contrast, feat_dist
 from .models import ProjHead, PatchHead
 
 # %% auto #0
-__all__ = ['with_detail', 'Pair', 'HalfPrecision', 'add_heads', 'ema_decay', 'ema_', 'MeanTeacher', 'LossTerm', 'Mix',
+__all__ = ['with_detail', 'Pair', 'has_bf16', 'HalfPrecision', 'add_heads', 'ema_decay', 'ema_', 'MeanTeacher', 'LossTerm', 'Mix',
            'PixelContrast', 'TargetPixelContrast', 'PatchContrast', 'FeatureDistance']
 
 # %% ../nbs/10_callbacks.ipynb #e4da3b7f
@@ -57,12 +57,17 @@ class Pair(Callback):
     def mean(self): return float(self.total)/self.n if getattr(self, 'n', 0) else float('nan')
 
 # %% ../nbs/10_callbacks.ipynb #5a7ea006
+def has_bf16()->bool:
+    "Does this machine's CPU compute in bfloat16, or has each operation to be made of others?"
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 class HalfPrecision(MixedPrecision):
     "fastai's `MixedPrecision` in bfloat16, on the model's own device"
     name = 'mixed_precision'
     def __init__(self): super().__init__(amp_mode=AMPMode.BF16)
     def before_fit(self):
         if (device := next(self.model.parameters()).device.type)=='cuda': return super().before_fit()
+        if device=='cpu' and not has_bf16(): warnings.warn('This CPU has no units for bfloat16, so that a step takes many times as long as in float32: leave `to_bf16` out.')
         self.autocast,self.learn.scaler,self.scales = torch.autocast(device, torch.bfloat16),torch.amp.GradScaler(device, enabled=False),L()
 
 @patch
@@ -135,10 +140,11 @@ def ema_(
     "Move the whole state of `teacher`, buffers included, towards `student`"
     if buffers not in ('mean','copy'): raise ValueError(f"`buffers` is {buffers!r}; it can be 'mean' or 'copy'")
     ts,ss = teacher.state_dict(),student.state_dict()
-    skip = {k for k,_ in teacher.named_buffers()} if buffers=='copy' else ()
-    fl = [k for k,v in ts.items() if v.is_floating_point() and k not in skip]
+    once = dict(teacher.named_parameters()) | (dict(teacher.named_buffers()) if buffers=='mean' else {})   # weights that are tied have two names
+    fl = [k for k,v in ts.items() if v.is_floating_point() and k in once]
+    rest = ts.keys() - {k for k,_ in teacher.named_parameters(remove_duplicate=False)} - set(fl)
     torch._foreach_lerp_([ts[k] for k in fl], [ss[k].to(ts[k]) for k in fl], 1-a)
-    for k in ts.keys()-set(fl): ts[k].copy_(ss[k])
+    for k in rest: ts[k].copy_(ss[k])
 
 # %% ../nbs/10_callbacks.ipynb #1f0e3dad
 class MeanTeacher(Callback):

@@ -11,7 +11,7 @@ import numpy as np, torch
 from safetensors.torch import load_file, save as to_bytes
 from fastai.torch_basics import *
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
-from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import GradientAccumulation
 from .limits import one_line, one_of
 from .data import write_file
 from .callbacks import LossTerm, Pair, _show, _after
@@ -104,7 +104,7 @@ def keep_batch(
 # %% ../nbs/13_guard.ipynb #gua00019
 class Guard(Callback):
     "Look before the step: stop at a number that isn't finite, or leave the batch out and count"
-    order,name,free = MixedPrecision.order-2,'guard',True   # free: a run that goes on may have another one
+    order,name,free = GradientAccumulation.order-1,'guard',True   # free: a run that goes on may have another one
     def __init__(self,
         do:str='stop', # 'stop' with a sentence (`FloatingPointError`), or 'skip' the batch and count
         out:str|Path|None=None, # Folder for batches that went wrong; defaults to `faults` in `learn.path`
@@ -158,7 +158,8 @@ def wrong(self:Guard, elsewhere=False):
     if self.do=='stop' or self.row>self.most: raise FloatingPointError(self.sentence(text, files, kept))
     for o,v in self.had: vars(o).clear(); vars(o).update(v)
     for b,v in zip(self.kept, self.was): b.copy_(v)
-    self.opt.zero_grad()
+    self.opt.zero_grad()   # and what was accumulated before it
+    if (acc := getattr(self.learn, 'gradient_accumulation', None)): acc.count = 0
     self.learn.loss = self.good_loss if self.good_loss is not None else torch.zeros_like(self.learn.loss)
     raise CancelBatchException()
 

@@ -50,7 +50,9 @@ class Lean(Callback):
     order,run_valid = LossTerm.order-.5,False
     def can_wait(self, cb):
         return isinstance(cb, LossTerm) and getattr(cb, 'alone', isinstance(cb, (Mix, PatchContrast, MinEnt, MIC)))
-    def before_fit(self): self.alone = L(cb for cb in self.learn.cbs.sorted('order') if self.can_wait(cb))
+    def before_fit(self):
+        self.alone = L(cb for cb in self.learn.cbs.sorted('order') if self.can_wait(cb))
+        self.hold(False)   # a fit that was interrupted may have left them waiting
     def before_batch(self): self.hold(False)
     def after_pred(self): self.hold(True)
     def hold(self, wait):

@@ -130,7 +130,7 @@ def param_groups(
     def group(k, p): return 2 if not k.startswith(('backbone.', 'net.')) else 1 if id(p) in norms else 0
     res = [[],[],[]]
     for k,p in net.named_parameters():
-        if p.requires_grad: res[group(k, p)].append(p)
+        if p.requires_grad: res[group(k.removeprefix('_orig_mod.'), p)].append(p)   # the prefix is that of `torch.compile`
     return [o for o in res if o]
 
 # %% ../nbs/20_learner.ipynb #45c48cce

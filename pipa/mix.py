@@ -5,6 +5,7 @@
 # %% ../nbs/02_mix.ipynb #c81e728d
 from __future__ import annotations
 import math
+from functools import lru_cache
 from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import Tensor
@@ -139,8 +140,11 @@ def _among(x, of):
     xs[of[0]::of[1]] = x
     return xs
 
+@lru_cache(16)
+def _channels(o, device, dtype): return torch.tensor(o, device=device, dtype=dtype).view(-1,1,1)
+
 def _in_unit(f, x, mean, std):
-    m,s = (torch.tensor(o, device=x.device, dtype=x.dtype).view(-1,1,1) for o in (mean,std))
+    m,s = (_channels(tuple(o), x.device, x.dtype) for o in (mean,std))
     return (f((x*s+m).clamp(0,1)) - m)/s
 
 @torch.no_grad()
@@ -219,7 +223,7 @@ def unflip(f:Tensor, # Images or maps, `B×…×w`
            flip:Tensor # Which ones to mirror, `B` (bool)
 )->Tensor: # Like `f`
     "Mirror the marked members of a batch left to right (again)"
-    return torch.where(flip.to(f.device).view(-1, *[1]*(f.ndim-1)), f.flip(-1), f)
+    return torch.where(flip.to(f.device, non_blocking=True).view(-1, *[1]*(f.ndim-1)), f.flip(-1), f)
 
 # %% ../nbs/02_mix.ipynb #fc490ca4
 def _zoom(x, s):

@@ -77,3 +77,14 @@ def test_results_say_where_they_come_from():
     ran = df[df.ms.notna()]
     ref = ran.groupby(['command','part'], sort=False).ms.transform('first')
     assert ((ref/ran.ms-ran.ratio).abs()<=.01*ran.ratio).all()
+
+@pytest.mark.parametrize('method', ['pipa', 'daformer+pipa', 'mic+pipa', 'fda+pipa', 'advent+pipa', 'minent+pipa', 'source'])
+def test_a_whole_step_asks_for_no_number(method, monkeypatch):
+    "On the device `meta` tensors have shapes and no numbers: whoever would make Python wait for a GPU is turned away. The guard, which looks at one number a step, is off"
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, 'AdamW', lambda *a, fused=None, **kw: adamw(*a, **kw))   # no fused kernel without numbers
+    with torch.device('meta'):
+        net,batch = add_heads(light('mit_b0', n_out=5), hidden=16),B.block_pairs(2, (64,64), 5)
+        learn,step = B.our_step(net, batch, (32,64), 0., method=method, guard=None, pixel=dict(min_pixels=1), things=(1,))
+    step()
+    assert all(p.grad is None and p.is_meta for p in learn.model.parameters()) and learn.loss.is_meta

@@ -102,6 +102,13 @@ def test_teacher_is_timms_average_buffers_included(alpha):
     stats = [k for k in mine if 'running_' in k and k.startswith('decode_head')]
     assert stats and moved.issuperset(stats), 'statistics of batch normalisation move'
 
+def test_tied_weights_move_once():
+    from pipa.callbacks import ema_
+    def tied(v): net = torch.nn.ModuleList([torch.nn.Linear(2,2), torch.nn.Linear(2,2)]); net[1].weight = net[0].weight; torch.nn.init.constant_(net[0].weight, v); return net
+    for buffers in ('mean', 'copy'):
+        t = tied(0.); ema_(t, tied(1.), .9, buffers)
+        assert torch.allclose(t[0].weight, torch.tensor(.1)) and t[0].weight is t[1].weight
+
 def test_decay():
     for t,a in ((1,1/2), (2,2/3), (998,1-1/999), (999,.999), (5000,.999)): assert math.isclose(ema_decay(t), a)
 

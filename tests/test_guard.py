@@ -70,6 +70,17 @@ def test_a_skipped_batch_leaves_no_trace(name, tmp_path):
     assert (g.mean, g.total_skipped, learn.mix.steps, learn.mean_teacher.t, learn.patch_contrast.bank)==(1, 1, 0, 0, [])
     assert learn.recorder.metric_names[-2]=='skipped' and learn.recorder.values[-1][-1]==1 and np.isfinite(learn.recorder.values[-1][0])
 
+@pytest.mark.parametrize('do', ['skip', 'stop'])
+def test_each_batch_that_is_accumulated_is_looked_at(do, tmp_path):
+    "Two batches make a step, and the first of them is wrong: it is that one which is named, and no statistic of a norm or of the teacher has seen it"
+    from fastai.callback.training import GradientAccumulation
+    g = Guard(do, tmp_path)
+    learn = toy([*terms(), GradientAccumulation(4), g, spoil('image')], n=8, bs=2)
+    if do=='stop': assert stopped(learn).startswith('Step 0 (epoch 0, batch 0): source image 0'); return
+    fit(learn)
+    assert g.total_skipped==1 and learn.mean_teacher.t==1, 'three good batches of two: one step, and one left over'
+    assert all(v.isfinite().all() for net in (learn.model, learn.mean_teacher.teacher) for v in net.state_dict().values())
+
 def test_after_a_skipped_batch_it_goes_on(tmp_path):
     x = At(1, before_batch=lambda l: l.xb[0].fill_(nan)); g = Guard('skip', tmp_path)
     learn = fit(toy([*terms(), g, x], n=8))

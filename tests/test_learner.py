@@ -123,6 +123,11 @@ def test_rates_of_fit_poly(home, tmp_path):
     for got,w in zip(r.seen, want): np.testing.assert_allclose(got, [w, w, 7*w], rtol=1e-9)
     assert want[0]<1e-8 and max(want)==want[3]
 
+def test_a_compiled_net_has_the_same_groups():
+    net = add_heads(light('mit_b0', n_out=3))
+    want = [[id(p) for p in g] for g in param_groups(net)]
+    assert len(want)==3 and [[id(p) for p in g] for g in param_groups(torch.compile(net))]==want
+
 def test_rates_without_heads(home, tmp_path):
     "A net from elsewhere without our heads has no faster group, though it has norms"
     learn = uda_learner(loaders(home), adapted(), 'source', path=tmp_path, cbs=[r := Rates()])
@@ -135,6 +140,20 @@ def test_rate_of_the_learner_is_the_default(home, tmp_path):
     quiet(learn.fit_poly, learn, 1, warmup=0)
     base = 5e-4*poly_lr(0, 1, 1)
     np.testing.assert_allclose(r.seen[0], [base, base, 10*base])
+
+def test_lean_after_a_fit_that_was_interrupted(home, tmp_path):
+    "Terms that were waiting when it stopped count from the start of the next fit, and `lr_find` puts their steps back"
+    class Out(Callback):
+        order = 95
+        def after_loss(self):
+            if self.train_iter==1 and self.training: raise KeyboardInterrupt
+    learn = make(home, tmp_path, 'pipa', n=6, lean=True)
+    with pytest.raises(KeyboardInterrupt), learn.added_cbs(Out()): quiet(learn.fit, learn, 1)
+    steps = learn.mix.steps
+    quiet(learn.lr_find, learn, num_it=3, show_plot=False, stop_div=False)
+    assert learn.mix.steps==steps
+    quiet(learn.fit, learn, 1)
+    assert learn.mix.n==3 and learn.mix.steps==steps+3
 
 # methods
 
