@@ -827,7 +827,7 @@ def pipa_study(
         between('--jobs', jobs, 1); parse_size(size); writable(runs); writable(table, folder=False)
         have,all_ = _keys(table),plan(methods, seeds, terms, sweep, [f'--size={size}', *_words(args)])
         todo = [(n,a) for n,a in all_ if _key(settings(a)) not in have]
-        for _,a in todo: method_cbs(*(settings(a)[k] for k in ('host','terms')))
+        for _,a in todo: _makes(vars(_parser().parse_args(a)))   # raises a sentence for what no run could do
     print(f'{len(all_)-len(todo)} of {len(all_)} runs are in {table}')
     env = dict(os.environ, OMP_WAIT_POLICY='PASSIVE')
     if todo and '--data' not in args: [domains('minicity', o, parse_size(size)) for o in ('oracle', 'pipa')]
