@@ -231,7 +231,17 @@ def __getitem__(self:PairSet, ticket):
 # %% ../nbs/08_data.ipynb #17e62166
 class PairDL(TfmdDL):
     "Batches `(x_s, y_s, x_t)`; an epoch has `n_pairs`, whatever the size of the data sets"
-    def __init__(self, dataset=None, bs=4, n_pairs=None, probs=None, having=None, seed=None, drawn=0, shard=(0,1), **kwargs):
+    def __init__(self,
+        dataset=None, # `PairSet`
+        bs:int=4, # Pairs in a batch
+        n_pairs:int=None, # Pairs in an epoch; None: as many as `dataset` has
+        probs=None, # Probability of each class to be asked for, see `rare_class_probs`; None: source images evenly
+        having=None, # For each class the source images that have it, see `images_with`
+        seed:int=None, # Of all draws; None: drawn from Python's generator
+        drawn:int=0, # Pairs that earlier epochs have drawn
+        shard:tuple=(0,1), # This process and the number of processes
+        **kwargs # To fastai's `TfmdDL`
+    ):
         n = n_pairs or kwargs.get('n') or len(dataset)
         super().__init__(dataset, bs=bs, **{**kwargs, 'drop_last':True, 'n':n//shard[1]})
         self.n_pairs,self.probs,self.having,self.drawn,self.shard = n_pairs,probs,having,drawn,shard
@@ -291,14 +301,15 @@ def _after_batch(pad=False): return [IntToFloatTensor(), Normalize.from_stats(*i
 # %% ../nbs/08_data.ipynb #6c8349cc
 class Fit(Transform):
     "Resize an image so that it covers `size`, sides rounded to a multiple of 32"
-    def __init__(self, size): self.size = size
+    def __init__(self, size): self.size = size # Height and width, px
     def encodes(self, o:PILImage):
         s = max(self.size[0]/o.height, self.size[1]/o.width)
         return o.resize([max(32, 32*round(d*s/32)) for d in o.size], Image.BILINEAR)
 
 class MaskOf(Transform):
     "The mask that belongs to an image path"
-    def __init__(self, domain): self.space,self.masks = domain.space,{str(i):m for i,m in zip(domain.images, domain.masks)}
+    def __init__(self, domain): # Labelled `Domain`
+        self.space,self.masks = domain.space,{str(i):m for i,m in zip(domain.images, domain.masks)}
     def encodes(self, o:Path): return TensorMask(torch.from_numpy(read_mask(self.masks[str(o)], self.space)))
 
 # %% ../nbs/08_data.ipynb #d9d4f495

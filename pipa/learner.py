@@ -79,7 +79,8 @@ def _for_each(names, host):
 def _in_range(alpha, thresh, trust, start, w_pixel, w_patch, host, pixel, patch, teacher):
     "Refuse numbers and names with which a method can't work"
     for k,v in dict(alpha=alpha, thresh=thresh).items(): between(k, v, 0, 1)
-    for k,v in dict(start=start, w_pixel=w_pixel, w_patch=w_patch, **{f'weight of {k}':v.get('w', 0) for k,v in host.items()}).items(): between(k, v, 0)
+    for k,v in dict(start=start, w_pixel=w_pixel, w_patch=w_patch).items(): between(k, v, 0)
+    for o in (host, *(v for v in host.values() if isinstance(v, dict))): between('weight', o.get('w', 0), 0)
     one_of('trust', trust, ('batch', 'image', 'pixel')); one_of('buffers', teacher.get('buffers', 'mean'), ('mean', 'copy'))
     for o in (pixel, patch):
         one_of('form', o.get('form', 'released'), ('released', 'paper')); between('temp', o.get('temp', 1), 0, above=True)
@@ -107,8 +108,8 @@ def method_cbs(
 )->list: # Callbacks
     "The callbacks of a method by name"
     name,terms = host_terms(method, terms)
+    _in_range(alpha, thresh, trust, start, w_pixel, w_patch, host or {}, pixel or {}, patch or {}, teacher or {})
     more = _for_each(name.split('+'), host or {})
-    _in_range(alpha, thresh, trust, start, w_pixel, w_patch, more, pixel or {}, patch or {}, teacher or {})
     pixel,patch = pixel or {},(dict(start=10_000, scale=(.8,2.)) if released else {}) | (patch or {})
     mt = MeanTeacher(alpha, thresh, trust, **(dict(margin=(15/512,120/512)) if released else {}) | (teacher or {}))
     base = [mt, Mix(start=start, **(mix or {}))]

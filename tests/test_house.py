@@ -3,6 +3,7 @@ import ast, configparser, contextlib, importlib, inspect, json, multiprocessing 
 from pathlib import Path
 import pytest
 from fastcore.docments import docments
+from fastai.callback.core import Callback
 
 root = Path(__file__).resolve().parents[1]
 cfg = configparser.ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini', encoding='utf8')
@@ -177,8 +178,9 @@ def test_public_names_are_documented(mod):
     for n,o in public(mod):
         if not inspect.isfunction(o) and not inspect.isclass(o) or not o.__module__.startswith('pipa'): continue
         if not (o.__doc__ or '').strip(): bad.append(f'{n} has no docstring')
+        o = o.__init__ if inspect.isclass(o) and issubclass(o, Callback) and '__init__' in vars(o) else o
         if inspect.isfunction(o):
-            named = {k for k,p in inspect.signature(o).parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+            named = {k for k,p in inspect.signature(o).parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and k!='self'}
             vague = [k for k,v in docments(o, full=True).items() if k in named and not v['docment']]
             if vague: bad.append(f'{n}: {", ".join(vague)}')
     assert not bad, 'parameters without a comment:\n' + '\n'.join(bad)

@@ -212,7 +212,7 @@ def test_arguments_of_several_hosts():
     assert [w('minent+mic', host=dict(mic=dict(w=.5)))[k] for k in ('min_ent','mic')]==[.001, .5]
     assert w('daformer+mic', host=dict(w=.5))['mic']==.5 and method_cbs('minent', host=dict(start=3))[1].start==3
     for method,host,says in (('minent+mic', dict(w=.5), 'has 2 terms of its own, minent and mic'), ('mic', dict(fda=dict(beta=.1)), 'arguments for `fda`, and the terms of `mic` are mic'),
-                             ('fda+minent', {}, 'both bring a penalty on entropy'), ('minent+mic', dict(mic=dict(w=-1)), 'weight of mic')):
+                             ('fda+minent', {}, 'both bring a penalty on entropy'), ('minent+mic', dict(mic=dict(w=-1)), '`weight` is -1')):
         with pytest.raises(ValueError, match=says): method_cbs(method, host=host)
 
 def test_what_needs_a_teacher_says_so(home, tmp_path):
