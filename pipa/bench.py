@@ -276,8 +276,11 @@ def _try(package, make):
     try: return make(import_module(package))
     except ImportError: return f'needs {package.split(".")[0].replace("_", "-")}'
 
+def _can_half(device): return torch.device(device).type!='cpu' or has_bf16()
+
 def _run(net, x, train, bf16=False):
     "A function that runs a net once: forward, or forward and backward"
+    if bf16 and not _can_half(x.device): return 'needs a CPU with bfloat16'
     def f():
         with torch.set_grad_enabled(train), torch.autocast(x.device.type, torch.bfloat16) if bf16 else nullcontext():
             maps = net(x)
@@ -384,7 +387,8 @@ def step_ways(
     (net,batch),size = _net_and_batch(o),(o.size//2,o.size)
     kw = dict(max_samples=o.samples, min_pixels=1)
     step = PlainStep(net, size, 0., **kw)
-    ours,half = (our_step(net, batch, size, 0., bf16, pixel=kw)[1] for bf16 in (False, True))
+    ours = our_step(net, batch, size, 0., pixel=kw)[1]
+    half = our_step(net, batch, size, 0., True, pixel=kw)[1] if _can_half(batch[0].device) else 'needs a CPU with bfloat16'
     return {'plain':lambda: step(*batch), 'ours':ours, 'ours, bf16':half}
 
 def crops_ways(
@@ -405,6 +409,7 @@ def compile_ways(
     ways = {k:_run(net, x, True, k.endswith('bf16')) for k in ('ours', 'ours, bf16')}
     for k in [*ways]:
         f = _run(torch.compile(deepcopy(net)), x, True, k.endswith('bf16'))
+        if not callable(f): ways[f'{k}, compiled'] = f; continue
         try: f(); ways[f'{k}, compiled'] = f
         except (RuntimeError, OSError) as e: ways[f'{k}, compiled'] = f"can't compile: {type(e).__name__}" # no C++ compiler
     return ways
@@ -548,14 +553,14 @@ def profile_step(
     turns:int=5, # Steps that count, after two
     **o # Settings, see `pipa_bench`
 )->pd.DataFrame: # Columns way, part, ms: medians
-    "Where the time of a step goes: plain, ours, and ours in bf16"
+    "Where the time of a step goes: plain, ours, and ours in bf16 where the machine has it"
     o = Settings(dict(model='daformer', arch='mit_b0', size=128, bs=2, classes=19, samples=1024) | o)
     torch.manual_seed(0)
     (net,batch),size = _net_and_batch(o),(o.size//2,o.size)
     kw = dict(max_samples=o.samples, min_pixels=1)
     step = PlainStep(net, size, 0., **kw); ways,clocks = {'plain':lambda: step(*batch)},{'plain':Clock()}
     _watch_plain(clocks['plain'], step)
-    for k,bf16 in (('ours', False), ('ours, bf16', True)):
+    for k,bf16 in (('ours', False), ('ours, bf16', True))[:1+_can_half(batch[0].device)]:
         learn,ways[k] = our_step(net, batch, size, 0., bf16, pixel=kw)
         clocks[k] = Clock(); _watch_ours(clocks[k], learn)
     return _clocked(ways, clocks, turns)

@@ -22,7 +22,7 @@ def test_a_missing_package_is_a_sentence(monkeypatch):
     ways = B.encoder_ways(B.Settings(arch='mit_b0', size=64, bs=1), False)
     assert ways['transformers']=='needs transformers' and ways['segmentation-models-pytorch']=='needs segmentation-models-pytorch'
     rows = B.part_rows('encoder', ways, 1)
-    assert [bool(o['note']) for o in rows]==[False]*4+[True]*2 and rows[0]['ratio']==1 and rows[1]['ms']>0
+    assert [bool(o['note']) for o in rows]==[False]*2+[not B.has_bf16(), False]+[True]*2 and rows[0]['ratio']==1 and rows[1]['ms']>0
 
 def test_median_of_turns_in_turns(monkeypatch):
     t,log = [0.],[]
