@@ -242,6 +242,7 @@ def parse_range(
     return lo,hi
 
 switches = dict(temp=.1, iou='.1:1', scale='1:1', samples=1024, n_neg=1600, keep=3, every=1, balanced=False, target=0., form='released', buffers='mean')
+_of_memory = 'n_neg','keep','balanced'
 
 def parse_switches(
     text:str # Such as `temp=.05 balanced=1`
@@ -262,7 +263,7 @@ def method_args(
     "The arguments of a command as those of `method_cbs`"
     s = AttrDict(parse_switches(o.switch))
     pixel = dict(temp=s.temp, max_samples=s.samples, form=s.form) | (dict(target=s.target) if s.target else {})
-    memory = () if s.form=='paper' else ('n_neg','keep','balanced')     # the paper's formula has none
+    memory = () if s.form=='paper' else _of_memory     # the paper's formula has none
     patch = {k: s[k] for k in ('temp','every','form',*memory)} | dict(iou=parse_range(s.iou))
     kw = dict({k: o[k] for k in ('terms','alpha','thresh','trust','start')}, w_pixel=o.pixel, w_patch=o.patch,
               teacher=dict(buffers=s.buffers), host={} if o.weight is None else dict(w=o.weight))
@@ -520,6 +521,8 @@ def look_for_idle(
     "Refuse what is of a term that the method doesn't have; say what else does nothing"
     ks = [k for k in idle(o) if k in given or k in switches and 'switch' in given]
     own,rest = ([k for k in ks if k in some] for some in (_of_terms, _of_recipe))
+    if own and {*own}<={*_of_memory} and _flat(o)['form']=='paper':
+        raise ValueError(f"{_said(o, own)} would do nothing: patch contrast has no memory in the paper's form. Leave it out, or `form=paper`.")
     if own: raise ValueError(f"{_said(o, own)} would do nothing: the method `{method_name(*host_terms(o['method'], o['terms']))}` has no term "
                              "for it. Leave it out, or name a method that has.")
     by = f"method `{o['method']}`" + (f" and the preset `{o['preset']}`" if o['preset'] else '')

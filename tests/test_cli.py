@@ -61,7 +61,7 @@ def test_run_folder(done):
 def test_files_of_a_run(done, data):
     out = done[1]
     df = pd.read_csv(out/'metrics.csv')
-    assert [*df]==['epoch','train_loss','valid_loss','pair','mix','pixel_contrast','patch_contrast','miou','teacher_miou','time'] and len(df)==1
+    assert [*df]==['epoch','train_loss','valid_loss','pair','mix','pixel_contrast','patch_contrast','miou','teacher_miou','pixel_n','patch_n','time'] and len(df)==1
     c = json.loads((out/'config.json').read_text())
     assert (c['seed'], c['method'], c['data'], c['epochs'], c['steps'], c['bs'], c['size'], c['patch'], c['arch'])==(3, 'pipa', str(data), 1, 1, 2, '64x64', .25, 'mit_b0')
     assert c['versions']['torch']==torch.__version__.split('+')[0] or c['versions']['torch']==torch.__version__
@@ -69,7 +69,7 @@ def test_files_of_a_run(done, data):
     t = pd.read_csv(out/'classes.csv')
     assert t['class'].tolist()==codes and {'iou', 'share'}<=set(t) and abs(t.share.sum()-1)<1e-6
     r = json.loads((out/'row.json').read_text())
-    assert (r['method'], r['seed'], r['epochs'], r['version'])==('pipa', 3, 1, c['versions']['pipa']) and abs(r['miou_student']-df.miou[0])<1e-5 and abs(r['miou_teacher']-df.teacher_miou[0])<1e-5
+    assert (r['method'], r['seed'], r['epochs'], r['version'])==('pipa', 3, 1, cli.made_of()) and r['version'].startswith(f"pipa {c['versions']['pipa']}") and abs(r['miou_student']-df.miou[0])<1e-5 and abs(r['miou_teacher']-df.teacher_miou[0])<1e-5
     np.testing.assert_allclose([r[k] for k in codes], t.iou)
     assert abs(np.nanmean(t.iou)-r['miou_student'])<1e-6
     for f in ('result.png', 'curves.png'):
@@ -444,13 +444,23 @@ def test_settings_are_what_counts():
 
 def test_host_under_terms(data):
     "A run of another host with PiPa on top, with every switch: columns, row and settings"
-    cli.pipa_train('mic', str(data), terms='both', out='o', switch='balanced=1 every=2 target=.05 buffers=copy form=paper iou=.2:1', weight=.5, **opts | dict(unlabelled=2))
+    cli.pipa_train('mic', str(data), terms='both', out='o', switch='balanced=1 every=2 target=.05 buffers=copy iou=.2:1 scale=1:2', weight=.5, **opts | dict(unlabelled=2))
     r,cols = json.loads(Path('o/row.json').read_text()),[*pd.read_csv('o/metrics.csv')]
     assert (r['method'], r['host'], r['terms'])==('mic+pipa', 'mic', 'both')
-    assert cols[3:-1]==['pair','mix','mic','pixel_contrast','patch_contrast','miou','teacher_miou','entropy','info_max','agreement','overlap','density']
+    assert cols[3:-1]==['pair','mix','mic','pixel_contrast','patch_contrast','miou','teacher_miou','pixel_n','patch_n','entropy','info_max','agreement','overlap','density']
     for k in ('entropy','info_max','agreement','overlap','density'): assert abs(r[k]-pd.read_csv('o/metrics.csv')[k][0])<1e-4
-    assert all(o in r['settings'].split() for o in ('balanced=True', 'every=2', 'target=0.05', 'buffers=copy', 'form=paper', 'iou=.2:1', 'weight=0.5', 'crop=64x64'))
+    assert all(o in r['settings'].split() for o in ('balanced=True', 'every=2', 'target=0.05', 'buffers=copy', 'scale=1:2', 'iou=.2:1', 'weight=0.5', 'crop=64x64'))
     assert not [o for o in r['settings'].split() if o.split('=')[0] in ('method','terms','data','seed','epochs','unlabelled')]
+
+def test_a_memory_that_the_papers_form_has_not(data):
+    with pytest.raises(SystemExit, match="`--switch balanced=True` would do nothing: patch contrast has no memory in the paper's form"):
+        cli.pipa_train('pipa', str(data), out='o', switch='balanced=1 form=paper', **opts)
+    assert not Path('o').exists()
+
+def test_a_study_that_no_run_could_begin(data, capsys):
+    with pytest.raises(SystemExit, match='`--crop 48x64`: both sides must be multiples of 32'):
+        cli.pipa_study('pipa', '0', 't.csv', 'runs', size='64x64', args=f'--data={data} --crop=48x64')
+    assert not Path('t.csv').exists() and not Path('runs').exists()
 
 def test_hrda_as_a_host(data):
     "The name brings the net, with a detail box of half the image"
@@ -478,12 +488,13 @@ def test_pairs_of_published_sets(data, monkeypatch):
 def test_preset_takes_the_published_numbers(monkeypatch):
     from fastcore.basics import AttrDict
     o = AttrDict(cli.settings('pipa_train --method=daformer --terms=both --preset=pipa_daformer --alpha=.999 --epochs=15 --steps=4000'), switch='')
-    monkeypatch.setattr(cli.data, 'preset', lambda p,s,t: dict(size=(640,640), bs=2, p=p), raising=False)
-    assert cli.data_args(o, 'S', 'T')==dict(size=(640,640), bs=2, p='pipa_daformer')
+    assert cli.data_args(o, None, None)['size']==(640,640)
     kw = cli.method_args(o); assert cli.fit_args(o)==dict(head_mult=10., warmup=1500/60_000)
     cbs = {c.name:c for c in cli.method_cbs('daformer', **kw)}
     pt,px = cbs['patch_contrast'],cbs['pixel_contrast']
     assert (pt.size, pt.thresh, pt.start, pt.scale, px.kw['max_views'], px.kw['min_pixels'])==((720,720), .9, 10_000, (1.28,3.2), 100, None)
+    for p,scale in dict(daformer=(1.6,4.), hrda=(.8,2.), pipa_hrda=(.8,2.)).items():   # 1638 to 4096 of 2048 columns
+        assert {c.name:c for c in cli.method_cbs('daformer', **cli.method_args(AttrDict(o, preset=p)))}['patch_contrast'].scale==pytest.approx(scale), p
 
 def test_before_looks_at_images_that_are_far_apart(tmp_path):
     from fastai.data.core import Datasets
