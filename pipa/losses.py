@@ -223,7 +223,7 @@ def _one_way(f, g, y, m, neg, y_neg, temp, fixed):
 
 def _among_all(f, g, every, temp):
     "Mean loss of the rows of `f`, whose partners in `g` are scored among `every`, and how many; scores are made in pieces, and again in the backward pass"
-    if not len(f) or not len(every): return f.sum()*0,len(f)
+    if not len(f) or not len(every): return f.sum()*0 + every.sum()*0,len(f)   # a rank without rows takes part in the backward pass of the others
     def part(x): return (x @ every.t()/temp).logsumexp(1)
     lse = [checkpoint(part, x, use_reentrant=False, preserve_rng_state=False) for x in f.split(max(2**21//len(every), 1))]
     return (torch.cat(lse) - (f*g).sum(1)/temp).mean(),len(f)
