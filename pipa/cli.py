@@ -447,7 +447,7 @@ def pipa_train(
     steps:int=260, # Steps in an epoch
     bs:int=4, # Source images, and target images, in a batch
     size:str='128x256', # Height x width that the net sees, multiples of 32
-    net:str='light', # Net: light, segformer, daformer or hrda
+    net:str='light', # Net: light, segformer, daformer or hrda; the host `hrda` is a net of its own
     arch:str='mit_b0', # Encoder: mit_b0 to mit_b5, or lite0
     pretrained:store_true=False, # Start from ImageNet weights: from a package (lite0) or a file known by its name
     encoder:str=None, # File of weights for the encoder, such as mit_b5.pth

@@ -250,6 +250,8 @@ def uda_learner(
 )->Learner:
     "A learner that adapts `model` from the source to the target of `dls`"
     between('lr', lr, 0, above=True); between('wd', wd, 0)
+    if kwargs and not isinstance(method, str): raise TypeError(f"`{next(iter(kwargs))}` is for methods by name, and `method` is made of callbacks: "
+        "give it to the callback that it is for.")
     if isinstance(method, str): kwargs = dict(things=dls.space.things if hasattr(dls, 'space') else ()) | kwargs
     net = make_net(_model_of(model, method), dls.c, arch, pretrained, **(net or {})).to(dls.device)
     parts = method_cbs(method, **kwargs) if isinstance(method, str) else [Pair()] + [cb for cb in L(method) if not isinstance(cb, Pair)]

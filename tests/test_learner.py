@@ -32,7 +32,7 @@ def loaders(home, n=2, **kw):
 
 def make(home, path='.', method='pipa', s=0, n=2, **kw):
     seed(s)
-    return uda_learner(loaders(home, n), 'light', method, path=path, **{**small, **kw})
+    return uda_learner(loaders(home, n), 'light', method, path=path, **(dict(hidden=16) if isinstance(method, list) else small) | kw)
 
 @pytest.fixture(scope='module')
 def fitted(tmp_path_factory):
