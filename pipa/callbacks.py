@@ -21,7 +21,7 @@ from .models import ProjHead, PatchHead
 
 # %% auto #0
 __all__ = ['with_detail', 'Pair', 'has_bf16', 'HalfPrecision', 'add_heads', 'ema_decay', 'ema_', 'MeanTeacher', 'LossTerm', 'Mix',
-           'PixelContrast', 'TargetPixelContrast', 'PatchContrast', 'FeatureDistance']
+           'PixelContrast', 'PatchContrast', 'FeatureDistance']
 
 # %% ../nbs/10_callbacks.ipynb #e4da3b7f
 def with_detail(
@@ -153,11 +153,11 @@ class MeanTeacher(Callback):
     def __init__(self,
         alpha:float=.999, # Decay, see `ema_decay`
         thresh:float=.968, # Probability above which a pixel counts for trust (DACS)
-        trust:str='batch', # One trust for the 'batch' (published), for each 'image', or for each 'pixel' (0 or 1)
+        trust:str='batch', # One trust for the 'batch' (published), or for each 'pixel' (0 or 1)
         margin:tuple=(0,0), # Rows without trust at the top and bottom; below 1: shares of the height, as (15/512, 120/512) for Cityscapes in DAFormer
         buffers:str='mean' # Running statistics: averaged ('mean') or the student's ('copy'), see `ema_`
     ):
-        store_attr(); self.teacher,self.t,self.todo,self.z = None,0,None,None
+        store_attr(); self.teacher,self.t,self.todo = None,0,None
 
     def before_fit(self):
         if self.teacher is None: self.teacher = deepcopy(self.model).eval().requires_grad_(False)
@@ -168,10 +168,9 @@ class MeanTeacher(Callback):
 
     def before_batch(self):
         if not self.training: return
-        self.todo,self.z = (self.x_t, getattr(self, 'v_t', None)),None
+        self.todo = self.x_t,getattr(self, 'v_t', None)
         for k in ('y_t','w_t'): vars(self.learn).pop(k, None)
 
-    def after_pred(self): self.z = None
     def after_step(self):
         self.t += 1
         ema_(self.teacher, self.model, ema_decay(self.t, self.alpha), self.buffers)
@@ -185,17 +184,10 @@ class MeanTeacher(Callback):
 def label(self:MeanTeacher):
     "Leave `y_t` and `w_t` on the learner"
     x,v = self.todo
-    z = self.z = self.logits(x).float()
-    y,w = pseudo_label(z, self.thresh, self.trust)
+    y,w = pseudo_label(self.logits(x).float(), self.thresh, self.trust)
     if v is not None: w = w*v
     if any(self.margin): w = margins(w, *(round(m*x.shape[-2]) if m<1 else m for m in self.margin))
     for k,o in (('y_t',y), ('w_t',w)): vars(self.learn).setdefault(k, o)
-
-@patch
-def sure(self:MeanTeacher, thresh):
-    if thresh>1: return torch.full_like(self.x_t[:,0], 255, dtype=torch.long)
-    if self.z is None: self.label()
-    return self.y_t.masked_fill(self.z.softmax(1).amax(1)<thresh, 255)
 
 def _asked(k):
     "An attribute of the learner that the teacher finds when it's read"
@@ -326,28 +318,6 @@ def show(self:PixelContrast, n:int=2):
     c = (z @ torch.linalg.svd(z[:4096], full_matrices=False)[2][:3].T).reshape(*e.shape[:-1], 3).movedim(-1,1)
     c = ((c/c.std((0,2,3), keepdim=True)/4+.5).clamp(0,1)-torch.tensor(imagenet_mean)[:,None,None])/torch.tensor(imagenet_std)[:,None,None]
     return _show([*zip(*[o[:n] for o in self.seen], c)], ('source', 'label', 'embedding'))
-
-# %% ../nbs/10_callbacks.ipynb #df117921
-class TargetPixelContrast(PixelContrast):
-    "Contrast between source pixels, and target pixels whose pseudo-labels are certain"
-    name,needs_teacher = 'pixel_contrast',True
-    def __init__(self,
-        w:float=.1, # Weight in the sum (the release)
-        start:int=0, # Steps before the term begins
-        target:float=.968, # Probability from which a target pixel takes part (DACS' threshold)
-        target_start:int=0, # Steps before target pixels take part
-        **kwargs # To `PixelContrast`
-    ): super().__init__(w, start, **kwargs); self.target,self.target_start = target,target_start
-
-    def prepare(self): self.y_sure = self.mean_teacher.sure(self.target if self.steps>=self.target_start else 2.)
-    def predict(self):
-        super().predict()
-        z,f = self.model(self.x_t)
-        f,self.p_s = f.finest,self.feats.finest.cut(self.pred).argmax(1)
-        self.e_t,self.p_t,self.seen_t = self.model.proj_head(f.maps),f.cut(z).argmax(1),(f.cut(self.x_t),f.cut(self.y_sure))
-    def score(self):
-        e,y,p = [torch.cat(o) for o in ((self.emb,self.e_t), (self.seen[1],self.seen_t[1]), (self.p_s,self.p_t))]
-        return pixel_contrast(e.float(), y, p, return_n=True, **self.kw)
 
 # %% ../nbs/10_callbacks.ipynb #a5771bce
 class PatchContrast(LossTerm):

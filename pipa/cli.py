@@ -241,7 +241,7 @@ def parse_range(
     if not 0<=lo<=hi: raise ValueError(f"`{text}`: a range goes from 0 or more to a number that isn't smaller.")
     return lo,hi
 
-switches = dict(temp=.1, iou='.1:1', scale='1:1', samples=1024, n_neg=1600, keep=3, every=1, balanced=False, target=0., form='released', buffers='mean')
+switches = dict(temp=.1, iou='.1:1', scale='1:1', samples=1024, n_neg=1600, keep=3, every=1, balanced=False, form='released', buffers='mean')
 _of_memory = 'n_neg','keep','balanced'
 
 def parse_switches(
@@ -262,7 +262,7 @@ def method_args(
 )->dict:
     "The arguments of a command as those of `method_cbs`"
     s = AttrDict(parse_switches(o.switch))
-    pixel = dict(temp=s.temp, max_samples=s.samples, form=s.form) | (dict(target=s.target) if s.target else {})
+    pixel = dict(temp=s.temp, max_samples=s.samples, form=s.form)
     memory = () if s.form=='paper' else _of_memory     # the paper's formula has none
     patch = {k: s[k] for k in ('temp','every','form',*memory)} | dict(iou=parse_range(s.iou))
     kw = dict({k: o[k] for k in ('terms','alpha','thresh','trust','start')}, w_pixel=o.pixel, w_patch=o.patch,
@@ -453,7 +453,7 @@ def pipa_train(
     encoder:str=None, # File of weights for the encoder, such as mit_b5.pth
     lr:float=2e-3, # Learning rate of the encoder; heads have twice as much
     alpha:float=.97, # Decay of the teacher
-    trust:str='pixel', # Trust in pseudo-labels: one for the batch (as published), each image or each pixel
+    trust:str='pixel', # Trust in pseudo-labels: one for the 'batch' (as published), or each 'pixel'
     thresh:float=.8, # Probability from which a pseudo-label counts for trust
     start:int=500, # Steps on the source alone, before pseudo-labels are used
     terms:str='none', # PiPa's terms on top of the method: none, pixel, patch or both
@@ -755,12 +755,15 @@ def _rows(table):
     return df.to_dict('records')
 
 def _keys(table):
-    "The settings of each row; where there is no command, the defaults"
+    "The settings of each row; where there is no command, the defaults. A row with a switch that is gone has none"
     if not Path(table).exists(): return set()
     rows = _rows(table)
     columns = lambda r: ' '.join(f'--{k}={r[k]}' for k in ('method','seed','epochs') if k in r)
     command = lambda r: r['command'] if isinstance(r.get('command'), str) else ''
-    return {_key(settings(f'{columns(r)} {command(r)}', strict=False)) for r in rows}
+    def key(r):
+        try: return _key(settings(f'{columns(r)} {command(r)}', strict=False))
+        except ValueError: pass
+    return {key(r) for r in rows}
 
 # %% ../nbs/31_cli.ipynb #651a4ce2
 def plan(

@@ -81,10 +81,10 @@ def _in_range(alpha, thresh, trust, start, w_pixel, w_patch, host, pixel, patch,
     for k,v in dict(alpha=alpha, thresh=thresh).items(): between(k, v, 0, 1)
     for k,v in dict(start=start, w_pixel=w_pixel, w_patch=w_patch).items(): between(k, v, 0)
     for o in (host, *(v for v in host.values() if isinstance(v, dict))): between('weight', o.get('w', 0), 0)
-    one_of('trust', trust, ('batch', 'image', 'pixel')); one_of('buffers', teacher.get('buffers', 'mean'), ('mean', 'copy'))
+    one_of('trust', trust, ('batch', 'pixel')); one_of('buffers', teacher.get('buffers', 'mean'), ('mean', 'copy'))
     for o in (pixel, patch):
         one_of('form', o.get('form', 'released'), ('released', 'paper')); between('temp', o.get('temp', 1), 0, above=True)
-    between('target', pixel.get('target', 1), 0, 1); between('samples', pixel.get('max_samples', 1024), 2)
+    between('samples', pixel.get('max_samples', 1024), 2)
     for k in ('n_neg', 'keep', 'every'): between(k, patch.get(k, 1), 1)
 
 # %% ../nbs/20_learner.ipynb #e4da3b7f
@@ -93,7 +93,7 @@ def method_cbs(
     terms:str='none', # PiPa's terms on top: 'none', 'pixel', 'patch' or 'both'
     alpha:float=.999, # Decay of the teacher (DAFormer)
     thresh:float=.968, # Probability from which a pseudo-label counts for trust (DACS)
-    trust:str='batch', # Trust for the 'batch' (published), each 'image' or each 'pixel', see `MeanTeacher`
+    trust:str='batch', # Trust for the 'batch' (published) or each 'pixel', see `MeanTeacher`
     start:int=0, # Steps on the source alone before the terms that look at the target begin
     w_pixel:float=.1, # Weight of pixel contrast (the release)
     w_patch:float=.1, # Weight of patch contrast (the release on DAFormer; 0.01 on HRDA)
@@ -102,7 +102,7 @@ def method_cbs(
     released:bool=False, # Released constants for what depends on the images' size or a run's length? See below
     teacher:dict=None, # More arguments for `MeanTeacher`
     host:dict=None, # More arguments for the host's own term: `MinEnt`, `AdvSeg`, `AdvEnt`, `FDA` or `MIC`; of several by name, `dict(mic=dict(w=.5))`
-    pixel:dict=None, # More arguments for `PixelContrast`; with `target`, for `TargetPixelContrast`
+    pixel:dict=None, # More arguments for `PixelContrast`
     patch:dict=None, # More arguments for `PatchContrast`
     mix:dict=None # More arguments for `Mix`
 )->list: # Callbacks
@@ -114,9 +114,7 @@ def method_cbs(
     mt = MeanTeacher(alpha, thresh, trust, **(dict(margin=(15/512,120/512)) if released else {}) | (teacher or {}))
     base = [mt, Mix(start=start, **(mix or {}))]
     cbs = [cb for o in name.split('+') for cb in _host(o, method, base, start, things, more.get(o, {}))]
-    if terms in ('pixel','both'):
-        if 'target' in pixel: cbs = [mt, *cbs, TargetPixelContrast(w_pixel, **dict(target_start=start) | pixel)]
-        else: cbs.append(PixelContrast(w_pixel, **pixel))
+    if terms in ('pixel','both'): cbs.append(PixelContrast(w_pixel, **pixel))
     if terms in ('patch','both'):
         size = crop or ((720,720) if released else (64,128))
         cbs = [mt, *cbs, PatchContrast(w_patch, **dict(start=start, size=size) | patch)]
@@ -224,7 +222,10 @@ def _model_of(model, method):
         f"The host `hrda` is a net of two scales, and `{model}` has one: leave the net out, or take 'hrda' (or a host such as 'daformer').")
     return model if model is not None else 'hrda' if two_scales else 'light'
 
-def _warn_of(cbs):
+def _warn_of(cbs, lost):
+    if lost:
+        method_cbs('source', **lost)   # raises where there is no such option
+        warnings.warn(f"`{', '.join(lost)}`: of no use here, as `method` is made of callbacks: say it to the callback that it is for.")
     if any(isinstance(cb, FeatureDistance) and not cb.classes for cb in cbs):
         warnings.warn('No class of this data is known as a thing, so the feature distance has nothing to do: name some with `things`.')
 
@@ -250,12 +251,10 @@ def uda_learner(
 )->Learner:
     "A learner that adapts `model` from the source to the target of `dls`"
     between('lr', lr, 0, above=True); between('wd', wd, 0)
-    if kwargs and not isinstance(method, str): raise TypeError(f"`{next(iter(kwargs))}` is for methods by name, and `method` is made of callbacks: "
-        "give it to the callback that it is for.")
     if isinstance(method, str): kwargs = dict(things=dls.space.things if hasattr(dls, 'space') else ()) | kwargs
     net = make_net(_model_of(model, method), dls.c, arch, pretrained, **(net or {})).to(dls.device)
     parts = method_cbs(method, **kwargs) if isinstance(method, str) else [Pair()] + [cb for cb in L(method) if not isinstance(cb, Pair)]
-    _warn_of(parts)
+    _warn_of(parts, {} if isinstance(method, str) else kwargs)
     if any(isinstance(cb, (PixelContrast, PatchContrast)) for cb in parts): add_heads(net, hidden=hidden)
     has_teacher = any(isinstance(cb, MeanTeacher) for cb in parts)
     ms = [TermColumn(cb, cb.name) for cb in parts if isinstance(cb, (Pair, LossTerm))]

@@ -20,13 +20,13 @@ __all__ = ['imagenet_mean', 'imagenet_std', 'pseudo_label', 'margins', 'present'
 @torch.no_grad()
 def pseudo_label(logits:Tensor, # Teacher's answer at image size, `B×K×H×W`
                  thresh:float=.968, # Probability from which a pixel counts as certain, in [0,1] (DACS)
-                 trust:str='batch' # One trust for the 'batch' (published), for each 'image', or for each 'pixel' (0 or 1)
+                 trust:str='batch' # One trust for the 'batch' (published), or for each 'pixel' (0 or 1)
 )->tuple[Tensor,Tensor]: # Labels `B×H×W` (long) and trust `B×H×W` in [0,1]
     "Likeliest class of each pixel, and the share of certain pixels as its trust"
     p,y = logits.float().softmax(1).max(1)
     sure = (p >= thresh).float()
-    if trust not in ('batch','image','pixel'): raise ValueError(f"`trust` is {trust!r}; it can be 'batch', 'image' or 'pixel'")
-    q = dict(batch=sure.mean(), image=sure.mean((1,2), keepdim=True), pixel=sure)[trust]
+    if trust not in ('batch','pixel'): raise ValueError(f"`trust` is {trust!r}; it can be 'batch' or 'pixel'")
+    q = sure.mean() if trust=='batch' else sure
     return y, torch.zeros_like(sure) + q
 
 # %% ../nbs/02_mix.ipynb #aab32389

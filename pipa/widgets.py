@@ -98,7 +98,7 @@ def trust_explorer(
     space, # `LabelSpace`
     y:Tensor=None, # Labels, `B×H×W`, only to see how right the guesses are
     thresh:float=.968, # Where to start (DACS)
-    trust:str='pixel' # Or 'image', 'batch'
+    trust:str='pixel' # Or 'batch'
 )->Step:
     "Turn the threshold of pseudo-labels"
     p,lab = z.float().softmax(1).max(1)
@@ -108,7 +108,7 @@ def trust_explorer(
                 f'trust, mean {float(w[image].mean()):.2f}': _grey(w[image]),
                 'sure labels': np.where((w[image]>0).numpy()[...,None], colored(y_t[image], space.palette)[...,:3], 0).astype(np.uint8)}
         return pics | {'sure and right': trust_curve(p, lab, y, thresh)}
-    return Step(f, 'Pseudo-labels', thresh=slide('thresh', 0, 1, step=.002), trust=pick('trust', ['batch', 'image', 'pixel'], 130),
+    return Step(f, 'Pseudo-labels', thresh=slide('thresh', 0, 1, step=.002), trust=pick('trust', ['batch', 'pixel'], 130),
                 image=_which(x)).turn(thresh=thresh, trust=trust)
 
 def _which(x): return pick('image', [(str(i+1), i) for i in range(len(x))], 110)
@@ -146,7 +146,7 @@ def mix_explorer(
     thresh:float=.968 # See `pipa.mix.pseudo_label`
 )->Step:
     "Paste classes of the source into the target"
-    y_t,w_t = pseudo_label(z, thresh, 'image')
+    y_t,w_t = pseudo_label(z, thresh)
     def f(image, classes, seed):
         i = slice(image, image+1)
         if classes: m = torch.isin(y_s[i], torch.tensor([space.codes.index(c) for c in classes]))

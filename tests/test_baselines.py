@@ -166,14 +166,14 @@ def test_mic_hides_and_asks_for_everything():
     cb.z,cb.detail = torch.randn(4,3,8,12),None
     assert torch.equal(cb.score()[0], weighted_ce(cb.z, y, cb.w_t)) and cb.score()[1]==(cb.w_t>0).sum()
 
-def test_mic_and_target_pixels_take_hrdas_closer_look():
+def test_mic_and_pixel_contrast_take_hrdas_closer_look():
     "The masked loss is nine tenths of the whole's and a tenth of the detail's; embeddings and labels are those of the detail"
     from pipa.hrda import hrda
-    seed(); mic,px,got = MIC(),TargetPixelContrast(min_pixels=4, target=0.),{}
+    seed(); mic,px,got = MIC(),PixelContrast(min_pixels=4),{}
     def look(s):
         d,(_,y,w) = mic.detail,mic.b
         got['want'] = (1-d.w)*weighted_ce(mic.z, y, w)+d.w*weighted_ce(d.logits, d.cut(y), d.cut(w)); got['l'] = mic.score()[0]
-        assert px.seen_t[0].shape[-2:]==(32,32)==px.seen_t[1].shape[-2:] and px.e_t.shape[-2:]==(8,8)==px.emb.shape[-2:]
+        assert px.seen[0].shape[-2:]==(32,32)==px.seen[1].shape[-2:] and px.emb.shape[-2:]==(8,8)
     fit(toy([Pair(), MeanTeacher(thresh=0.), mic, px, Each(after_loss=look)], net=hrda('mit_b0', n_out=3, crop=(32,32), dim=16)))
     torch.testing.assert_close(got['l'], got['want'])
 

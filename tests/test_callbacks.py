@@ -402,22 +402,6 @@ def test_balanced_memory_draws_at_random():
     a,b = ({*PatchContrast(n_neg=4, balanced=True).negatives(f, y)[0].flatten().tolist()} for _ in range(2))
     assert len(a)==len(b)==8 and a!=b
 
-def test_target_pixels_reach_encoder_and_head():
-    cb = TargetPixelContrast(min_pixels=4, target=0.)
-    learn,got = reach(cb)
-    moved = {k for k,g in got.items() if k!='loss' and g is not None and g.any()}
-    assert {k.split('.')[0] for k in moved}=={'backbone','proj_head'} and learn.pixel_contrast is cb
-    assert learn.mean_teacher.z is None, "the teacher's logits are not kept"
-
-def test_target_pixels_wait_and_need_certainty():
-    seen = []
-    cb = TargetPixelContrast(min_pixels=4, target=.4, target_start=2)
-    def look(s):
-        if s.training: seen.append(((cb.y_sure!=255).float().mean().item(), cb.y_sure.clone(), s.y_t.clone()))
-    fit(toy([Pair(), MeanTeacher(), cb, Each(after_loss=look)], n=8))
-    assert [bool(o[0]) for o in seen[:2]]==[False, False] and any(o[0]>0 for o in seen[2:])
-    for _,y,y_t in seen: assert torch.equal(y[y!=255], y_t[y!=255])
-
 class Eager(Callback):
     "Ask for the labels at once, as every step did"
     order = MeanTeacher.order
@@ -434,12 +418,11 @@ class Looks(Callback):
         self.n.append(0)
     def count(self, *_): self.n[-1] += 1
 
-@pytest.mark.parametrize('late', ['mix', 'target', 'patch'])
+@pytest.mark.parametrize('late', ['mix', 'patch'])
 def test_labels_wait_until_somebody_wants_them(late):
     "Before the first term that wants them the teacher does nothing, and the run is the same to the last bit"
     def run(*more):
         end = dict(mix=lambda: [Mix(start=2), PixelContrast(min_pixels=4, max_views=20)],
-                   target=lambda: [TargetPixelContrast(min_pixels=4, target=.35, target_start=2)],
                    patch=lambda: [PatchContrast(size=(32,32), thresh=0., n_neg=20, start=2)])[late]()
         learn = fit(toy([Pair(), MeanTeacher(.6), Looks(), *end, *more], n=8))
         return learn.looks.n,state(learn.model),state(learn.mean_teacher.teacher)

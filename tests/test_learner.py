@@ -32,7 +32,7 @@ def loaders(home, n=2, **kw):
 
 def make(home, path='.', method='pipa', s=0, n=2, **kw):
     seed(s)
-    return uda_learner(loaders(home, n), 'light', method, path=path, **(dict(hidden=16) if isinstance(method, list) else small) | kw)
+    return uda_learner(loaders(home, n), 'light', method, path=path, **{**(dict(hidden=16) if isinstance(method, list) else small), **kw})
 
 @pytest.fixture(scope='module')
 def fitted(tmp_path_factory):
@@ -161,11 +161,11 @@ def test_lean_after_a_fit_that_was_interrupted(home, tmp_path):
     pipa=['mix','pixel_contrast','patch_contrast'], daformer=['mix','feature_distance'], mic=['mix','mic'], hrda=['mix','feature_distance'], minent=['min_ent'], advent=['adv_ent'], advseg=['adv_seg'],
     fda=['fda','min_ent']).items())
 def test_methods(method, want):
-    cbs = method_cbs(method, alpha=.9, thresh=.5, trust='image', start=7, w_pixel=.3, w_patch=.4, crop=(32,64), things=(1,2), pixel=dict(temp=.2), patch=dict(thresh=.6), mix=dict(p_blur=0))
+    cbs = method_cbs(method, alpha=.9, thresh=.5, trust='pixel', start=7, w_pixel=.3, w_patch=.4, crop=(32,64), things=(1,2), pixel=dict(temp=.2), patch=dict(thresh=.6), mix=dict(p_blur=0))
     got = {cb.name:cb for cb in cbs}
     assert [*got]==['pair']+['mean_teacher']*(method not in ('source','oracle','minent','advent','advseg','fda'))+want
     for k in ('min_ent','adv_ent','adv_seg','mic'): assert k not in got or got[k].start==7
-    if 'mean_teacher' in got: t = got['mean_teacher']; assert (t.alpha, t.thresh, t.trust)==(.9, .5, 'image')
+    if 'mean_teacher' in got: t = got['mean_teacher']; assert (t.alpha, t.thresh, t.trust)==(.9, .5, 'pixel')
     if 'mix' in got: assert got['mix'].start==7 and got['mix'].aug==dict(p_blur=0) and got['mix'].w==1
     if 'pixel_contrast' in got: p = got['pixel_contrast']; assert (p.w, p.start, p.kw['temp'])==(.3, 0, .2)
     if 'patch_contrast' in got: p = got['patch_contrast']; assert (p.w, p.start, p.size, p.thresh)==(.4, 7, (32,64), .6)
@@ -176,9 +176,9 @@ def test_ways_to_say_it(said):
     assert [cb.name for cb in method_cbs(*said)]==['pair','mean_teacher','mix','mic','pixel_contrast','patch_contrast'] and host_terms(*said)==('mic','both')
 
 def test_switches():
-    cbs = {cb.name:cb for cb in method_cbs('mic', 'both', start=3, host=dict(ratio=.5), teacher=dict(buffers='copy'), pixel=dict(target=.8, form='paper'), patch=dict(balanced=True, form='paper', every=2))}
+    cbs = {cb.name:cb for cb in method_cbs('mic', 'both', start=3, host=dict(ratio=.5), teacher=dict(buffers='copy'), pixel=dict(form='paper'), patch=dict(balanced=True, form='paper', every=2))}
     px,pt = cbs['pixel_contrast'],cbs['patch_contrast']
-    assert (cbs['mic'].ratio, cbs['mean_teacher'].buffers, px.target, px.target_start, px.kw['form'], pt.balanced, pt.form, pt.every)==(.5, 'copy', .8, 3, 'paper', True, 'paper', 2)
+    assert (cbs['mic'].ratio, cbs['mean_teacher'].buffers, px.kw['form'], pt.balanced, pt.form, pt.every)==(.5, 'copy', 'paper', True, 'paper', 2)
     for bad,says in (('mic+nothing','no method `mic\\+nothing`'), ('','no method ``')):
         with pytest.raises(ValueError, match=says): method_cbs(bad)
     with pytest.raises(ValueError, match='no terms `all`'): method_cbs('mic', 'all')
@@ -216,7 +216,7 @@ def test_arguments_of_several_hosts():
         with pytest.raises(ValueError, match=says): method_cbs(method, host=host)
 
 def test_what_needs_a_teacher_says_so(home, tmp_path):
-    for cb in (Mix(), PatchContrast(size=(32,32)), TargetPixelContrast()):
+    for cb in (Mix(), PatchContrast(size=(32,32))):
         learn = make(home, tmp_path, [cb])
         with pytest.raises(ValueError, match=f'{type(cb).__name__} asks a teacher for labels, and there is none: add `MeanTeacher'): quiet(learn.fit, learn, 1)
 

@@ -18,19 +18,12 @@ def test_pseudo_weight_golden():
     assert int((logits.softmax(1).amax(1) >= .968).sum()) == misc['pseudo_weight']['n_ge']
     assert (y == logits.argmax(1)).all() and y.dtype == torch.long and w.shape == y.shape
 
-def test_pseudo_per_image():
-    logits = 6*inp('ps_logits', (2,19,32,32))
-    _,w = pseudo_label(logits, trust="image")
-    for o,v in zip(logits, w):
-        sure = sum(float(p) >= .968 for p in o.softmax(0).amax(0).flatten())
-        assert v.unique().tolist() == pytest.approx([sure/1024])
-
 def test_pseudo_per_pixel():
     logits = 6*inp('ps_logits', (2,19,32,32))
     y,w = pseudo_label(logits, trust='pixel')
     assert torch.equal(w, (logits.softmax(1).amax(1) >= .968).float()) and int(w.sum()) == misc['pseudo_weight']['n_ge']
     assert torch.equal(y, pseudo_label(logits)[0])
-    with pytest.raises(ValueError, match="'batch', 'image' or 'pixel'"): pseudo_label(logits, trust='class')
+    with pytest.raises(ValueError, match="'batch' or 'pixel'"): pseudo_label(logits, trust='class')
 
 def test_pseudo_needs_no_graph_and_owns_its_memory():
     logits = torch.randn(1,3,4,4, requires_grad=True)

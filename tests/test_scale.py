@@ -70,9 +70,9 @@ def test_two_ranks_are_one_process(home, method):
     for a,b in zip(one['bank'], two[1]['bank']): assert torch.equal(a[1], b[1]) and torch.allclose(a[0], b[0], atol=1e-2)
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kw', [dict(pixel=dict(min_pixels=4, target=.05)), dict(patch=dict(thresh=.05, form='paper'), pixel=dict(min_pixels=4, form='paper')),
-    dict(patch=dict(thresh=.05, balanced=True)), dict(trust='image', start=1), dict(terms='both', method='mic'), dict(terms='pixel', method='daformer', things=(3,8))],
-    ids=['target', 'paper', 'balanced', 'start', 'mic', 'daformer'])
+@pytest.mark.parametrize('kw', [dict(patch=dict(thresh=.05, form='paper'), pixel=dict(min_pixels=4, form='paper')),
+    dict(patch=dict(thresh=.05, balanced=True)), dict(trust='pixel', start=1), dict(terms='both', method='mic'), dict(terms='pixel', method='daformer', things=(3,8))],
+    ids=['paper', 'balanced', 'start', 'mic', 'daformer'])
 def test_other_methods(home, kw):
     kw = dict(method='pipa') | kw
     agree(run(home, 4, s=0, **kw), on_ranks(lambda: run(home, 2, **kw), 2))
