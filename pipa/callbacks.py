@@ -13,7 +13,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
 from matplotlib import pyplot as plt
-from .losses import weighted_ce, random_rank
+from .losses import weighted_ce
 from .mix import margins, class_mix, aligned, imagenet_mean, imagenet_std
 from .ranks import pseudo_label, class_mask, strong_augment, two_crops, crop_augment, rows, all_rows, whole_labels
 from .ranks import pixel_contrast, patch_contrast, feat_dist
@@ -334,11 +334,10 @@ class PatchContrast(LossTerm):
         thresh:float=.9, # Confidence above which a view may teach (the release)
         n_neg:int=1600, # Rivals that are remembered of each of the two crops and step (the release)
         keep:int=3, # Steps that are remembered (the release)
-        balanced:bool=False, # Draw the rivals evenly from the classes? (an idea of PiPa++)
         form:str='released', # 'released' or 'paper', see `pipa.losses.patch_contrast`; the paper's has no memory
         every:int=1, # Only in every n-th step, at n times the weight
     ):
-        super().__init__(w, start); store_attr('size,stride,iou,scale,temp,thresh,n_neg,keep,balanced,form,every')
+        super().__init__(w, start); store_attr('size,stride,iou,scale,temp,thresh,n_neg,keep,form,every')
         self.bank = []
 
     def prepare(self):
@@ -360,9 +359,7 @@ class PatchContrast(LossTerm):
 def negatives(self:PatchContrast, f, y):
     "Remember some embeddings of this step with their labels and return those of the last few"
     f,y = f.detach().float().flatten(2).transpose(1,2),whole_labels(y).flatten()
-    if self.balanced: i = random_rank(y, 256).argsort(stable=True)
-    else: i = torch.randperm(len(y), device=f.device)
-    i = i[:2*self.n_neg]
+    i = torch.randperm(len(y), device=f.device)[:2*self.n_neg]
     self.bank = (self.bank + [(rows(f, i), y[i])])[-self.keep:]
     return [torch.cat(o) for o in zip(*self.bank)]
 

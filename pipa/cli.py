@@ -241,18 +241,18 @@ def parse_range(
     if not 0<=lo<=hi: raise ValueError(f"`{text}`: a range goes from 0 or more to a number that isn't smaller.")
     return lo,hi
 
-switches = dict(temp=.1, iou='.1:1', scale='1:1', samples=1024, n_neg=1600, keep=3, every=1, balanced=False, form='released', buffers='mean')
-_of_memory = 'n_neg','keep','balanced'
+switches = dict(temp=.1, iou='.1:1', scale='1:1', samples=1024, n_neg=1600, keep=3, every=1, form='released', buffers='mean')
+_of_memory = 'n_neg','keep'
 
 def parse_switches(
-    text:str # Such as `temp=.05 balanced=1`
+    text:str # Such as `temp=.05 keep=1`
 )->dict: # Like `switches`, with these values
     "Read switches"
     o = dict(switches)
     for k,_,v in (p.partition('=') for p in text.split()):
         if k not in o or not v: raise ValueError(f"There is no switch `{k}={v}`: those are {', '.join(switches)}.")
         t = type(switches[k])
-        try: o[k] = v.lower() in ('1', 'true', 'yes') if t is bool else t(v)
+        try: o[k] = t(v)
         except ValueError: raise ValueError(f"The switch `{k}={v}` needs a {'whole ' if t is int else ''}number, such as {k}={switches[k]}.") from None
     return o
 
@@ -461,7 +461,7 @@ def pipa_train(
     patch:float=.1, # Weight of patch contrast
     weight:float=None, # Weight of the host's own term (minent, advseg, advent, fda, mic); default its paper's
     crop:str='64x128', # Height x width of the two crops of patch contrast
-    switch:str='', # Switches of the terms, such as "temp=.05 balanced=1 form=paper": see `switches`
+    switch:str='', # Switches of the terms, such as "temp=.05 every=2 form=paper": see `switches`
     preset:str=None, # daformer, pipa_daformer, hrda, pipa_hrda: as published, whatever --size --bs --rcs --zoom --crop say
     rcs:float=.5, # Temperature of rare class sampling; 0 draws source images evenly
     zoom:float=1., # Views are zoomed in by up to this factor

@@ -388,20 +388,6 @@ def test_buffers_copied_is_torchs_average_of_parameters():
     assert stats and all(torch.equal(v, stats[k]) for k,v in t.named_buffers()) and not same(state(t), state(s))
     with pytest.raises(ValueError, match="'mean' or 'copy'"): ema_(t, s, .5, 'none')
 
-@pytest.mark.parametrize('counts,n,want', [([50,30,4], 30, [13,13,4]), ([5,5,5], 30, [5,5,5]), ([40,0,2], 10, [8,0,2]), ([9], 4, [4])])
-def test_balanced_memory(counts, n, want):
-    "As even as the classes allow: filled like water"
-    seed(); y = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)); y = y[torch.randperm(len(y))]
-    cb = PatchContrast(n_neg=n//2, balanced=True)
-    f = y[:,None].float().expand(-1,3).t()[None,...,None]
-    neg,lab = cb.negatives(f, y)
-    assert lab.bincount(minlength=len(counts)).tolist()==want and (neg==lab[:,None]).all()
-
-def test_balanced_memory_draws_at_random():
-    seed(); y = torch.zeros(64).long(); f = torch.arange(64.).view(1,1,64,1)
-    a,b = ({*PatchContrast(n_neg=4, balanced=True).negatives(f, y)[0].flatten().tolist()} for _ in range(2))
-    assert len(a)==len(b)==8 and a!=b
-
 class Eager(Callback):
     "Ask for the labels at once, as every step did"
     order = MeanTeacher.order

@@ -450,22 +450,22 @@ def test_settings_are_what_counts():
     a = cli.settings('pipa_train --method=pipa --seed=0 --size=128x256 --threads=1')
     assert a==cli.settings(['--terms', 'both', '--method', 'self_training', '--workers=3', '--out=there'])
     assert a['host']=='self_training' and a['terms']=='both' and a['pixel']==.1 and 'threads' not in a
-    for o in ('--seed=1', '--lr=1e-3', '--switch=balanced=1', '--data=x', '--switch=form=paper'): assert cli.settings(f'pipa_train {o}')!=cli.settings('pipa_train')
+    for o in ('--seed=1', '--lr=1e-3', '--switch=keep=1', '--data=x', '--switch=form=paper'): assert cli.settings(f'pipa_train {o}')!=cli.settings('pipa_train')
     assert cli.settings('pipa_train --from_the_future=3', strict=False)==cli.settings('pipa_train')
 
 def test_host_under_terms(data):
     "A run of another host with PiPa on top, with every switch: columns, row and settings"
-    cli.pipa_train('mic', str(data), terms='both', out='o', switch='balanced=1 every=2 buffers=copy iou=.2:1 scale=1:2', weight=.5, **opts | dict(unlabelled=2))
+    cli.pipa_train('mic', str(data), terms='both', out='o', switch='keep=1 every=2 buffers=copy iou=.2:1 scale=1:2', weight=.5, **opts | dict(unlabelled=2))
     r,cols = json.loads(Path('o/row.json').read_text()),[*pd.read_csv('o/metrics.csv')]
     assert (r['method'], r['host'], r['terms'])==('mic+pipa', 'mic', 'both')
     assert cols[3:-1]==['pair','mix','mic','pixel_contrast','patch_contrast','miou','teacher_miou','pixel_n','patch_n','entropy','info_max','agreement','overlap','density']
     for k in ('entropy','info_max','agreement','overlap','density'): assert abs(r[k]-pd.read_csv('o/metrics.csv')[k][0])<1e-4
-    assert all(o in r['settings'].split() for o in ('balanced=True', 'every=2', 'buffers=copy', 'scale=1:2', 'iou=.2:1', 'weight=0.5', 'crop=64x64'))
+    assert all(o in r['settings'].split() for o in ('keep=1', 'every=2', 'buffers=copy', 'scale=1:2', 'iou=.2:1', 'weight=0.5', 'crop=64x64'))
     assert not [o for o in r['settings'].split() if o.split('=')[0] in ('method','terms','data','seed','epochs','unlabelled')]
 
 def test_a_memory_that_the_papers_form_has_not(data):
-    with pytest.raises(SystemExit, match="`--switch balanced=True` would do nothing: patch contrast has no memory in the paper's form"):
-        cli.pipa_train('pipa', str(data), out='o', switch='balanced=1 form=paper', **opts)
+    with pytest.raises(SystemExit, match="`--switch keep=1` would do nothing: patch contrast has no memory in the paper's form"):
+        cli.pipa_train('pipa', str(data), out='o', switch='keep=1 form=paper', **opts)
     assert not Path('o').exists()
 
 def test_a_study_that_no_run_could_begin(data, capsys):

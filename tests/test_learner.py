@@ -176,9 +176,9 @@ def test_ways_to_say_it(said):
     assert [cb.name for cb in method_cbs(*said)]==['pair','mean_teacher','mix','mic','pixel_contrast','patch_contrast'] and host_terms(*said)==('mic','both')
 
 def test_switches():
-    cbs = {cb.name:cb for cb in method_cbs('mic', 'both', start=3, host=dict(ratio=.5), teacher=dict(buffers='copy'), pixel=dict(form='paper'), patch=dict(balanced=True, form='paper', every=2))}
+    cbs = {cb.name:cb for cb in method_cbs('mic', 'both', start=3, host=dict(ratio=.5), teacher=dict(buffers='copy'), pixel=dict(form='paper'), patch=dict(keep=2, form='paper', every=2))}
     px,pt = cbs['pixel_contrast'],cbs['patch_contrast']
-    assert (cbs['mic'].ratio, cbs['mean_teacher'].buffers, px.kw['form'], pt.balanced, pt.form, pt.every)==(.5, 'copy', 'paper', True, 'paper', 2)
+    assert (cbs['mic'].ratio, cbs['mean_teacher'].buffers, px.kw['form'], pt.keep, pt.form, pt.every)==(.5, 'copy', 'paper', 2, 'paper', 2)
     for bad,says in (('mic+nothing','no method `mic\\+nothing`'), ('','no method ``')):
         with pytest.raises(ValueError, match=says): method_cbs(bad)
     with pytest.raises(ValueError, match='no terms `all`'): method_cbs('mic', 'all')
