@@ -160,7 +160,6 @@ table = dict(pipa_train=r"""
 --switch=every=1.5 | `every=1.5` needs a whole number
 --switch=samples=0 | `samples` is 0
 --switch=n_neg=0 | `n_neg` is 0
---switch=target=2 | `target` is 2.0
 --preset=foo | no preset `foo`: choose one of daformer
 --rcs=-1 | `--rcs` is -1
 --zoom=.5 | `--zoom` is 0.5: it must be 1 or more
