@@ -222,10 +222,14 @@ def _model_of(model, method):
         f"The host `hrda` is a net of two scales, and `{model}` has one: leave the net out, or take 'hrda' (or a host such as 'daformer').")
     return model if model is not None else 'hrda' if two_scales else 'light'
 
-def _warn_of(cbs, lost):
+def _own_cbs(cbs, lost):
+    "Callbacks of one's own behind the pair; options beside them reach nobody"
     if lost:
         method_cbs('source', **lost)   # raises where there is no such option
-        warnings.warn(f"`{', '.join(lost)}`: of no use here, as `method` is made of callbacks: say it to the callback that it is for.")
+        warnings.warn(f"`{', '.join(lost)}`: of no use here, as `method` is made of callbacks: give it to the callback that it is for.")
+    return [Pair()] + [cb for cb in L(cbs) if not isinstance(cb, Pair)]
+
+def _warn_of(cbs):
     if any(isinstance(cb, FeatureDistance) and not cb.classes for cb in cbs):
         warnings.warn('No class of this data is known as a thing, so the feature distance has nothing to do: name some with `things`.')
 
@@ -253,8 +257,8 @@ def uda_learner(
     between('lr', lr, 0, above=True); between('wd', wd, 0)
     if isinstance(method, str): kwargs = dict(things=dls.space.things if hasattr(dls, 'space') else ()) | kwargs
     net = make_net(_model_of(model, method), dls.c, arch, pretrained, **(net or {})).to(dls.device)
-    parts = method_cbs(method, **kwargs) if isinstance(method, str) else [Pair()] + [cb for cb in L(method) if not isinstance(cb, Pair)]
-    _warn_of(parts, {} if isinstance(method, str) else kwargs)
+    parts = method_cbs(method, **kwargs) if isinstance(method, str) else _own_cbs(method, kwargs)
+    _warn_of(parts)
     if any(isinstance(cb, (PixelContrast, PatchContrast)) for cb in parts): add_heads(net, hidden=hidden)
     has_teacher = any(isinstance(cb, MeanTeacher) for cb in parts)
     ms = [TermColumn(cb, cb.name) for cb in parts if isinstance(cb, (Pair, LossTerm))]

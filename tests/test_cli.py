@@ -454,13 +454,13 @@ def test_settings_are_what_counts():
     assert cli.settings('pipa_train --from_the_future=3', strict=False)==cli.settings('pipa_train')
 
 def test_host_under_terms(data):
-    "A run of another host with PiPa on top, with every switch: columns, row and settings"
-    cli.pipa_train('mic', str(data), terms='both', out='o', switch='keep=1 every=2 buffers=copy iou=.2:1 scale=1:2', weight=.5, **opts | dict(unlabelled=2))
+    "A run of another host with PiPa on top, with every switch that goes with the others: columns, row and settings"
+    cli.pipa_train('mic', str(data), terms='both', out='o', switch='temp=.2 samples=512 n_neg=64 keep=1 every=2 buffers=copy iou=.2:1 scale=1:2', weight=.5, **opts | dict(unlabelled=2))
     r,cols = json.loads(Path('o/row.json').read_text()),[*pd.read_csv('o/metrics.csv')]
     assert (r['method'], r['host'], r['terms'])==('mic+pipa', 'mic', 'both')
     assert cols[3:-1]==['pair','mix','mic','pixel_contrast','patch_contrast','miou','teacher_miou','pixel_n','patch_n','entropy','info_max','agreement','overlap','density']
     for k in ('entropy','info_max','agreement','overlap','density'): assert abs(r[k]-pd.read_csv('o/metrics.csv')[k][0])<1e-4
-    assert all(o in r['settings'].split() for o in ('keep=1', 'every=2', 'buffers=copy', 'scale=1:2', 'iou=.2:1', 'weight=0.5', 'crop=64x64'))
+    assert all(o in r['settings'].split() for o in ('temp=0.2', 'samples=512', 'n_neg=64', 'keep=1', 'every=2', 'buffers=copy', 'scale=1:2', 'iou=.2:1', 'weight=0.5', 'crop=64x64'))
     assert not [o for o in r['settings'].split() if o.split('=')[0] in ('method','terms','data','seed','epochs','unlabelled')]
 
 def test_a_memory_that_the_papers_form_has_not(data):
