@@ -19,16 +19,16 @@ from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
-from .domains import image_size
+from .sets.domains import image_size
 from .data import class_counts, minicity, folder, codes_space, uda_dls, write_file
-from .limits import between, one_line, one_of, writable
+from .basics import between, one_line, one_of, writable
 from .learner import uda_learner, method_cbs, host_terms, method_name
 from .checkpoints import save, load, space_of, save_hf, save_official, load_official
-from .resume import Checkpoint, checkpoints, claim, same_ranks
+from .runs.resume import Checkpoint, checkpoints, claim, same_ranks
 from .guard import Guard
-from .record import data_stamp, differences, read_config, repeat, revisions, seed_all
+from .runs.record import data_stamp, differences, read_config, repeat, revisions, seed_all
 from .metrics import iou, miou, iou_table, pixel_acc, Validator
-from .explore import tightness
+from .look.views import tightness
 from . import check, data, show, infer, export
 
 # %% auto #0

@@ -15,7 +15,7 @@ from fastprogress.fastprogress import progress_bar
 from fastcore.meta import delegates
 from fastai.vision.core import imagenet_stats
 from .labels import cityscapes
-from .limits import between
+from .basics import between
 from .models import get_logits, resize
 from .data import Domain, read_image, read_mask, write_file, _exts
 from .metrics import confusion, iou, iou_table

@@ -10,7 +10,7 @@ from fastai.torch_basics import *
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.callback.schedule import ParamScheduler
-from .limits import between, one_of
+from .basics import between, one_of
 from .losses import weighted_ce
 from .metrics import MIoU, TeacherMIoU, TermColumn, validators, label_free
 from .checkpoints import load_pretrained

@@ -9,13 +9,13 @@ from torch import Tensor
 from fastcore.basics import patch
 from .callbacks import ema_decay
 from .data import rare_class_probs
-from .explore import nets_of
+from .look.views import nets_of
 from .infer import evaluating, whole
 from .mix import pseudo_label, class_mask, class_mix, strong_augment, block_mask
-from .patch_explorer import PatchConsistency
-from .pixel_explorer import PixelEmbeddingExplorer
+from .look.patch_explorer import PatchConsistency
+from .look.pixel_explorer import PixelEmbeddingExplorer
 from .show import Fig, grid, denorm, paint
-from .surface import Page, Surface, rgba, colored, img_tag, on_dark, control_row, pick, slide, width
+from .look.surface import Page, Surface, rgba, colored, img_tag, on_dark, control_row, pick, slide, width
 
 _own_pages = PixelEmbeddingExplorer,PatchConsistency
 _all_ = ['PixelEmbeddingExplorer', 'PatchConsistency']

@@ -1,7 +1,7 @@
 "The benchmark says what it measured; plain parts are oracles for ours"
 import json, sys
 import pandas as pd, pytest, torch
-import pipa.bench as B
+import pipa.bench.parts as B
 from pipa.callbacks import add_heads
 from pipa.hrda import hrda
 from pipa.models import daformer, light, segformer

@@ -9,7 +9,7 @@ from playwright.sync_api import sync_playwright, TimeoutError as PlaywrightTimeo
 root = Path(__file__).resolve().parents[1]
 
 arrays = '''import numpy as np
-from pipa.explore import views
+from pipa.look.views import views
 from pipa.widgets import PixelEmbeddingExplorer
 rng = np.random.default_rng(0)
 y = np.repeat(np.repeat(np.arange(8).reshape(2,4)%3, 8, 0), 8, 1)[None].repeat(3, 0)
@@ -138,7 +138,7 @@ colours = """() => { const c = document.querySelector('.pipa-images');
 def test_notebook_7(browser, tmp_path):
     needs('notebook', 'Notebook 7')
     home,work = tmp_path/'home',tmp_path/'work'; work.mkdir()
-    shutil.copy(root/'nbs/50_tutorial.explore.ipynb', work/'a.ipynb')
+    shutil.copy(root/'nbs/tutorials/explore.ipynb', work/'a.ipynb')
     with server(work, home, 'notebook') as (url,token):
         ctx = browser.new_context(viewport=dict(width=1300, height=1000)); bad = []
         page = ctx.new_page()
@@ -192,7 +192,7 @@ def test_tutorial(opened, name):
 
 # --- how fast ---------------------------------------------------------------------------------------------------------------------------
 big = '''import numpy as np
-from pipa.explore import views
+from pipa.look.views import views
 from pipa.widgets import PixelEmbeddingExplorer
 rng = np.random.default_rng(0)
 emb = rng.standard_normal((8,128,256,256), np.float32)

@@ -2,7 +2,8 @@
 import re
 import numpy as np, pandas as pd, pytest
 from PIL import Image
-from pipa import check as C, cli, rare as R
+from pipa import check as C, cli
+from pipa.sets import rare as R
 from pipa.data import folder, uda_dls
 from pipa.minicity import scene
 from test_layouts import mistake, mistakes, save, trees

@@ -7,7 +7,7 @@ from pipa import checkpoints as ck
 from pipa.cli import pipa_convert, pipa_predict
 from pipa.labels import label_space
 from pipa.models import daformer, light
-from pipa.names import to_hf
+from pipa.weights.names import to_hf
 
 root = Path(__file__).resolve().parents[1]
 

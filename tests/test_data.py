@@ -3,7 +3,7 @@ import json, math, os, shutil
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from pipa import rare as R
+from pipa.sets import rare as R
 from pipa.data import *
 from pipa.labels import label_space, space
 from pipa.learner import uda_learner

@@ -4,7 +4,7 @@ from torch import nn
 from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
 from matplotlib.path import Path as Outline
-from pipa import explore as E
+from pipa.look import views as E
 from pipa.callbacks import MeanTeacher, Mix, Pair, add_heads
 from pipa.labels import label_space
 from pipa.models import light, adapt

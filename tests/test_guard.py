@@ -9,7 +9,7 @@ from pipa.data import PairSet, folder, uda_dls
 from pipa.guard import Guard, batch_files, keep_batch, replay
 from pipa.labels import space
 from pipa.learner import uda_learner
-from pipa.limits import one_line
+from pipa.basics import one_line
 from pipa.models import light
 from tiny import city, fit, seed, toy
 

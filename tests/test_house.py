@@ -7,10 +7,11 @@ from fastcore.docments import docments
 root = Path(__file__).resolve().parents[1]
 cfg = configparser.ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini', encoding='utf8')
 cfg = cfg['DEFAULT']
-nbs = sorted(p for p in (root/'nbs').glob('*.ipynb') if p.name[0] not in '_.')
-modules = sorted(p for p in (root/'pipa').glob('*.py') if p.name[0]!='_')
-stems = [p.stem for p in modules]
-every_nb,every_module = pytest.mark.parametrize('nb', nbs, ids=lambda p: p.stem),pytest.mark.parametrize('mod', stems)
+def page(p): return p.relative_to(root/'nbs').with_suffix('').as_posix()     # such as `sets/00_domains`
+nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(o[0] in '_.' for o in p.relative_to(root/'nbs').parts))
+modules = sorted(p for p in (root/'pipa').rglob('*.py') if p.name[0]!='_')
+stems = ['.'.join(p.relative_to(root/'pipa').with_suffix('').parts) for p in modules]     # such as `sets.domains`
+every_nb,every_module = pytest.mark.parametrize('nb', nbs, ids=page),pytest.mark.parametrize('mod', stems)
 
 def cells(nb): return json.loads(nb.read_text(encoding='utf8'))['cells']
 def source(cell): return ''.join(cell['source'])
@@ -67,7 +68,7 @@ def made(tmp_path_factory):
     return to
 
 def differing(a, b, glob):
-    names = {p.name for o in (a, b) for p in o.glob(glob)}
+    names = {p.relative_to(o).as_posix() for o in (a, b) for p in o.rglob(glob) if '.ipynb_checkpoints' not in p.parts}
     return sorted(n for n in names if not ((a/n).exists() and (b/n).exists() and (a/n).read_bytes()==(b/n).read_bytes()))
 
 def test_modules_are_what_the_notebooks_export(made):
@@ -92,7 +93,7 @@ def test_readme_tables_are_measured(monkeypatch, name):
     assert results_markdown(f'../data/results/{name}.csv').strip() in (root/'README.md').read_text(encoding='utf8'), 'run python .ci/readme.py'
 
 def test_readme_has_the_hosts(monkeypatch):
-    from pipa.study import hosts_markdown
+    from pipa.runs.study import hosts_markdown
     assert hosts_markdown(root/'data/results/ablation.csv') in (root/'README.md').read_text(encoding='utf8'), 'run python .ci/readme.py'
 
 def test_version():
@@ -100,28 +101,43 @@ def test_version():
     assert __version__==cfg['version'] and f'## {__version__}' in (root/'CHANGELOG.md').read_text(encoding='utf8')
 
 # --- arrows go down ---------------------------------------------------------------------------------------------------------------------
-# What a module may import from pipa; modules that aren't named may import whatever has a lower number.
-layers = dict(limits='', labels='', losses='', mix='', metrics='', mit='', lite='', winograd='', models='mit lite winograd', hrda='models', minicity='labels', domains='labels',
-              rare='labels domains', layouts='labels domains minicity', data='limits labels domains rare layouts', names='mit lite', files='',
-              weights='lite names files', checkpoints='models hrda files weights names labels',
-              ranks='losses mix', callbacks='mix losses models ranks', baselines='callbacks mix losses models ranks')
-leaves = 'labels losses mix mit lite winograd models hrda minicity'.split()
-number = {re.sub(r'^\d+[a-z]?_', '', p.stem):p.stem[:2] for p in nbs}
+# A page uses only pages above it. In the core their numbers are the order; a folder stands behind the core page of this number, folders of one
+# number in this order, and inside a folder numbers count again. Nobody but the command line uses `bench` and `runs`.
+rooms = dict(sets=11, weights=11, look=24, bench=24, runs=24)
+leaves = 'labels losses mix mit encoders fast models hrda minicity'.split()
+
+def number(p): return int(m[0]) if (m := re.match(r'\d+', p.stem)) else None
+def room(p): return p.parent.name if p.parent!=root/'nbs' else ''
+def floor(p):
+    "Where an exporting page stands"
+    return (rooms[r], 1+[*rooms].index(r), number(p)) if (r := room(p)) else (number(p), 0, 0)
+
+exporting = [p for p in nbs if number(p) is not None]
+where = {'.'.join([room(p)]*bool(room(p)) + [re.sub(r'^\d+_', '', p.stem)]):floor(p) for p in exporting}
 
 def imports(mod):
     "Dotted names that a module imports, at the top or inside a function"
-    for o in ast.walk(ast.parse((root/f'pipa/{mod}.py').read_text(encoding='utf8'))):
+    *home,_ = ['pipa', *mod.split('.')]
+    for o in ast.walk(ast.parse((root/f'pipa/{mod.replace(".", "/")}.py').read_text(encoding='utf8'))):
         if isinstance(o, ast.Import): yield from (a.name for a in o.names)
         if isinstance(o, ast.ImportFrom):
-            base = '.'.join(['pipa']*bool(o.level) + [o.module]*bool(o.module))
-            if base=='pipa': yield from (f'pipa.{a.name}' for a in o.names)
+            base = '.'.join(home[:len(home)+1-o.level]*bool(o.level) + [o.module]*bool(o.module))
+            if base in ('pipa', *(f'pipa.{k}' for k in rooms)): yield from (f'{base}.{a.name}' for a in o.names)
             else: yield base
+
+def test_every_page_has_a_place_and_a_module_of_its_name():
+    assert sorted(where)==sorted(stems) and len({*where.values()})==len(where), 'each number once in its folder'
+    for p in exporting:
+        first = next(s for s in map(source, cells(p)) if '#| default_exp' in s)
+        assert where[re.search(r'#\| default_exp (\S+)', first)[1]]==floor(p)
 
 @every_module
 def test_layers(mod):
-    used = {o.split('.')[1] for o in imports(mod) if o.startswith('pipa.')} - {'__version__'}
-    below = set(layers[mod].split()) if mod in layers else {o for o in stems if number.get(o, '99')<number.get(mod, '00')}
-    assert used<=below, f'{mod} may not import {used-below}'
+    used = {o.removeprefix('pipa.') for o in imports(mod) if o.startswith('pipa.')} - {'__version__'}
+    high = {o for o in used if where[o]>=where[mod]}
+    assert not high, f'{mod} may not import {high}'
+    top = {o for o in used if o.split('.')[0] in ('bench', 'runs')}
+    assert not top or mod=='cli' or mod.split('.')[0] in ('bench', 'runs'), f'{mod} may not import {top}'
 
 @every_module
 def test_narrow_imports(mod):

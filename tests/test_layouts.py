@@ -5,9 +5,9 @@ import numpy as np, pytest, torch
 from PIL import Image
 from scipy.io import savemat
 from pipa.data import *
-from pipa.domains import read_numbers
+from pipa.sets.domains import read_numbers
 from pipa.labels import cityscapes as cs, mapillary_space, space
-from pipa.rare import complaints, look
+from pipa.sets.rare import complaints, look
 from pipa.learner import uda_learner
 from tiny import fit, seed
 

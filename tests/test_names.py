@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from golden.rules import inp, rule_load, rule_tensor
-from pipa import names as nm
+from pipa.weights import names as nm
 from pipa.checkpoints import from_hf, to_hf
 from pipa.mit import mit, mit_sizes
 from pipa.models import DAFormerHead, SegFormerHead, daformer, deeplabv2, light, resize, segformer

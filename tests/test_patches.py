@@ -1,7 +1,7 @@
 "Crops where one wants them, and the loss of the training for them"
 import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import tensor
-from pipa import patches as P
+from pipa.look import patches as P
 from pipa.callbacks import MeanTeacher, Pair, PatchContrast, add_heads
 from pipa.mix import two_crops
 from pipa.models import light

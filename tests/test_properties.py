@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
-from pipa import checkpoints as ck, files, infer
+from pipa import checkpoints as ck, infer
+from pipa.weights import files
 from pipa.data import PairDL, rare_class_probs, read_image, read_mask, view_box
-from pipa.domains import read_numbers
+from pipa.sets.domains import read_numbers
 from pipa.guard import probe, random_state, set_random_state
 from pipa.labels import LabelSpace, label_space
 from pipa.losses import pixel_contrast, sup_contrast, weighted_ce

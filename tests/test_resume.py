@@ -10,14 +10,15 @@ from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 import fastai.callback.all # lr_find, fit_one_cycle
-from pipa import cli, resume
+from pipa import cli
+from pipa.runs import resume
 from pipa.data import PairSet, folder, uda_dls
 from pipa.guard import Guard
 from pipa.hrda import hrda
 from pipa.labels import space
 from pipa.learner import uda_learner
 from pipa.models import light
-from pipa.resume import *
+from pipa.runs.resume import *
 from tiny import city, seed
 
 fork = mp.get_context('fork')

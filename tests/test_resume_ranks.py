@@ -6,9 +6,9 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from torch.multiprocessing import ProcessExitedException
 from safetensors.torch import load_file
-from pipa import resume
+from pipa.runs import resume
 from pipa.ranks import on_ranks, place
-from pipa.resume import checkpoints, pack, read_state
+from pipa.runs.resume import checkpoints, pack, read_state
 from test_resume import data, fit, flat, interruptible, make, weights
 from tiny import Watch, city
 

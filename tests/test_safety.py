@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from pipa import cli
-from pipa.layouts import camvid, named
+from pipa.sets.layouts import camvid, named
 from pipa.labels import label_space
 
 root = Path(__file__).resolve().parents[1]

@@ -1,7 +1,8 @@
 "Study: differences with their intervals, sweeps, and pictures, also of tables with holes"
 import numpy as np, pandas as pd, pytest
 from scipy.stats import ttest_rel
-from pipa import show, study
+from pipa import show
+from pipa.runs import study
 from pipa.learner import method_name
 from pipa.metrics import rank_correlation
 

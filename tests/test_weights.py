@@ -7,11 +7,12 @@ import numpy as np, pytest, torch
 from torch import nn
 from safetensors.torch import save_file
 from golden.rules import inp, rule_load, rule_tensor
-from pipa import checkpoints as ck, files as fl, weights as wt
+from pipa import checkpoints as ck
+from pipa.weights import files as fl, convert as wt
 from pipa.hrda import hrda
 from pipa.mit import mit
 from pipa.models import PatchHead, ProjHead, adapt, daformer, deeplabv2, light, segformer
-from pipa.names import to_hf, to_official
+from pipa.weights.names import to_hf, to_official
 
 G = Path(__file__).parent/'golden'
 published = {o:json.loads((G/f'keys_{o}.json').read_text())[f'pipa_{o}_mit_b0'] for o in ('daformer','hrda')}

@@ -3,7 +3,8 @@ import base64, io, json, re, sys
 import numpy as np, pytest, torch
 import matplotlib._pylab_helpers as pyplot_state
 from PIL import Image
-from pipa import explore as E, patches as P, surface as S, widgets as X
+from pipa.look import views as E, patches as P, surface as S
+from pipa import widgets as X
 from pipa.callbacks import MeanTeacher, Mix, PatchContrast, Pair, PixelContrast
 from pipa.labels import label_space
 from tiny import toy, fit
