@@ -157,14 +157,15 @@ def test_nothing_to_learn_from_is_zero():
 
 def test_mic_hides_and_asks_for_everything():
     seed(); cb = MIC(ratio=.5, block=8, p_jitter=0, p_blur=0); y = torch.randint(0,3,(4,32,48))
-    cb.learn = type('L', (), dict(x_t=torch.randn(4,3,32,48), y_t=y, w_t=torch.rand(4,32,48)))()
+    w_t = torch.rand(4,32,48)
+    cb.learn = type('L', (), dict(x_t=torch.randn(4,3,32,48), mean_teacher=type('M', (), dict(labels=(y, w_t)))))()
     cb.prepare(); x,y_,w = cb.b
     gone = (x==0).all(1)
     cells = gone.view(4,4,8,6,8).float().mean((2,4))
     assert ((cells==0)|(cells==1)).all() and .2<gone.float().mean()<.8 and torch.equal(x[~gone[:,None].expand_as(x)], cb.x_t[~gone[:,None].expand_as(x)])
     assert len({tuple(o.flatten().tolist()) for o in cells})==4, 'another mask for each image'
     cb.z,cb.detail = torch.randn(4,3,8,12),None
-    assert torch.equal(cb.score()[0], weighted_ce(cb.z, y, cb.w_t)) and cb.score()[1]==(cb.w_t>0).sum()
+    assert torch.equal(cb.score()[0], weighted_ce(cb.z, y, w_t)) and cb.score()[1]==(w_t>0).sum()
 
 def test_mic_and_pixel_contrast_take_hrdas_closer_look():
     "The masked loss is nine tenths of the whole's and a tenth of the detail's; embeddings and labels are those of the detail"

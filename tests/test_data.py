@@ -386,7 +386,7 @@ def test_margin_reaches_the_trust(home):
     class Look(Callback):
         order = 50
         def after_pred(self):
-            if self.training: seen.append((self.w_t.clone(), self.v_t.clone()))
+            if self.training: seen.append((self.mean_teacher.labels[1].clone(), self.v_t.clone()))
     learn.add_cb(Look()); fit(learn)
     assert len(seen)==4 and all((w[v==0]==0).all() and (w[v==1]>0).all() for w,v in seen)
     assert all((v[:,:16]==0).all() for _,v in seen) and len({tuple(v[i,40].tolist()) for _,v in seen for i in range(2)})>3

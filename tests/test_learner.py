@@ -176,9 +176,9 @@ def test_ways_to_say_it(said):
     assert [cb.name for cb in method_cbs(*said)]==['pair','mean_teacher','mix','mic','pixel_contrast','patch_contrast'] and host_terms(*said)==('mic','both')
 
 def test_switches():
-    cbs = {cb.name:cb for cb in method_cbs('mic', 'both', start=3, host=dict(ratio=.5), teacher=dict(buffers='copy'), pixel=dict(form='paper'), patch=dict(keep=2, form='paper', every=2))}
+    cbs = {cb.name:cb for cb in method_cbs('mic', 'both', start=3, host=dict(ratio=.5), teacher=dict(buffers='copy'), pixel=dict(form='paper'), patch=dict(keep=2, form='paper'))}
     px,pt = cbs['pixel_contrast'],cbs['patch_contrast']
-    assert (cbs['mic'].ratio, cbs['mean_teacher'].buffers, px.kw['form'], pt.keep, pt.form, pt.every)==(.5, 'copy', 'paper', 2, 'paper', 2)
+    assert (cbs['mic'].ratio, cbs['mean_teacher'].buffers, px.form, pt.keep, pt.form)==(.5, 'copy', 'paper', 2, 'paper')
     for bad,says in (('mic+nothing','no method `mic\\+nothing`'), ('','no method ``')):
         with pytest.raises(ValueError, match=says): method_cbs(bad)
     with pytest.raises(ValueError, match='no terms `all`'): method_cbs('mic', 'all')
@@ -229,8 +229,7 @@ def test_crops_larger_than_the_target(home, tmp_path):
 def test_released_margins_fit_any_height(home, tmp_path):
     learn = make(home, tmp_path, 'self_training', released=True, thresh=0., trust='pixel')
     quiet(learn.fit, learn, 1)
-    w = learn.mean_teacher; w.learn = learn
-    rows = learn.w_t[0].mean(1)
+    rows = learn.mean_teacher.labels[1][0].mean(1)
     assert (rows[:2]==0).all() and (rows[2:49]==1).all() and (rows[49:]==0).all(), '2 and 15 of 64 rows, as 15 and 120 of 512'
 
 def test_columns_count_what_was_scored(home, tmp_path):

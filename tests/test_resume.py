@@ -11,14 +11,16 @@ from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, Sa
 from fastai.callback.training import GradientAccumulation, GradientClip
 import fastai.callback.all # lr_find, fit_one_cycle
 from pipa import cli
-from pipa.runs import resume
+from pipa.runs import resume, state
 from pipa.data import PairSet, folder, uda_dls
 from pipa.guard import Guard
 from pipa.hrda import hrda
 from pipa.labels import space
 from pipa.learner import uda_learner
 from pipa.models import light
+from pipa.bench.memory import *
 from pipa.runs.resume import *
+from pipa.runs.state import *
 from tiny import city, seed
 
 fork = mp.get_context('fork')
@@ -99,12 +101,12 @@ def test_stopped_within_an_epoch(home, tmp_path, method):
     equal(a, fit(b))
 
 @pytest.mark.parametrize('at', [1,4])
-def test_a_term_that_comes_now_and_then(home, tmp_path, at):
-    "Steps 1, 3, 5 have patch contrast, whether the run was stopped before one of them or after"
-    build = lambda p, *cbs, **kw: make(home, tmp_path/p, 'pipa', *cbs, patch=dict(every=2, start=1, thresh=0.), **kw)
+def test_a_term_that_begins_later(home, tmp_path, at):
+    "Patch contrast begins with step 3, whether the run was stopped before it or after"
+    build = lambda p, *cbs, **kw: make(home, tmp_path/p, 'pipa', *cbs, patch=dict(start=2, thresh=0.), **kw)
     a = fit(build('a')); stopped(build('b', Do(at, term)))
     b = build('b', s=9); assert b.resume()==divmod(at, 3)
-    equal(a, fit(b)); assert a.patch_contrast.n==2
+    equal(a, fit(b)); assert a.patch_contrast.n==3
 
 @pytest.mark.slow
 @pytest.mark.parametrize('workers', [0,2])

@@ -6,9 +6,9 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from torch.multiprocessing import ProcessExitedException
 from safetensors.torch import load_file
-from pipa.runs import resume
+from pipa.runs import resume, state
 from pipa.ranks import on_ranks, place
-from pipa.runs.resume import checkpoints, pack, read_state
+from pipa.runs.state import checkpoints, pack, read_state
 from test_resume import data, fit, flat, interruptible, make, weights
 from tiny import Watch, city
 
@@ -135,7 +135,7 @@ def test_all_are_killed_while_one_writes(home, tmp_path, through):
             if len(seen)<3: return
             f.truncate(f.tell()//2); f.flush()
             for p in pids.tolist()[::-1]: os.kill(p, signal.SIGKILL)
-        if not place()[0]: resume.torch.save = half
+        if not place()[0]: state.torch.save = half
     with pytest.raises(ProcessExitedException, match='SIGKILL'):
         on_ranks(lambda: part(home, tmp_path, 'self_training', keep=dict(minutes=1e-9), before=before), 2)
     assert [*tmp_path.glob('.checkpoint*')] and [p.name for p in checkpoints(tmp_path)]==['checkpoint_000_000002.pt', 'checkpoint_000_000001.pt']

@@ -233,4 +233,4 @@ def test_lean_is_off_where_a_term_asks_not_to_wait(home):
     learn = make(home, 2, 'pipa', n=2, lean=True)
     learn.mix.alone = False
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-    assert [c.name for c in learn.lean.alone]==['patch_contrast'] and all(c.run for c in learn.cbs)
+    assert [c.name for c in learn.lean.terms]==['patch_contrast'] and all(c.run for c in learn.cbs)

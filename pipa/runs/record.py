@@ -4,14 +4,16 @@
 
 # %% ../../nbs/runs/00_record.ipynb #rec00003
 from __future__ import annotations
-import hashlib, json, os, re, subprocess
+import hashlib, json, os, platform, re, shlex, subprocess, sys
+from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
 import torch
 from fastai.torch_core import set_seed
 from ..sets.domains import Domain
 
 # %% auto #0
-__all__ = ['seed_all', 'data_stamp', 'revision', 'revisions', 'read_config', 'repeat', 'differences']
+__all__ = ['seed_all', 'data_stamp', 'revision', 'revisions', 'read_config', 'repeat', 'differences', 'versions', 'made_of',
+           'origins']
 
 # %% ../../nbs/runs/00_record.ipynb #rec00006
 def seed_all(
@@ -92,3 +94,31 @@ def differences(
         for k in (k for k in a if a[k]!=b.get(k) and (what, k)!=('git', 'here')):
             said = ('hash' in o and f"{o['files']} files, {o['hash']}" if isinstance(o, dict) else o for o in (a[k], b.get(k)))
             yield '{} {}: was {}, is {}; numbers may differ.'.format(what, k, *said)
+
+# %% ../../nbs/runs/00_record.ipynb #rcd00002
+def versions()->dict:
+    "Versions of what a result depends on"
+    def v(o):
+        try: return version(o)
+        except PackageNotFoundError: return None
+    return dict(python=platform.python_version(), machine=platform.machine(), threads=torch.get_num_threads(),
+                **{o: v(o) for o in ('pipa', 'torch', 'torchvision', 'fastai', 'numpy', 'pillow')})
+
+def made_of()->str: # Such as `pipa 0.1.0 (d1ad15c), torch 2.14.1`
+    "Versions of package and torch, in a few words, and the commit where the package lies in a repository"
+    v,c = versions(),revisions()['package']
+    return f"pipa {v['pipa']}{f' ({c[:7]}{c[40:]})' if c else ''}, torch {v['torch']}"
+
+# %% ../../nbs/runs/00_record.ipynb #rcd00003
+def origins(
+    o, # The arguments of `pipa_train`
+    src, # Source `Domain`
+    tgt, # Target `Domain`
+    val=None # Domain to report on
+)->dict: # What `config.json` says beside the options
+    "What a run was made of"
+    stamps = {k: data_stamp(d) for k,d in dict(source=src, target=tgt, valid=val).items() if d}
+    now = dict(versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]]), data_stamps=stamps, git=revisions())
+    if o.get('config'):
+        for l in differences(read_config(o.config), now): print(f'pipa: {l}', file=sys.stderr)
+    return now
