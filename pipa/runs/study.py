@@ -34,7 +34,7 @@ def gains(
     csv, # Path of the file
     score:str='miou_student', # Column
     level:float=.95 # Of the intervals
-)->pd.DataFrame: # Columns host (with benchmark and epochs if there are several), terms, n, gain, lo, hi, and `pairs`, the gain of each seed; in points
+)->pd.DataFrame: # Columns of `kept_apart`, terms, n, gain, lo, hi, and `pairs`, the gain of each seed; in points
     "What each of PiPa's terms adds to each host, over the seeds that both were run with"
     df,out = usual(read_results(csv), hosts=True),[]
     by = kept_apart(df, 'host')
@@ -65,6 +65,7 @@ def _difference(ax, y, o, colour):
     ax.plot(o.pairs, [y]*len(o.pairs), 'o', c=colour, ms=4)
     ax.plot(o.gain, y, '|', c='k', ms=10)
 
+# %% ../../nbs/runs/07_study.ipynb #af5c857c
 def gains_picture(
     csv, # Path of the file
     score:str='miou_student', # Column

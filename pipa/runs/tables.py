@@ -27,7 +27,8 @@ def _of_a_study(csv):
     except (pd.errors.EmptyDataError, pd.errors.ParserError): df = pd.DataFrame(columns=_known)
     lost = [c for c in _known[:6] if c not in df]
     if lost: raise ValueError(f"`{csv}` is not the table of a study: it has no column `{lost[0]}`.")
-    if not len(df): raise ValueError(f"There are no results yet: `{csv}` has no rows; it is filled when the study is run.")
+    if not len(df):
+        raise ValueError(f"There are no results yet: `{csv}` has no rows; it is filled when the study is run.")
     return df
 
 def read_results(
@@ -122,7 +123,8 @@ def results_picture(
     kw = dict(data=df, x='iou', y='run', hue='net', hue_order=['student', 'teacher'], palette='colorblind')
     fig,order = Fig(figsize=(7,.6+.5*df.run.nunique())),list(dict.fromkeys(df.run))
     ax = sns.stripplot(**kw, order=order, ax=fig.subplots(), dodge=True, jitter=False, size=5, alpha=.6)
-    sns.pointplot(**kw, order=order, ax=ax, dodge=.4, errorbar=None, linestyle='none', marker='|', markersize=18, legend=False)
+    sns.pointplot(**kw, order=order, ax=ax, dodge=.4, errorbar=None, linestyle='none', marker='|', markersize=18,
+                  legend=False)
     ax.set(xlabel='mean IoU, points', ylabel='')
     ax.legend(title='')
     ax.grid(axis='x', alpha=.3)
@@ -149,7 +151,8 @@ def hosts_markdown(
     "The table of hosts and terms for a README"
     t,df = hosts_table(csv),usual(read_results(csv), hosts=True)
     by = kept_apart(df, 'host')
-    v = 100*df.pivot_table(index=[*by, 'seed'], columns='terms', values='miou_student', observed=True).reindex(columns=terms)
+    v = df.pivot_table(index=[*by, 'seed'], columns='terms', values='miou_student', observed=True)
+    v = 100*v.reindex(columns=terms)
     d = (v['both']-v['none']).dropna().groupby(by, sort=False)
     gain = d.agg(lambda o: f'{o.mean():+.1f} (in {(o>0).sum()} of {len(o)})')
     t['both − none'] = gain.reindex(t.index).astype(object).fillna('–')
