@@ -88,12 +88,12 @@ def test_readme_links_lead_somewhere():
 
 @pytest.mark.parametrize('name', ['minicity', 'town_camvid'])
 def test_readme_tables_are_measured(monkeypatch, name):
-    from pipa.show import results_markdown
+    from pipa.runs.tables import results_markdown
     monkeypatch.chdir(root/'nbs')
     assert results_markdown(f'../data/results/{name}.csv').strip() in (root/'README.md').read_text(encoding='utf8'), 'run python .ci/readme.py'
 
 def test_readme_has_the_hosts(monkeypatch):
-    from pipa.runs.study import hosts_markdown
+    from pipa.runs.tables import hosts_markdown
     assert hosts_markdown(root/'data/results/ablation.csv') in (root/'README.md').read_text(encoding='utf8'), 'run python .ci/readme.py'
 
 def test_version():

@@ -1,8 +1,7 @@
-"Study: differences with their intervals, sweeps, and pictures, also of tables with holes"
+"Tables of a study, differences with their intervals, sweeps, and pictures, also of tables with holes"
 import numpy as np, pandas as pd, pytest
 from scipy.stats import ttest_rel
-from pipa import show
-from pipa.runs import study
+from pipa.runs import study, tables
 from pipa.learner import method_name
 from pipa.metrics import rank_correlation
 
@@ -35,14 +34,14 @@ def test_gains_pair_by_seed(tmp_path):
 def test_old_form(tmp_path):
     csv = table(tmp_path, [row(seed=s, v=.4+s/50) for s in range(3)] + [row(terms='both', seed=s, v=.5+s/40) for s in range(3)] + [row('source', seed=s) for s in range(3)])
     assert 'host' not in pd.read_csv(csv)
-    t = study.hosts_table(csv)
+    t = tables.hosts_table(csv)
     assert t.loc['self_training'].tolist()==['42.0 ± 2.0', '52.5 ± 2.5'] and t.loc['source'].tolist()==['40.0 ± 0.0', '–']
     assert study.gains(csv).host.tolist()==['self_training']
 
 def test_benchmarks_and_lengths_stay_apart(tmp_path):
     rows = [row(terms=t, seed=s, v=.4+.1*(t=='both')+.2*(b=='camvid'), benchmark=b, epochs=e) for t in ('none','both') for s in (0,1) for b in ('minicity','camvid') for e in (8,20)]
     g = study.gains(table(tmp_path, rows))
-    assert len(g)==4 and np.allclose(g.gain, 10) and {'benchmark','epochs'}<={*g} and len(study.hosts_table(tmp_path/'t.csv'))==4
+    assert len(g)==4 and np.allclose(g.gain, 10) and {'benchmark','epochs'}<={*g} and len(tables.hosts_table(tmp_path/'t.csv'))==4
 
 def test_sweep_takes_rows_that_differ_in_one_setting(tmp_path):
     rows = [row(terms='both', seed=s) for s in (0,1)] + [row(terms='both', seed=0, v=.3, settings=o) for o in ('w_patch=0.01', 'w_patch=1.0', 'w_patch=1.0 temp=0.2', 'crop=64x64', 'crop=96x192')]
@@ -50,7 +49,11 @@ def test_sweep_takes_rows_that_differ_in_one_setting(tmp_path):
     assert study.sweep_rows(csv, 'w_patch', .1).w_patch.tolist()==[.01,.1,.1,1.]
     assert study.sweep_rows(csv, 'crop', '64x128').crop.tolist()==['64x128','64x128','64x64','96x192']
     assert study.sweep_rows(csv, 'w_patch', .1, 'pixel').w_patch.tolist()==[5.]
-    assert [o.get_text() for o in study.sweep_picture(csv, 'crop', '64x128').axes[0].get_xticklabels()]==['64x128','64x64','96x192']
+    words,numbers = (study.sweep_picture(csv, *o).axes[0] for o in (('crop', '64x128'), ('w_patch', .1)))
+    assert [o.get_text() for o in words.get_xticklabels()]==['64x128','64x64','96x192']
+    assert [ax.lines[-1].get_linestyle() for ax in (words, numbers)]==['None','-'], 'nothing lies between two words'
+    assert numbers.lines[-1].get_xdata().tolist()==[.01,.1,1.] and numbers.get_xscale()=='log'
+    for ax,shown in ((words, [40,40,30,30]), (numbers, [30,40,40,30])): assert np.allclose(ax.lines[0].get_ydata(), shown)
 
 def test_nothing_to_show_is_said(tmp_path):
     csv = table(tmp_path, [row(), row(seed=1)])
@@ -62,8 +65,52 @@ def test_validators_picture(tmp_path):
     csv = table(tmp_path, [row(h, t, s, v:=rng.random(), entropy=1-v, overlap=v if h=='mic' else np.nan, density=np.nan) for h in ('mic','source') for t in ('none','pixel') for s in range(2)])
     fig = study.validators_picture(csv)
     assert [ax.get_title() for ax in fig.axes]==['ρ = -1.00 (8 runs)', 'ρ = 1.00 (4 runs)']
-    assert rank_correlation(show.read_results(csv)).n.tolist()==[8,4,0]
+    assert rank_correlation(tables.read_results(csv)).n.tolist()==[8,4,0]
 
 def test_label_free_scores_are_no_classes(tmp_path):
     csv = table(tmp_path, [row(seed=s, entropy=.3, info_max=.2, agreement=.9, overlap=.8, density=3., host='self_training', terms='none', settings='') for s in (0,1)])
-    assert show.results_table(csv).columns.tolist()==['seeds','mIoU','mIoU, teacher','road']
+    assert tables.results_table(csv).columns.tolist()==['seeds','mIoU','mIoU, teacher','road']
+
+# tables of results
+
+def results(tmp_path, rows):
+    cols = ['benchmark','method','seed','epochs','miou_student','miou_teacher','sky','car','command','version']
+    pd.DataFrame(rows, columns=cols).to_csv(tmp_path/'s.csv', index=False); return tmp_path/'s.csv'
+
+def result(m, s, v, t=None, e=10, b='minicity'): return [b, m, s, e, v, t, v, None, 'pipa_train', '0.1']
+
+def test_results_table(tmp_path):
+    v = [.401,.455,.43]
+    csv = results(tmp_path, [result('oracle', 0, .8)] + [result('pipa', i, o, o+.1) for i,o in enumerate(v)] + [result('mine', 0, .1), result('source', 0, .2)])
+    t = tables.results_table(csv)
+    assert t.index.tolist()==['source','pipa','mine','oracle'] and t.columns.tolist()==['seeds','mIoU','mIoU, teacher','sky','car']
+    assert t.loc['pipa','mIoU']==f'{100*np.mean(v):.1f} ± {100*np.std(v, ddof=1):.1f}' and t.loc['source','mIoU']=='20.0'
+    assert t.loc['source','mIoU, teacher']=='–' and t.loc['pipa','car']=='–' and t.loc['pipa','seeds']==3
+    assert tables.results_table(csv, spread=False).loc['pipa','mIoU']=='42.9'
+
+def test_last_run_counts_and_lengths_are_kept_apart(tmp_path):
+    csv = results(tmp_path, [result('pipa', 0, .9), result('pipa', 0, .5), result('pipa', 0, .1, e=1), result('pipa', 0, .3, b='own')])
+    t = tables.results_table(csv)
+    assert t.index.names==['benchmark','epochs','method'] and t['mIoU'].tolist()==['10.0','50.0','30.0']
+    md = tables.results_markdown(csv).splitlines()
+    assert md[0].startswith('| benchmark | epochs | method | seeds |') and len({l.count('|') for l in md})==1 and len(md)==5
+    assert len(tables.results_picture(csv).axes[0].get_yticklabels())==3
+
+def test_markdown(tmp_path):
+    md = tables.results_markdown(results(tmp_path, [result('source', 0, .2), result('source', 1, .3), result('pipa', 0, .5, .6), result('oracle', 0, .8)])).splitlines()
+    assert md==['| method | seeds | mIoU | mIoU, teacher | sky | car |', '| --- | --- | ---: | ---: | ---: | ---: |', '| source | 2 | 25.0 ± 7.1 | – | 25.0 | – |',
+                '| pipa | 1 | **50.0** | **60.0** | **50.0** | – |', '| oracle | 1 | 80.0 | – | 80.0 | – |']
+
+def test_no_results(tmp_path):
+    (tmp_path/'empty.csv').write_text(''); (tmp_path/'alien.csv').write_text('a,b\n1,2\n')
+    for f,k in ((tmp_path/'none.csv', 'no results yet'), (tmp_path/'empty.csv', 'no results yet'), (results(tmp_path, []), 'no results yet'), (tmp_path/'alien.csv', 'no column `benchmark`')):
+        with pytest.raises((FileNotFoundError, ValueError), match=k): tables.results_table(f)
+        assert k in tables.results_markdown(f) and '\n' not in tables.results_markdown(f)
+        assert k in tables.results_picture(f).texts[0].get_text()
+
+def test_results_picture_shows_each_run(tmp_path):
+    csv = results(tmp_path, [result('source', i, .2+.01*i) for i in range(3)] + [result('pipa', i, .5, .6) for i in range(2)])
+    ax = tables.results_picture(csv).axes[0]
+    dots = np.concatenate([c.get_offsets().data for c in ax.collections if len(c.get_offsets())])
+    assert len(dots)==7 and sorted(dots[:,0].round(4))==[20,21,22,50,50,60,60]
+    assert [t.get_text() for t in ax.get_yticklabels()]==['source','pipa']
