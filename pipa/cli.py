@@ -29,7 +29,7 @@ from .guard import Guard
 from .runs.record import data_stamp, differences, read_config, repeat, revisions, seed_all
 from .metrics import iou, miou, iou_table, pixel_acc, Validator
 from .look.views import tightness
-from . import check, data, show, infer, export
+from . import __version__, check, data, show, infer, export
 
 # %% auto #0
 __all__ = ['switches', 'parse_size', 'domains', 'named_domains', 'versions', 'made_of', 'new_folder', 'rank0_first',
@@ -102,7 +102,7 @@ def versions()->dict:
         try: return version(o)
         except PackageNotFoundError: return None
     return dict(python=platform.python_version(), machine=platform.machine(), threads=torch.get_num_threads(),
-                **{o: v(o) for o in ('pipa', 'torch', 'torchvision', 'fastai', 'numpy', 'pillow')})
+                pipa=__version__, **{o: v(o) for o in ('torch', 'torchvision', 'fastai', 'numpy', 'pillow')})
 
 def made_of()->str: # Such as `pipa 0.1.0 (d1ad15c), torch 2.14.1`
     "Versions of package and torch, in a few words, and the commit where the package lies in a repository"
