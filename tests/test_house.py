@@ -101,7 +101,7 @@ def test_readme_numbers_are_measured():
     import pandas as pd
     def runs(name, method):
         o = pd.read_csv(root/f'data/results/{name}.csv').query('method==@method')
-        s = o.settings.astype(str)
+        s = o.settings.astype(object).fillna('usual')
         return 100*o[s==s.mode()[0]].set_index('seed').miou_student
     text = text_of_readme()
     d = (runs('minicity', 'pipa')-runs('minicity', 'self_training')).dropna()
