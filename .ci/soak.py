@@ -1,6 +1,6 @@
 """A long run, and the same run killed again and again, with the memory of process and worker: `python .ci/soak.py 3000`
 
-Writes data/results/soak.csv, which nbs/runs/02_resume.ipynb shows. The number is that of steps; 3000 take about ten minutes on two quiet cores."""
+Writes data/results/soak.csv, which nbs/bench/02_memory.ipynb shows. The number is that of steps; 3000 take about ten minutes on two quiet cores."""
 import multiprocessing, os, random, signal, sys, tempfile, time, zlib
 from pathlib import Path
 for k,v in dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE').items(): os.environ.setdefault(k, v)
@@ -11,7 +11,9 @@ from pipa import __version__
 from pipa.data import minicity, uda_dls
 from pipa.learner import uda_learner
 from pipa.models import segformer
-from pipa.runs.resume import Checkpoint, Memory, checkpoints
+from pipa.bench.memory import Memory
+from pipa.runs.resume import Checkpoint
+from pipa.runs.state import checkpoints
 
 root = Path(__file__).resolve().parents[1]
 steps = int(sys.argv[1]) if len(sys.argv)>1 else 3000

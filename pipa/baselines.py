@@ -12,10 +12,10 @@ from torch.func import functional_call
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from .losses import weighted_ce
-from .mix import imagenet_mean, imagenet_std
-from .ranks import block_mask, strong_augment, average_, same_, place
+from .mix import block_mask, strong_augment, imagenet_mean, imagenet_std
+from .ranks import place, mine, whole_shape, average_, same_
 from .models import resize
-from .callbacks import MeanTeacher, LossTerm, with_detail, _show, _after
+from .callbacks import MeanTeacher, LossTerm, with_detail, step_panels, shown_after
 
 # %% auto #0
 __all__ = ['self_info', 'MinEnt', 'Halve', 'discriminator', 'AdvSeg', 'AdvEnt', 'fda', 'FDA', 'MIC']
@@ -31,6 +31,7 @@ def self_info(
 # %% ../nbs/16_baselines.ipynb #5afa58ba
 class MinEnt(LossTerm):
     "Make the student sure of the target: mean entropy of its predictions (Vu et al. 2019)"
+    alone = True
     def __init__(self,
         w:float=.001, # Weight (AdvEnt paper)
         start:int=0, # Steps before the term begins
@@ -43,11 +44,11 @@ class MinEnt(LossTerm):
 
 # %% ../nbs/16_baselines.ipynb #3e0b7aa2
 @patch
-@_after('z')
+@shown_after('z')
 def show(self:MinEnt, n:int=2):
     "The last target images and the entropy of each pixel (bright: no idea)"
     e = resize(self_info(self.z.detach()).sum(1, keepdim=True), self.seen.shape[-2:])[:,0]
-    return _show([*zip(self.seen[:n], e[:n])], ('target', 'entropy'))
+    return step_panels(self, [*zip(self.seen[:n], e[:n])], ('target', 'entropy'))
 
 # %% ../nbs/16_baselines.ipynb #7e66caff
 class Halve(nn.Conv2d):
@@ -136,13 +137,13 @@ def load_state_dict(self:AdvSeg, state, device=None):
 
 # %% ../nbs/16_baselines.ipynb #31b76200
 @patch
-@_after('views')
+@shown_after('views')
 def show(self:AdvSeg, n:int=2):
     "What the discriminator saw last, summed over the classes, and its verdict (bright: source)"
     with torch.no_grad(): v = [resize(self.net_d(m).sigmoid(), m.shape[-2:])[:,0] for m in self.views]
     m = [o.amax(1) if type(self) is AdvSeg else o.sum(1) for o in self.views]
     cols = [o[:n] for pair in zip(self.seen, m, v) for o in pair]
-    return _show([*zip(*cols)], ('source', 'its map', 'verdict', 'target', 'its map', 'verdict'))
+    return step_panels(self, [*zip(*cols)], ('source', 'its map', 'verdict', 'target', 'its map', 'verdict'))
 
 # %% ../nbs/16_baselines.ipynb #8c528fa9
 def fda(
@@ -171,14 +172,15 @@ class FDA(Callback):
         self.seen,self.learn.xb = (self.x, self.x_t, x_st),(x_st,)
 
 @patch
-@_after('seen')
+@shown_after('seen')
 def show(self:FDA, n:int=2):
     "The last source and target images, and what became of the source"
-    return _show([*zip(*[o[:n] for o in self.seen])], ('source', 'target', 'source restyled'))
+    return step_panels(self, [*zip(*[o[:n] for o in self.seen])], ('source', 'target', 'source restyled'))
 
 # %% ../nbs/16_baselines.ipynb #036dcf32
 class MIC(LossTerm):
     "Cross-entropy with the teacher's labels on target images that are mostly hidden (Hoyer et al. 2023)"
+    alone = True
     def __init__(self,
         w:float=1., # Weight (MIC)
         start:int=0, # Steps before the term begins
@@ -187,9 +189,10 @@ class MIC(LossTerm):
         **aug # To `strong_augment`
     ): super().__init__(w, start); self.ratio,self.block,self.aug = ratio,block,aug
     def prepare(self):
-        x = strong_augment(self.x_t, **self.aug)
+        x = strong_augment(self.x_t, of=place(), **self.aug)
         block = self.block or max(1, min(x.shape[-2:])//16)
-        self.b = x*block_mask(x.shape, self.ratio, block, device=x.device),*self.labels
+        hide = mine(block_mask(whole_shape(x), self.ratio, block, device=x.device))
+        self.b = x*hide,*self.labels
     def predict(self):
         self.z,f = self.model(self.b[0])
         self.detail = f.detail
@@ -198,7 +201,7 @@ class MIC(LossTerm):
         return l,(self.b[2]>0).sum()
 
 @patch
-@_after('b')
+@shown_after('b')
 def show(self:MIC, n:int=2):
     "The last covered images, the labels that are asked for, and the trust in them"
-    return _show([*zip(*[o[:n] for o in self.b])], ('covered', 'label', 'trust'))
+    return step_panels(self, [*zip(*[o[:n] for o in self.b])], ('covered', 'label', 'trust'))

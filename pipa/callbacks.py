@@ -12,16 +12,14 @@ from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
-from matplotlib import pyplot as plt
-from .losses import weighted_ce
-from .mix import margins, class_mix, aligned, imagenet_mean, imagenet_std
-from .ranks import pseudo_label, class_mask, strong_augment, two_crops, crop_augment, rows, all_rows, whole_labels
-from .ranks import pixel_contrast, patch_contrast, feat_dist
-from .models import ProjHead, PatchHead
+from .losses import weighted_ce, feat_dist, nearest, labels_at, sample_pixels, sup_contrast, patch_ways
+from .mix import pseudo_label, margins, class_mask, class_mix, strong_augment, two_crops, crop_augment, aligned
+from .ranks import place, mine, whole_labels, mean, share, rows, own_places, all_rows
+from .draw import panels
 
 # %% auto #0
-__all__ = ['with_detail', 'Pair', 'has_bf16', 'HalfPrecision', 'add_heads', 'ema_decay', 'ema_', 'MeanTeacher', 'LossTerm', 'Mix',
-           'PixelContrast', 'PatchContrast', 'FeatureDistance']
+__all__ = ['with_detail', 'Pair', 'step_panels', 'shown_after', 'has_bf16', 'HalfPrecision', 'ema_decay', 'ema_', 'MeanTeacher',
+           'LossTerm', 'Mix', 'PixelContrast', 'PatchContrast', 'FeatureDistance']
 
 # %% ../nbs/15_callbacks.ipynb #e4da3b7f
 def with_detail(
@@ -41,6 +39,7 @@ def _part(cb):
 class Pair(Callback):
     "Unpack a pair batch and a prediction with features, and keep the mean supervised loss of the epoch"
     order,name = MixedPrecision.order+1,'pair'
+    saved,over_ranks = 'total n',dict(total='mean')
     def before_train(self): self.total,self.n = 0.,0
     def before_batch(self):
         if self.training and len(self.yb)>1:
@@ -55,6 +54,29 @@ class Pair(Callback):
         self.total,self.n = self.total+self.loss.detach(),self.n+1
     @property
     def mean(self): return float(self.total)/self.n if getattr(self, 'n', 0) else float('nan')
+
+# %% ../nbs/15_callbacks.ipynb #cbk00002
+def step_panels(
+    cb:Callback, # Its loader names the classes, if it has a `space`
+    rows:list, # See `pipa.draw.panels`
+    titles # One for each column
+): # A `pipa.draw.Fig`
+    "What a callback worked on, in the colours of the learner's classes"
+    return panels(rows, titles, getattr(cb.dls, 'space', None))
+
+def shown_after(
+    attr:str # Attribute that a batch leaves
+): # Decorator of a `show`; before a batch has left `attr`, it raises a `RuntimeError`
+    "Say so where there is nothing to show yet"
+    def needs(f):
+        @wraps(f)
+        def show(self, n:int=2):
+            if hasattr(self, attr): return f(self, n)
+            begins = f" (its term begins after {self.start} steps)" if getattr(self, 'start', 0) else ''
+            raise RuntimeError(f"{type(self).__name__} has worked on no batch yet{begins}, so there is nothing to show: "
+                               "call `fit` first.")
+        return show
+    return needs
 
 # %% ../nbs/15_callbacks.ipynb #5a7ea006
 def has_bf16()->bool:
@@ -75,51 +97,12 @@ def to_bf16(self:Learner):
     "Set `Learner` to bfloat16 mixed precision, on the device of its model"
     return self.add_cb(HalfPrecision())
 
-# %% ../nbs/15_callbacks.ipynb #8f14e45f
-def _show(rows, titles, **kw):
-    "A figure with a row of panels for each item; images are denormalised, maps get colours"
-    mean,std = (torch.tensor(o)[:,None,None] for o in (imagenet_mean, imagenet_std))
-    h,w = rows[0][0].shape[-2:]
-    fig,axs = plt.subplots(len(rows), len(titles), squeeze=False, figsize=(2.2*len(titles), 2.2*len(rows)*h/w+.3), dpi=75, layout='constrained')
-    plt.close(fig)
-    for line,row in zip(axs, rows):
-        for ax,o,t in zip(line, row, titles):
-            o = torch.as_tensor(o).as_subclass(Tensor).detach().cpu()
-            if o.ndim==3: ax.imshow((o.float()*std+mean).clamp(0,1).movedim(0,-1))
-            else: ax.imshow(o, **(dict(vmin=0, vmax=1) if o.is_floating_point() else dict(cmap='tab20', vmin=0, vmax=19, interpolation='nearest')))
-            ax.set_title(t, fontsize=8); ax.axis('off')
-    return fig
-
-# %% ../nbs/15_callbacks.ipynb #45c48cce
-def add_heads(
-    net:nn.Module, # A net with `widths` and `fused_dim`, see `pipa.models`
-    pixel_dim:int=256, # Length of a pixel embedding (the release)
-    patch_dim:int=128, # Length of a patch embedding (the release)
-    hidden:int|None=None # Width of the pixel head; defaults to the sum of the encoder's widths
-)->nn.Module: # The same net
-    "Give `net` the heads of the two contrast terms, where it has none yet"
-    dev = next(net.parameters()).device
-    if not hasattr(net, 'proj_head'): net.proj_head = ProjHead(net.widths, pixel_dim, hidden).to(dev)
-    if not hasattr(net, 'project'): net.project = PatchHead(net.fused_dim, patch_dim).to(dev)
-    return net
-
-def _after(attr):
-    "For a `show`: where a batch hasn't left `attr` yet, say so"
-    def needs(f):
-        @wraps(f)
-        def show(self, n:int=2):
-            if hasattr(self, attr): return f(self, n)
-            begins = f" (its term begins after {self.start} steps)" if getattr(self, 'start', 0) else ''
-            raise RuntimeError(f"{type(self).__name__} has worked on no batch yet{begins}, so there is nothing to show: call `fit` first.")
-        return show
-    return needs
-
 # %% ../nbs/15_callbacks.ipynb #pa1r0002
 @patch
 def show(self:Pair, n:int=2):
     "A fresh batch: source images, their labels, target images"
     x_s,y_s,x_t,*_ = self.dls.train.one_batch()
-    return _show([*zip(x_s[:n], y_s[:n], x_t[:n])], ('source', 'label', 'target'))
+    return step_panels(self, [*zip(x_s[:n], y_s[:n], x_t[:n])], ('source', 'label', 'target'))
 
 # %% ../nbs/15_callbacks.ipynb #c51ce410
 def ema_decay(
@@ -149,7 +132,7 @@ def ema_(
 # %% ../nbs/15_callbacks.ipynb #1f0e3dad
 class MeanTeacher(Callback):
     "Label the target with a moving average of the student"
-    order,name = Pair.order+1,'mean_teacher'
+    order,name,saved = Pair.order+1,'mean_teacher','teacher t'
     def __init__(self,
         alpha:float=.999, # Decay, see `ema_decay`
         thresh:float=.968, # Probability above which a pixel counts for trust (DACS)
@@ -169,7 +152,17 @@ class MeanTeacher(Callback):
     def before_batch(self):
         if not self.training: return
         self.todo = self.x_t,getattr(self, 'v_t', None)
-        for k in ('y_t','w_t'): vars(self.learn).pop(k, None)
+        vars(self).pop('labels', None)
+
+    @cached_property
+    def labels(self):
+        "The target's labels and the trust in them, found when they are first asked for"
+        x,v = self.todo
+        y,w = pseudo_label(self.logits(x).float(), self.thresh, self.trust)
+        if self.trust=='batch' and w.numel(): w = mean(w)
+        if v is not None: w = w*v
+        if any(self.margin): w = margins(w, *(round(m*x.shape[-2]) if m<1 else m for m in self.margin))
+        return y,w
 
     def after_step(self):
         self.t += 1
@@ -179,37 +172,21 @@ class MeanTeacher(Callback):
         if self.undo: self.teacher.load_state_dict(self.undo[0]); self.t = self.undo[1]
         self.undo = None
 
-# %% ../nbs/15_callbacks.ipynb #5a7ea002
-@patch
-def label(self:MeanTeacher):
-    "Leave `y_t` and `w_t` on the learner"
-    x,v = self.todo
-    y,w = pseudo_label(self.logits(x).float(), self.thresh, self.trust)
-    if v is not None: w = w*v
-    if any(self.margin): w = margins(w, *(round(m*x.shape[-2]) if m<1 else m for m in self.margin))
-    for k,o in (('y_t',y), ('w_t',w)): vars(self.learn).setdefault(k, o)
-
-def _asked(k):
-    "An attribute of the learner that the teacher finds when it's read"
-    def ask(learn): learn.mean_teacher.label(); return vars(learn)[k]
-    setattr(Learner, k, cached_property(ask))
-    getattr(Learner, k).__set_name__(Learner, k)
-
-_asked('y_t'); _asked('w_t')
-
 # %% ../nbs/15_callbacks.ipynb #98f13708
 @patch
-@_after('x_t')
+@shown_after('x_t')
 def show(self:MeanTeacher, n:int=2):
     "The last target images, their pseudo-labels and the trust in them"
-    return _show([*zip(self.x_t[:n], self.y_t[:n], self.w_t[:n])], ('target', 'pseudo-label', 'trust'))
+    y,w = self.labels
+    return step_panels(self, [*zip(self.x_t[:n], y[:n], w[:n])], ('target', 'pseudo-label', 'trust'))
 
 # %% ../nbs/15_callbacks.ipynb #1ff1de77
 def _no_teacher(cb): return ValueError(f"{type(cb).__name__} asks a teacher for labels, and there is none: add `MeanTeacher()` to the callbacks.")
 
 class LossTerm(Callback):
     "One loss of a method: `prepare`, `predict`, `score`; added with weight `w` from step `start` on"
-    order,run_valid,every,needs_teacher = MeanTeacher.order+1,False,1,False
+    order,run_valid,needs_teacher,alone = MeanTeacher.order+1,False,False,False
+    saved,over_ranks = 'steps total n count',dict(total='mean', count='sum')
     def __init__(self,
         w:float=1., # Weight in the sum
         start:int=0 # Steps before the term begins
@@ -227,9 +204,9 @@ class LossTerm(Callback):
         self.undo = None
 
     @property
-    def active(self): return self.steps>=self.start and (self.steps-self.start)%self.every==0
+    def active(self): return self.steps>=self.start
     def before_train(self): self.total,self.n,self.count = 0.,0,0
-    def before_batch(self): 
+    def before_batch(self):
         if self.active: self.prepare()
     def after_pred(self):
         if self.active: self.predict()
@@ -240,9 +217,8 @@ class LossTerm(Callback):
 def after_loss(self:LossTerm):
     if not self.active: return
     l,n = self.score()
-    w = self.w*self.every
-    self.learn.loss_grad = self.loss_grad + w*l*_part(self)
-    self.learn.loss = self.loss + w*l.detach()
+    self.learn.loss_grad = self.loss_grad + self.w*l*_part(self)
+    self.learn.loss = self.loss + self.w*l.detach()
     self.total,self.count,self.n = self.total + l.detach(),self.count + n,self.n + 1
 
 @patch(as_prop=True)
@@ -251,10 +227,8 @@ def mean(self:LossTerm): # Mean score of the epoch; NaN, shown as n/a, before th
 
 @patch(as_prop=True)
 def labels(self:LossTerm): # The target's labels and the trust in them; raises `ValueError` if nobody makes any
-    try: return self.y_t,self.w_t
-    except AttributeError:
-        if hasattr(self.learn, 'mean_teacher'): raise
-        raise _no_teacher(self) from None
+    if not hasattr(self.learn, 'mean_teacher'): raise _no_teacher(self)
+    return self.mean_teacher.labels
 
 @patch(as_prop=True)
 def per_step(self:LossTerm): # Pixels or places that were scored in a step of the epoch, on average
@@ -263,6 +237,7 @@ def per_step(self:LossTerm): # Pixels or places that were scored in a step of th
 # %% ../nbs/15_callbacks.ipynb #02e74f10
 class Mix(LossTerm):
     "Cross-entropy on source classes pasted into target images (DACS)"
+    alone = True
     def __init__(self,
         w:float=1., # Weight in the sum (DACS)
         start:int=0, # Steps before the term begins
@@ -270,9 +245,9 @@ class Mix(LossTerm):
         **aug # To `strong_augment`
     ): super().__init__(w, start); self.classes,self.aug = classes,aug
     def prepare(self):
-        m = class_mask(self.y, classes=self.classes)
+        m = mine(class_mask(whole_labels(self.y), classes=self.classes))
         x_m,y_m,w_m = class_mix(self.x, self.y, self.x_t, *self.labels, m)
-        self.b = strong_augment(x_m, **self.aug),y_m,w_m
+        self.b = strong_augment(x_m, of=place(), **self.aug),y_m,w_m
     def predict(self):
         self.pred_m,feats = self.model(self.b[0])
         self.detail = getattr(feats, 'detail', None)
@@ -282,10 +257,10 @@ class Mix(LossTerm):
 
 # %% ../nbs/15_callbacks.ipynb #33e75ff0
 @patch
-@_after('b')
+@shown_after('b')
 def show(self:Mix, n:int=2):
     "The last mixed images, their labels and the trust in them"
-    return _show([*zip(*[o[:n] for o in self.b])], ('mixed', 'label', 'trust'))
+    return step_panels(self, [*zip(*[o[:n] for o in self.b])], ('mixed', 'label', 'trust'))
 
 # %% ../nbs/15_callbacks.ipynb #e369853d
 class PixelContrast(LossTerm):
@@ -299,30 +274,32 @@ class PixelContrast(LossTerm):
         min_pixels:int|None=None, # Pixels that a class must have in an image; None: more than `max_views` (the release)
         form:str='released', # 'released' or 'paper', see `pipa.losses.sup_contrast`
     ):
-        super().__init__(w, start)
-        self.kw = dict(temp=temp, max_samples=max_samples, max_views=max_views, min_pixels=min_pixels, form=form)
+        super().__init__(w, start); store_attr('temp,max_samples,max_views,min_pixels,form')
     def predict(self):
         f = self.feats.finest
         self.emb,self.seen = self.model.proj_head(f.maps),(f.cut(self.x),f.cut(self.y))
     def score(self):
-        pred = self.feats.finest.cut(self.pred).detach().argmax(1)
-        return pixel_contrast(self.emb.float(), self.seen[1], pred, return_n=True, **self.kw)
+        e,y,pred = self.emb.float(),self.seen[1],self.feats.finest.cut(self.pred).detach().argmax(1)
+        y,pred = (whole_labels(nearest(o, e.shape[-2:])) for o in (y, pred))
+        i = sample_pixels(y, pred, self.max_samples, self.max_views, self.min_pixels)
+        l = sup_contrast(rows(e, i), labels_at(y, i), self.temp, form=self.form)
+        return l,own_places(i, e[0,0].numel())
 
 # %% ../nbs/15_callbacks.ipynb #1c383cd3
 @patch
-@_after('emb')
+@shown_after('emb')
 def show(self:PixelContrast, n:int=2):
     "The last source images and their embeddings, three principal directions as colours"
     e = self.emb[:n].detach().float().movedim(1,-1)
     z = e.flatten(0,-2); z = z-z.mean(0)
     c = (z @ torch.linalg.svd(z[:4096], full_matrices=False)[2][:3].T).reshape(*e.shape[:-1], 3).movedim(-1,1)
-    c = ((c/c.std((0,2,3), keepdim=True)/4+.5).clamp(0,1)-torch.tensor(imagenet_mean)[:,None,None])/torch.tensor(imagenet_std)[:,None,None]
-    return _show([*zip(*[o[:n] for o in self.seen], c)], ('source', 'label', 'embedding'))
+    c = (c/c.std((0,2,3), keepdim=True)/4+.5).clamp(0, 1).mul(255).byte()
+    return step_panels(self, [*zip(*[o[:n] for o in self.seen], c)], ('source', 'label', 'embedding'))
 
 # %% ../nbs/15_callbacks.ipynb #a5771bce
 class PatchContrast(LossTerm):
     "Contrast between two views of a target image (PiPa, patch-wise)"
-    needs_teacher = True
+    needs_teacher,alone,saved = True,True,f'{LossTerm.saved} bank'
     def __init__(self,
         w:float=.1, # Weight in the sum, the paper's β (the release; .01 on HRDA)
         start:int=0, # Steps before the term begins (the release: 10 000)
@@ -335,19 +312,18 @@ class PatchContrast(LossTerm):
         n_neg:int=1600, # Rivals that are remembered of each of the two crops and step (the release)
         keep:int=3, # Steps that are remembered (the release)
         form:str='released', # 'released' or 'paper', see `pipa.losses.patch_contrast`; the paper's has no memory
-        every:int=1, # Only in every n-th step, at n times the weight
     ):
-        super().__init__(w, start); store_attr('size,stride,iou,scale,temp,thresh,n_neg,keep,form,every')
+        super().__init__(w, start); store_attr('size,stride,iou,scale,temp,thresh,n_neg,keep,form')
         self.bank = []
 
     def prepare(self):
         self.fits()
-        c = self.crops = two_crops(self.x_t, self.size, self.stride, self.iou, self.scale)
+        c = self.crops = two_crops(self.x_t, self.size, self.stride, self.iou, self.scale, of=place())
         x = torch.cat([c.x_1, c.x_2])
         with torch.no_grad():
             p = F.avg_pool2d(self.mean_teacher.logits(x).float().softmax(1), self.stride)
         self.conf,self.lab = p.max(1)
-        self.x_c = torch.cat([crop_augment(c.x_1), crop_augment(c.x_2)])
+        self.x_c = torch.cat([crop_augment(o, of=place()) for o in (c.x_1, c.x_2)])
 
     def predict(self):
         f = self.model(self.x_c)[1].fused
@@ -358,9 +334,9 @@ class PatchContrast(LossTerm):
 @patch
 def negatives(self:PatchContrast, f, y):
     "Remember some embeddings of this step with their labels and return those of the last few"
-    f,y = f.detach().float().flatten(2).transpose(1,2),whole_labels(y).flatten()
+    y = whole_labels(y).flatten()
     i = torch.randperm(len(y), device=f.device)[:2*self.n_neg]
-    self.bank = (self.bank + [(rows(f, i), y[i])])[-self.keep:]
+    self.bank = (self.bank + [(rows(f.detach().float(), i), y[i])])[-self.keep:]
     return [torch.cat(o) for o in zip(*self.bank)]
 
 @patch
@@ -376,12 +352,13 @@ def score(self:PatchContrast):
     neg,y_neg = (None,None) if self.form=='paper' else self.negatives(self.f, self.lab)
     (f_1,f_2),(y_1,y_2),(c_1,c_2) = [aligned(*o.chunk(2), self.crops, self.stride) for o in (self.f.float(), self.lab, self.conf)]
     if neg is None: neg = all_rows(torch.cat([f_1,f_2]))
-    l,*n = patch_contrast(f_1, f_2, y_1, y_2, c_1, c_2, neg, y_neg, temp=self.temp, thresh=self.thresh, form=self.form, return_n=True)
-    return l,sum(n)
+    (a,n),(b,m) = patch_ways(f_1, f_2, y_1, y_2, c_1, c_2, neg, y_neg, self.temp, self.thresh, self.form)
+    s = share(n, m)
+    return a*s[0]+b*s[1],n+m
 
 # %% ../nbs/15_callbacks.ipynb #d645920e
 @patch
-@_after('crops')
+@shown_after('crops')
 def show(self:PatchContrast, n:int=2):
     "The last two crops of each image as the student saw them, and where they overlap (bright)"
     c,rows = self.crops,[]
@@ -391,11 +368,12 @@ def show(self:PatchContrast, n:int=2):
             m = torch.full(x.shape[-2:], .35); t,l,b,r = box.tolist(); m[t:b,l:r] = 1
             row.append(x*(m.flip(-1) if flip else m).to(x))
         rows.append(row)
-    return _show(rows, ('crop 1', 'crop 2'))
+    return step_panels(self, rows, ('crop 1', 'crop 2'))
 
 # %% ../nbs/15_callbacks.ipynb #67c6a1e7
 class FeatureDistance(LossTerm):
     "Keep the encoder's last map near that of the pretrained encoder, on things (DAFormer)"
+    saved = f'{LossTerm.saved} frozen'
     def __init__(self,
         classes, # Train ids of things
         w:float=.005, # Weight in the sum (DAFormer)
@@ -409,14 +387,17 @@ class FeatureDistance(LossTerm):
         self.seen,self.f = (self.x,self.y),self.feats.maps[-1].detach()
         x = getattr(self.model, 'context', noop)(self.x)
         with torch.no_grad(): self.f0 = getattr(self.frozen, 'maps', self.frozen)(x)[-1]
-    def score(self): return feat_dist(self.feats.maps[-1].float(), self.f0.float(), self.y, self.classes, self.min_ratio, return_n=True)
+    def score(self):
+        f,f0 = self.feats.maps[-1].float(),self.f0.float()
+        l,n = feat_dist(f, f0, self.y, self.classes, self.min_ratio, return_n=True)
+        return l*share(n)[0],n
 
 # %% ../nbs/15_callbacks.ipynb #a684ecee
 @patch
-@_after('seen')
+@shown_after('seen')
 def show(self:FeatureDistance, n:int=2):
     "The last source images, their labels, and how far each cell of a thing has moved: bright is far"
     x,y = (o[:n] for o in self.seen)
     d = (self.f[:n].float()-self.f0[:n].float()).norm(dim=1)
     d = F.interpolate(d[:,None], y.shape[-2:], mode='nearest')[:,0]*torch.isin(y, torch.as_tensor(self.classes, device=y.device))
-    return _show([*zip(x, y, d/d.max().clamp(min=1e-8))], ('source', 'label', 'moved'))
+    return step_panels(self, [*zip(x, y, d/d.max().clamp(min=1e-8))], ('source', 'label', 'moved'))

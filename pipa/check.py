@@ -12,7 +12,7 @@ from .data import (acdc, bdd100k, camvid, cityscapes, codes_space, dark_zurich, 
                        read_image, read_mask, synthia)
 from .sets.domains import Domain, class_numbers, read_numbers
 from .sets.rare import complaints, look, remember, write_file
-from .show import Fig, add_legend, grid, paint
+from .draw import Fig, add_legend, grid, paint
 
 # %% auto #0
 __all__ = ['sets', 'outline_fit', 'picture_key', 'unlike', 'alike', 'check_record', 'inspect', 'problems', 'same_pictures',

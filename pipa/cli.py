@@ -24,7 +24,8 @@ from .data import class_counts, minicity, folder, codes_space, uda_dls, write_fi
 from .basics import between, one_line, one_of, writable
 from .learner import uda_learner, method_cbs, host_terms, method_name
 from .checkpoints import save, load, space_of, save_hf, save_official, load_official
-from .runs.resume import Checkpoint, checkpoints, claim, same_ranks
+from .runs.resume import Checkpoint
+from .runs.state import checkpoints, claim, same_ranks
 from .guard import Guard
 from .runs.record import data_stamp, differences, read_config, repeat, revisions, seed_all
 from .metrics import iou, miou, iou_table, pixel_acc, Validator

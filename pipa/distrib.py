@@ -11,11 +11,10 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback, CSVLogger, ShowGraphCallback
 from fastai.learner import AvgLoss, AvgMetric
 from .data import PairDL
-from .metrics import MIoU, TermColumn, Validator
 from .ranks import start, place, total, same_, average_, same_draws, spread, unspread
 
 # %% auto #0
-__all__ = ['deal_dl', 'can_reduce', 'reduce_metric', 'reduce_terms', 'Ranks']
+__all__ = ['deal_dl', 'reduce_', 'Ranks']
 
 # %% ../nbs/17_distrib.ipynb #ds000007
 def deal_dl(
@@ -31,40 +30,21 @@ def deal_dl(
     return new
 
 # %% ../nbs/17_distrib.ipynb #ds000010
-def _sums(m):
-    "What a metric has added up: names of attributes, and how to put them back"
-    if isinstance(m, MIoU): return ['cm']
-    if isinstance(m, (AvgLoss, AvgMetric)): return ['total','count']
-    return []
+AvgLoss.over_ranks = AvgMetric.over_ranks = dict(total='sum', count='sum')   # fastai's own
 
-def can_reduce(
-    m # A metric
-)->bool:
-    "Can the sums of a metric be added up over ranks?"
-    return bool(_sums(m)) or isinstance(m, (TermColumn, Validator))
+def _meet(v, how):
+    "The sum or mean over the ranks of a number, a tensor, or a dictionary of them"
+    if isinstance(v, dict): return {k:_meet(o, how) for k,o in v.items()}
+    if isinstance(v, Tensor) and v.ndim: s = total(v if not v.is_floating_point() else v.double())
+    else: s = float(total(torch.tensor(float(v), dtype=torch.float64)))
+    return s/place()[1] if how=='mean' else s
 
-def reduce_metric(
-    m # A metric that has seen this rank's share; changed in place
+def reduce_(
+    o # A metric or callback with `over_ranks`; changed in place
 ):
-    "Make a metric what it would be if it had seen the images of all ranks"
-    for k in _sums(m):
-        v = getattr(m, k)
-        setattr(m, k, total(v) if isinstance(v, Tensor) and v.ndim else float(total(torch.tensor(float(v), dtype=torch.float64))))
-    if isinstance(m, Validator) and m.first is m and m.dl is None:
-        m.sums,m.n = {k:_total_of(v) for k,v in m.sums.items()},int(_total_of(m.n))
-
-def _total_of(v): return total(torch.as_tensor(v, dtype=torch.float64))
-
-def reduce_terms(
-    cbs # Callbacks, of which those with a running `total` are changed in place
-):
-    "Average the columns of the loss terms over the ranks"
-    cbs = [cb for cb in cbs if hasattr(cb, 'total') and hasattr(cb, 'mean')]
-    if not cbs: return
-    sums = total(torch.tensor([[float(cb.total), float(getattr(cb, 'count', 0))] for cb in cbs], dtype=torch.float64))
-    for cb,(t,c) in zip(cbs, sums.tolist()):
-        cb.total = t/place()[1]
-        if hasattr(cb, 'count'): cb.count = c
+    "Make the attributes that `o` names what they would be if it had seen the images of all ranks"
+    for k,how in o.over_ranks.items():
+        if hasattr(o, k): setattr(o, k, _meet(getattr(o, k), how))
 
 # %% ../nbs/17_distrib.ipynb #ds000013
 class Ranks(Callback):
@@ -129,11 +109,13 @@ def deal(self:Ranks):
 def before_validate(self:Ranks):
     self.world = start()[1]; self.rank,self.dealt = place()[0],False
     if self.world==1: return
-    self.dealt = not hasattr(self.learn, 'gather_preds') and all(map(can_reduce, self.recorder._valid_mets))
+    self.dealt = not hasattr(self.learn, 'gather_preds') and all(hasattr(m, 'over_ranks') for m in self.recorder._valid_mets)
     self.learn.dl = deal_dl(self.learn.dl, *((self.rank, self.world) if self.dealt else (0,1)))
 
 @patch
 def after_validate(self:Ranks):
-    if self.apart: reduce_terms(self.learn.cbs); self.apart = False
+    if self.apart:
+        for cb in self.learn.cbs.filter(lambda cb: hasattr(type(cb), 'over_ranks')): reduce_(cb)
+        self.apart = False
     if self.world==1 or not self.dealt: return
-    for m in self.recorder._valid_mets: reduce_metric(m)
+    for m in self.recorder._valid_mets: reduce_(m)

@@ -14,7 +14,7 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from fastai.callback.training import GradientAccumulation
 from .basics import one_line, one_of
 from .data import write_file
-from .callbacks import LossTerm, Pair, _show, _after
+from .callbacks import LossTerm, Pair, step_panels, shown_after
 from .metrics import TermColumn
 from .ranks import place, total
 
@@ -173,13 +173,13 @@ def sentence(self:Guard, text, files, file):
 
 # %% ../nbs/18_guard.ipynb #gua00044
 @patch
-@_after('batch')
+@shown_after('batch')
 def show(self:Guard, n:int=2):
     "Images and labels of the last batch; pixels that aren't finite are magenta"
     magenta = torch.tensor([9.,-9.,9.])[:,None,None]
     def image(x): return torch.where(x.isfinite().all(0), x.float(), magenta.to(x.device))
     def part(o): return [image(x) for x in o[:n]] if o.is_floating_point() else o[:n]
-    return _show([*zip(*map(part, self.batch))], ('source', 'label', 'target')[:len(self.batch)])
+    return step_panels(self, [*zip(*map(part, self.batch))], ('source', 'label', 'target')[:len(self.batch)])
 
 # %% ../nbs/18_guard.ipynb #gua00051
 def odd_columns(

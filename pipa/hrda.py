@@ -8,7 +8,8 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from .models import encoder, resize, Feats, Detail, DAFormerHead, SegNet
+from .encoders import encoder
+from .models import resize, Feats, Detail, DAFormerHead, SegNet
 
 # %% auto #0
 __all__ = ['cut', 'paste', 'detail_box', 'detail_boxes', 'within', 'blend', 'fill_up', 'HRDAHead', 'HRDANet', 'hrda']

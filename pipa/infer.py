@@ -10,7 +10,7 @@ from itertools import pairwise, product
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch import nn, Tensor
-from PIL import Image, ImageOps
+from PIL import Image
 from fastprogress.fastprogress import progress_bar
 from fastcore.meta import delegates
 from fastai.vision.core import imagenet_stats
@@ -18,26 +18,13 @@ from .labels import cityscapes
 from .basics import between
 from .models import get_logits, resize
 from .data import Domain, read_image, read_mask, write_file, _exts
+from .draw import as_image, label_image, overlay
 from .metrics import confusion, iou, iou_table
 
 # %% auto #0
-__all__ = ['as_image', 'fit_size', 'pixels', 'normalise', 'to_input', 'windows', 'whole', 'slide_bands', 'slide', 'label_rows',
-           'best_class', 'evaluating', 'looking', 'in_bands', 'logits', 'predict', 'evaluate', 'class_table',
-           'mean_table', 'overlay', 'raw_ids', 'find_images', 'predict_folder']
-
-# %% ../nbs/21_infer.ipynb #8f14e45f
-def as_image(
-    image # Path, PIL image, or uint8 array H×W×3 or H×W
-)->Image.Image: # RGB; raises `ValueError` for an unreadable file, `TypeError` for something that isn't a picture
-    "Any kind of picture as an upright RGB image"
-    if isinstance(image, (str,Path)): image = read_image(image)
-    if isinstance(image, Image.Image):
-        image = ImageOps.exif_transpose(image)
-        return image if image.mode=='RGB' else image.convert('RGB')
-    a = np.asarray(image)
-    if a.dtype==np.uint8 and (a.ndim==2 or a.ndim==3 and a.shape[-1] in (3,4)) and a.size: return Image.fromarray(a).convert('RGB')
-    raise TypeError(f"A picture is a path, a PIL image, or a uint8 array of shape H×W×3, not {a.dtype} of shape {a.shape}: "
-                    "an array of floats can be made one with `(a*255).astype('uint8')`.")
+__all__ = ['fit_size', 'pixels', 'normalise', 'to_input', 'windows', 'whole', 'slide_bands', 'slide', 'label_rows', 'best_class',
+           'evaluating', 'looking', 'in_bands', 'logits', 'predict', 'evaluate', 'class_table', 'mean_table', 'raw_ids',
+           'find_images', 'predict_folder']
 
 # %% ../nbs/21_infer.ipynb #6512bd43
 def fit_size(
@@ -320,24 +307,6 @@ def mean_table(
         return dict(mean=name, iou=iou, acc=a, classes=len(ids)-len(out), absent=', '.join(out))
     return pd.DataFrame([row('miou', range(space.n))] + [row(k, ids) for k,ids in space.subsets.items()])
 
-# %% ../nbs/21_infer.ipynb #d67d8ab4
-def _paint(y, space):
-    "Train ids, H×W uint8, as an RGB image: three bytes a pixel and nothing in between"
-    im = Image.fromarray(y); im.putpalette(space.color(np.arange(256)).ravel().tolist())
-    return im.convert('RGB')
-
-def overlay(
-    image, # Any picture, see `as_image`
-    y:np.ndarray, # Train ids, H×W; resized to the picture (nearest pixel) if need be
-    space, # `LabelSpace` with a `palette`
-    alpha:float=.5 # Strength of the colours: 0 shows the photo, 1 the colours
-)->np.ndarray: # H×W×3, uint8
-    "A picture with its label map laid over it"
-    image,y = as_image(image),np.asarray(y).astype(np.uint8)
-    if y.shape!=image.size[::-1]: y = np.array(Image.fromarray(y).resize(image.size, Image.NEAREST))
-    known = Image.fromarray((y<space.n).astype(np.uint8)*255)
-    return np.array(Image.composite(Image.blend(image, _paint(y, space), alpha), image, known))
-
 # %% ../nbs/21_infer.ipynb #3416a761
 def raw_ids(
     y:np.ndarray, # Train ids, any shape, uint8
@@ -372,7 +341,7 @@ def find_images(
 def _results(image, y, space, ids, alpha):
     "Pictures to write for one label map, by the end of their names"
     if ids=='raw': return {'': raw_ids(y, space)}
-    return dict(_labels=y, _color=np.array(_paint(y, space)), _overlay=overlay(image, y, space, alpha))
+    return dict(_labels=y, _color=np.array(label_image(y, space)), _overlay=overlay(image, y, space, alpha))
 
 def _save_png(file, a): write_file(file, lambda f: Image.fromarray(a).save(f, 'png'))
 

@@ -11,8 +11,7 @@ from torch import nn
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
-from .callbacks import LossTerm, Mix, PatchContrast
-from .baselines import MinEnt, MIC
+from .callbacks import LossTerm
 
 # %% auto #0
 __all__ = ['Kept', 'Lean', 'peak_memory']
@@ -48,20 +47,18 @@ class Kept:
 class Lean(Callback):
     "Backpropagate each loss as soon as it is made"
     order,run_valid = LossTerm.order-.5,False
-    def can_wait(self, cb):
-        return isinstance(cb, LossTerm) and getattr(cb, 'alone', isinstance(cb, (Mix, PatchContrast, MinEnt, MIC)))
     def before_fit(self):
-        self.alone = L(cb for cb in self.learn.cbs.sorted('order') if self.can_wait(cb))
+        self.terms = self.learn.cbs.sorted('order').filter(lambda cb: getattr(cb, 'alone', False))
         self.hold(False)   # a fit that was interrupted may have left them waiting
     def before_batch(self): self.hold(False)
     def after_pred(self): self.hold(True)
     def hold(self, wait):
-        for t in self.alone: t.run = not wait
+        for t in self.terms: t.run = not wait
 
     def after_backward(self):
         self.hold(False)
         amp,done = next((cb for cb in self.learn.cbs if isinstance(cb, MixedPrecision)), None),self.loss_grad.detach()
-        for t in self.alone.filter(lambda t: t.active):
+        for t in self.terms.filter(lambda t: t.active):
             with amp.autocast if amp else nullcontext(): t.predict()
             self.learn.loss_grad = torch.zeros_like(done)
             t.after_loss()

@@ -14,7 +14,7 @@ from .basics import between, one_of
 from .losses import weighted_ce
 from .metrics import MIoU, TeacherMIoU, TermColumn, validators, label_free
 from .checkpoints import load_pretrained
-from .models import light, segformer, daformer
+from .models import add_heads, light, segformer, daformer
 from .hrda import hrda
 from .callbacks import *
 from .baselines import MinEnt, AdvSeg, AdvEnt, FDA, MIC
@@ -85,7 +85,7 @@ def _in_range(alpha, thresh, trust, start, w_pixel, w_patch, host, pixel, patch,
     for o in (pixel, patch):
         one_of('form', o.get('form', 'released'), ('released', 'paper')); between('temp', o.get('temp', 1), 0, above=True)
     between('samples', pixel.get('max_samples', 1024), 2)
-    for k in ('n_neg', 'keep', 'every'): between(k, patch.get(k, 1), 1)
+    for k in ('n_neg', 'keep'): between(k, patch.get(k, 1), 1)
 
 # %% ../nbs/20_learner.ipynb #e4da3b7f
 def method_cbs(

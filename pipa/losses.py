@@ -4,21 +4,41 @@
 
 # %% ../nbs/02_losses.ipynb #c81e728d
 from __future__ import annotations
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 import torch, torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 # %% auto #0
-__all__ = ['weighted_ce', 'shrink_labels', 'feat_dist', 'sup_contrast', 'n_hard', 'group_sizes', 'random_rank', 'sample_pixels',
-           'pixel_contrast', 'patch_rows', 'patch_ways', 'patch_contrast']
+__all__ = ['at_hand', 'same_shapes', 'weighted_ce', 'shrink_labels', 'feat_dist', 'sup_contrast', 'n_hard', 'group_sizes',
+           'random_rank', 'sample_pixels', 'nearest', 'labels_at', 'pixel_contrast', 'patch_rows', 'patch_ways',
+           'patch_contrast']
 
 # %% ../nbs/02_losses.ipynb #e4da3b7f
 def _wide(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 def _full_precision(x):
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+# %% ../nbs/02_losses.ipynb #hand0001
+_same_shapes = None
+
+def at_hand(
+    x:Tensor, # Any
+)->bool:
+    "May shapes depend on the numbers of `x`? On a CPU they are at hand; elsewhere they would have to be waited for"
+    return x.is_cpu if _same_shapes is None else not _same_shapes
+
+@contextmanager
+def same_shapes(
+    on:bool=True, # Keep to the same shapes, as a GPU does? Else let them depend on numbers, as a CPU does
+):
+    "Within: compute on any device in the way of the other, to compare the two"
+    global _same_shapes
+    was,_same_shapes = _same_shapes,on
+    try: yield
+    finally: _same_shapes = was
 
 # %% ../nbs/02_losses.ipynb #8f14e45f
 def weighted_ce(
@@ -84,7 +104,6 @@ def sup_contrast(
     temp:float=.1, # Temperature of the softmax (PiPa and ContrastiveSeg: 0.1)
     base_temp:float=.07, # Scales the loss by `temp/base_temp` (release: 0.07)
     form:str='released', # 'released' (a partner against strangers) or 'paper' (a partner against all), see below
-    fixed:bool=False, # Score all pairs and keep those of a class? More work than finding them first, but nothing is waited for
 )->Tensor: # 0-dim; 0 if no two samples share a class, or all do
     "Supervised contrast: each sample's partners against all samples of other classes"
     with _full_precision(e):
@@ -95,11 +114,10 @@ def sup_contrast(
         n = partner.sum(1)
         if paper := _is_paper(form): base_temp = temp
         lse = s.masked_fill(void if paper else same | void, -torch.inf).logsumexp(1)
-        if fixed: l = lse[:,None]-s
-        else: i,j = partner.nonzero(as_tuple=True); l = lse[i]-s[i,j]
-        if not paper: l = F.softplus(l)
-        l = (l.masked_fill(~partner, 0)/n[:,None].clamp(min=1) if fixed else l/n[i]).sum()
-        return temp/base_temp * l/(n>0).sum().clamp(min=1)
+        cost = (lambda x: x) if paper else F.softplus
+        if at_hand(e): i,j = partner.nonzero(as_tuple=True); l = cost(lse[i]-s[i,j])/n[i]
+        else: l = cost(lse[:,None]-s).masked_fill(~partner, 0)/n[:,None].clamp(min=1)
+        return temp/base_temp * l.sum()/(n>0).sum().clamp(min=1)
 
 # %% ../nbs/02_losses.ipynb #a5bfc9e0
 def n_hard(
@@ -138,16 +156,15 @@ def sample_pixels(
     max_views:int=100, # Samples of a class in an image, at most (release: 100)
     min_pixels:int=None, # Pixels that a class must have in an image; `None`: more than `max_views`, as released
     ignore:int=255, # Label of void: never drawn
-    fixed:bool=False, # Give always `max_samples` positions (or all there are), -1 where nothing was drawn?
-)->Tensor: # Positions in `y.flatten()`, in rising order; none if no class qualifies
+)->Tensor: # Positions in `y.flatten()`, in rising order, none if no class qualifies; not on a CPU, `max_samples` of them, -1 where nothing was drawn
     "Draw the same number of pixels, half of them hard, for every class of every image"
-    y,k = y.long(),256
+    y,k,free = y.long(),256,at_hand(y)
     real = (y!=ignore).flatten()
-    i = torch.arange(len(real), device=y.device) if fixed else real.nonzero()[:,0]
+    i = real.nonzero()[:,0] if free else torch.arange(len(real), device=y.device)
     image = torch.arange(len(y), device=y.device).view(-1,1,1)
     wrong = 0 if pred is None else (pred!=y).long()
     g = ((image*k + y)*2 + wrong).flatten()
-    g = g.where(real, k*2*len(y)) if fixed else g[i]
+    g = g[i] if free else g.where(real, k*2*len(y))
     size = group_sizes(g, len(y)*k*2 + 2)
     easy,hard = size[:-2].view(-1,2).unbind(1)
     ok = easy+hard >= (max_views+1 if min_pixels is None else max(min_pixels, 1))
@@ -155,14 +172,25 @@ def sample_pixels(
     q = n_hard(easy, hard, n)
     quota = F.pad((torch.stack([n-q, q], 1)*ok[:,None]).flatten(), (0,2))
     drawn = random_rank(g, len(size)) < quota[g]
-    if not fixed: return i[drawn]
+    if free: return i[drawn]
     i = drawn.byte().argsort(descending=True, stable=True)[:max_samples]
     return i.where(drawn[i], -1)
 
 # %% ../nbs/02_losses.ipynb #9a115815
-def _nearest(y, size):
+def nearest(
+    y:Tensor|None, # Labels, `B x H x W`, or `None`
+    size:tuple, # Height and width to reach
+)->Tensor|None: # `B x h x w`; `y` itself if it has that size
+    "Labels at another size, each that of the nearest pixel"
     if y is None or y.shape[-2:] == size: return y
     return F.interpolate(y[:,None].float(), size, mode='nearest')[:,0].long()
+
+def labels_at(
+    y:Tensor, # Labels, `B x h x w`
+    i:Tensor, # Positions in `y.flatten()`, from `sample_pixels`
+)->Tensor: # `len(i)`, -1 where nothing was drawn
+    "The labels of drawn pixels"
+    return y.flatten()[i].long().where(i>=0, -1)
 
 def pixel_contrast(
     emb:Tensor, # Embeddings of length 1, `B x D x h x w`
@@ -176,15 +204,12 @@ def pixel_contrast(
     min_pixels:int=None, # See `sample_pixels`
     form:str='released', # See `sup_contrast`
     return_n:bool=False, # Also return how many pixels took part, for the log?
-    fixed:bool|None=None, # The same shapes at each step, so that nothing is waited for? `None`: anywhere but on a CPU
 )->Tensor: # 0-dim, without the weight (release: 0.1), or a tuple of it and a number; 0 if no class qualifies
     "Supervised contrast of pixels that are drawn evenly from all classes of all images"
-    y,pred = (_nearest(o, emb.shape[-2:]) for o in (y,pred))
-    if fixed is None: fixed = not emb.is_cpu
-    i = sample_pixels(y, pred, max_samples, max_views, min_pixels, ignore, fixed)
-    hw = emb.shape[-2]*emb.shape[-1]
-    l = sup_contrast(emb.flatten(2)[i//hw, :, i%hw], y.flatten()[i].long().where(i>=0, -1), temp, base_temp, form, fixed)
-    return (l, (i>=0).sum() if fixed else len(i)) if return_n else l
+    y,pred = (nearest(o, emb.shape[-2:]) for o in (y,pred))
+    i,hw = sample_pixels(y, pred, max_samples, max_views, min_pixels, ignore),emb.shape[-2]*emb.shape[-1]
+    l = sup_contrast(emb.flatten(2)[i//hw, :, i%hw], labels_at(y, i), temp, base_temp, form)
+    return (l, (i>=0).sum()) if return_n else l
 
 # %% ../nbs/02_losses.ipynb #66f041e1
 def patch_rows(
@@ -213,13 +238,13 @@ class _Rivals(Function):
     def backward(ctx, d): return d[:,None]*ctx.saved_tensors[0], None, None, None, None, None
 
 # %% ../nbs/02_losses.ipynb #fc490ca4
-def _one_way(f, g, y, m, neg, y_neg, temp, fixed):
+def _one_way(f, g, y, m, neg, y_neg, temp):
     "Mean loss of the rows of `f` that are in `m` and pulled to `g`, and how many; at most two million scores are held at once"
-    if not fixed: i = m.nonzero()[:,0]; f,g,y,m = f[i],g[i],y[i],m[i]
-    n = m.sum() if fixed else len(f)
+    if at_hand(f): i = m.nonzero()[:,0]; f,g,y,m = f[i],g[i],y[i],m[i]
+    n = m.sum()
     if not len(f) or not len(neg): return f.sum()*0,n
     l = F.softplus(_Rivals.apply(f, y, neg.detach(), y_neg, temp, max(2**21//len(neg), 1)) - (f*g).sum(1)/temp)
-    return (l.masked_fill(~m, 0).sum()/n.clamp(min=1) if fixed else l.mean()),n
+    return l.masked_fill(~m, 0).sum()/n.clamp(min=1),n
 
 def _among_all(f, g, every, temp):
     "Mean loss of the rows of `f`, whose partners in `g` are scored among `every`, and how many; scores are made in pieces, and again in the backward pass"
@@ -239,16 +264,14 @@ def patch_ways(
     y_neg:Tensor, # Its labels, `M`
     temp:float=.1, # Temperature (release: 0.1)
     thresh:float=.9, # Confidence above which a view may teach (release: 0.9)
-    form:str='released', # 'released' or 'paper'
-    fixed:bool|None=None # All rows scored?
+    form:str='released' # 'released' or 'paper'
 )->tuple: # For each direction the mean loss of its rows, 0-dim, and their number
     "Each direction of `patch_contrast` by itself"
-    if fixed is None: fixed = not f_1.is_cpu
     with _full_precision(f_1):
         f_1,f_2,neg = map(_wide, (f_1,f_2,neg))
         if _is_paper(form): return _among_all(f_1, f_2, neg, temp),_among_all(f_2, f_1, neg, temp)
         a,b = patch_rows(c_1, c_2, thresh),patch_rows(c_2, c_1, thresh)
-        return _one_way(f_1, f_2.detach(), y_1, a, neg, y_neg, temp, fixed),_one_way(f_2, f_1.detach(), y_2, b, neg, y_neg, temp, fixed)
+        return _one_way(f_1, f_2.detach(), y_1, a, neg, y_neg, temp),_one_way(f_2, f_1.detach(), y_2, b, neg, y_neg, temp)
 
 # %% ../nbs/02_losses.ipynb #fx000010
 def patch_contrast(
@@ -264,8 +287,7 @@ def patch_contrast(
     thresh:float=.9, # See `patch_rows`
     form:str='released', # 'released' (surer views teach, rivals of other classes) or 'paper' (every place learns, among all), see below
     return_n:bool=False, # Also return how many rows counted in each direction, for the log?
-    fixed:bool|None=None, # Score all rows and keep those that count, so that nothing is waited for? `None`: anywhere but on a CPU
 )->Tensor: # 0-dim, both directions summed, without the weight (release: 0.1), or a tuple of it and two numbers
     "Pull each place towards its surer view in the other crop, push it from places of other classes"
-    (a,n),(b,m) = patch_ways(f_1, f_2, y_1, y_2, c_1, c_2, neg, y_neg, temp, thresh, form, fixed)
+    (a,n),(b,m) = patch_ways(f_1, f_2, y_1, y_2, c_1, c_2, neg, y_neg, temp, thresh, form)
     return (a+b, n, m) if return_n else a+b

@@ -69,6 +69,7 @@ def iou_table(cm:Tensor, # Confusion matrix `n×n`
 # %% ../nbs/04_metrics.ipynb #3c59dc04
 class MIoU(Metric):
     "Mean IoU of the student over a whole validation set"
+    over_ranks = dict(cm='sum')   # see `pipa.distrib.reduce_`
     def __init__(self,
                  n:int, # Number of classes
                  classes:list|None=None, # Classes to average over; None: all
@@ -115,6 +116,7 @@ class TeacherMIoU(MIoU):
 # %% ../nbs/04_metrics.ipynb #34173cb3
 class TermColumn(Metric):
     "A column with what a loss term says of the last training epoch"
+    over_ranks = {}
     def __init__(self,
                  term, # Has an attribute `what`, a float
                  name:str, # Head of the column
@@ -195,6 +197,8 @@ class Validator(Metric):
         self._name,self.dl,self.first,self.names,self.sums,self.n = name,dl,first or self,[],{},0
         self.first.names.append(name)
 
+    @property
+    def over_ranks(self): return dict(sums='sum', n='sum') if self.first is self and self.dl is None else {}
     def reset(self): self.sums,self.n = dict.fromkeys(self.names, 0.),0
     def add(self, learn, x, z):
         for k in self.names: self.sums[k] = self.sums[k] + label_free[k](learn, x, z)*len(x)

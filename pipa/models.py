@@ -10,18 +10,15 @@ from difflib import get_close_matches
 from operator import itemgetter
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from torch.amp import custom_fwd, custom_bwd
-from torch.autograd import Function
 from torchvision.models import resnet101
 from fastcore.meta import delegates
-from .mit import mit, mit_sizes
-from .encoders import lite
-from .fast import winograd, pays, to_first
+from .mit import mit
+from .encoders import encoder
 
 # %% auto #0
-__all__ = ['Feats', 'Detail', 'resize', 'mix_maps', 'dilated', 'ConvBN', 'SepConvBN', 'SepASPP', 'Embed', 'DAFormerHead',
-           'SegFormerHead', 'SegNet', 'encoder', 'daformer', 'segformer', 'light', 'ResNetV1c', 'DeepLabHead',
-           'deeplabv2', 'ProjHead', 'PatchHead', 'get_logits', 'get_layer', 'run_with', 'Adapter', 'adapt']
+__all__ = ['Feats', 'Detail', 'resize', 'mix_maps', 'ConvBN', 'SepConvBN', 'MixBN', 'SepASPP', 'Embed', 'DAFormerHead',
+           'SegFormerHead', 'SegNet', 'daformer', 'segformer', 'light', 'ResNetV1c', 'DeepLabHead', 'deeplabv2',
+           'ProjHead', 'PatchHead', 'add_heads', 'get_logits', 'get_layer', 'run_with', 'Adapter', 'adapt']
 
 # %% ../nbs/07_models.ipynb #e4da3b7f
 class Feats(tuple):
@@ -73,46 +70,6 @@ def mix_maps(maps:list,     # Maps, each B×C_i×h_i×w_i; the first one gives t
     for y_i in ys[1:]: y = y+resize(y_i, y.shape[-2:], align_corners)
     return y
 
-# %% ../nbs/07_models.ipynb #5d11a002
-def _shifted(n, o): return slice(max(0, o), n+min(0, o)),slice(max(0, -o), n-max(0, o))
-
-def _taps(x, y, w, d):
-    "A few channels at a time, each tap, and the windows of map and output that meet through it"
-    k = max(1, 2**18//x[:,0].numel())
-    for x,y,w in zip(x.split(k, 1), y.split(k, 1), w.split(k)):
-        for i in range(w.shape[2]):
-            for j in range(w.shape[3]):
-                (r,r_y),(c,c_y) = (_shifted(n, d*(o-m//2)) for n,o,m in zip(x.shape[2:], (i,j), w.shape[2:]))
-                if r.start<r.stop and c.start<c.stop: yield x[:,:,r,c],y[:,:,r_y,c_y],w[:,0,i,j]
-
-def _sum_of_taps(x, w, d):
-    y = torch.zeros_like(x)
-    for p,q,t in _taps(x, y, w, d): q.addcmul_(p, t[:,None,None])
-    return y
-
-class _Dilated(Function):
-    @staticmethod
-    @custom_fwd(device_type='cpu', cast_inputs=torch.float32)
-    def forward(ctx, x, w, d):
-        ctx.save_for_backward(x, w); ctx.d = d
-        return _sum_of_taps(x.contiguous(), w, d)
-
-    @staticmethod
-    @custom_bwd(device_type='cpu')
-    def backward(ctx, g):
-        (x,w),g = ctx.saved_tensors,g.contiguous()
-        g_w = torch.zeros_like(w)
-        for p,q,t in _taps(x, g, g_w, ctx.d): t.copy_((p*q).sum((0,2,3)))
-        return _sum_of_taps(g, w.flip(2,3), ctx.d) if ctx.needs_input_grad[0] else None,g_w,None
-
-def dilated(
-    x:Tensor, # Map, B×C×h×w
-    w:Tensor, # A kernel for each channel, C×1×k×k, k odd
-    dilation:int=1 # Distance between its taps, in pixels
-)->Tensor: # Map of the same size
-    "Depthwise dilated convolution that a busy CPU is quick at, forward and backward"
-    return _Dilated.apply(x, w, dilation)
-
 # %% ../nbs/07_models.ipynb #c51ce410
 class ConvBN(nn.Module):
     "Convolution without bias, BatchNorm, ReLU; the size of the map stays"
@@ -128,14 +85,8 @@ class ConvBN(nn.Module):
         self.bn = nn.BatchNorm2d(c)
         nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
 
-    def run(self, x):
-        c = self.conv
-        if not self.training or x.device.type!='cpu': return c(x)
-        if c.groups==c.in_channels==c.out_channels and c.dilation[0]>1: return dilated(x, c.weight, c.dilation[0])
-        return winograd(x, c.weight) if c.groups==1 and c.dilation==(1,1) and pays(x, c.weight) else c(x)
     def act(self, x): return F.relu(self.bn(x), inplace=True)
-
-    def forward(self, x): return self.act(mix_maps(x, self.conv.weight) if isinstance(x, list) else self.run(x))
+    def forward(self, x): return self.act(self.conv(x))
 
 class SepConvBN(nn.Module):
     "Depthwise 3×3 `ConvBN`, then a pointwise one"
@@ -146,16 +97,12 @@ class SepConvBN(nn.Module):
 
     def forward(self, x): return self.pointwise_conv(self.depthwise_conv(x))
 
-# %% ../nbs/07_models.ipynb #70efdf2e
-class _Planes(Function):
-    "The map channel by channel, in 32 bits at least, once for all branches"
-    @staticmethod
-    def forward(ctx, x):
-        y = x if x.is_contiguous() else to_first(x.permute(0,2,3,1))
-        return y.to(torch.promote_types(y.dtype, torch.float32))
-    @staticmethod
-    def backward(ctx, g): return g
+class MixBN(ConvBN):
+    "1×1 `ConvBN` over a list of maps, see `mix_maps`"
+    def __init__(self, c_in:int, c:int): super().__init__(c_in, c) # Channels of all maps together, and out
+    def forward(self, maps): return self.act(mix_maps(maps, self.conv.weight))
 
+# %% ../nbs/07_models.ipynb #70efdf2e
 class SepASPP(nn.Module):
     "Views of different width over the stacked maps, merged by a 3×3 convolution"
     def __init__(self,
@@ -164,13 +111,12 @@ class SepASPP(nn.Module):
                  dilations:tuple=(1,6,12,18) # One branch each; 1 is a plain 1×1 (DAFormer's numbers)
     ):
         super().__init__()
-        self.aspp_modules = nn.ModuleList(ConvBN(c_in, c) if d==1 else SepConvBN(c_in, c, d) for d in dilations)
+        self.aspp_modules = nn.ModuleList(MixBN(c_in, c) if d==1 else SepConvBN(c_in, c, d) for d in dilations)
         self.bottleneck = ConvBN(c*len(dilations), c, 3)
 
-    def forward(self, maps):
-        x = torch.cat([resize(m, maps[0].shape[-2:]) for m in maps], 1)
-        x = _Planes.apply(x) if self.training and x.device.type=='cpu' else x.contiguous()
-        return self.bottleneck(torch.cat([m(maps if isinstance(m, ConvBN) else x) for m in self.aspp_modules], 1))
+    def stack(self, maps): return torch.cat([resize(m, maps[0].shape[-2:]) for m in maps], 1)
+    def look(self, maps, x): return torch.cat([m(maps if isinstance(m, MixBN) else x) for m in self.aspp_modules], 1)
+    def forward(self, maps): return self.bottleneck(self.look(maps, self.stack(maps).contiguous()))
 
 # %% ../nbs/07_models.ipynb #1f0e3dad
 class Embed(nn.Module):
@@ -193,7 +139,7 @@ class DAFormerHead(nn.Module):
         super().__init__()
         self.dim,self.n_out,n = dim,n_out,dim*len(widths)
         self.embed_layers = nn.ModuleList(Embed(c, dim) for c in widths)
-        self.fuse_layer = SepASPP(n, dim, dilations) if dilations else ConvBN(n, dim)
+        self.fuse_layer = SepASPP(n, dim, dilations) if dilations else MixBN(n, dim)
         self.dropout,self.conv_seg = nn.Dropout2d(drop),nn.Conv2d(dim, n_out, 1)
         nn.init.normal_(self.conv_seg.weight, std=.01); nn.init.zeros_(self.conv_seg.bias)
 
@@ -243,17 +189,6 @@ class SegNet(nn.Module):
         fused = self.decode_head.fuse(maps)
         logits = self.decode_head.classify(fused)
         return (logits, Feats(maps, fused)) if self.training else resize(logits, x.shape[-2:])
-
-# %% ../nbs/07_models.ipynb #lite1001
-@delegates(mit, but='arch')
-def encoder(
-    arch:str='mit_b0', # `'mit_b0'` … `'mit_b5'` or `'lite0'`; another name raises a `ValueError`
-    **kwargs
-)->nn.Module: # Encoder with random weights and its `widths`
-    "Encoder named `arch`"
-    names = {**dict.fromkeys(mit_sizes, mit), 'lite0':lite}
-    if arch not in names: raise ValueError(f"No encoder is named {arch!r}: choose one of {', '.join(names)}.")
-    return names[arch](arch, **kwargs)
 
 # %% ../nbs/07_models.ipynb #c16a5320
 def _net(make, head, arch, n_out, dim, **kwargs):
@@ -356,6 +291,19 @@ class PatchHead(nn.Sequential):
     ): super().__init__(nn.Conv2d(n_in, n_in, 1), nn.ReLU(), nn.Conv2d(n_in, dim, 1))
 
     def forward(self, x): return F.normalize(super().forward(x), dim=1)
+
+# %% ../nbs/07_models.ipynb #hds00002
+def add_heads(
+    net:nn.Module, # A net with `widths` and `fused_dim`, see `pipa.models`
+    pixel_dim:int=256, # Length of a pixel embedding (the release)
+    patch_dim:int=128, # Length of a patch embedding (the release)
+    hidden:int|None=None # Width of the pixel head; defaults to the sum of the encoder's widths
+)->nn.Module: # The same net
+    "Give `net` the heads of the two contrast terms, where it has none yet"
+    dev = next(net.parameters()).device
+    if not hasattr(net, 'proj_head'): net.proj_head = ProjHead(net.widths, pixel_dim, hidden).to(dev)
+    if not hasattr(net, 'project'): net.project = PatchHead(net.fused_dim, patch_dim).to(dev)
+    return net
 
 # %% ../nbs/07_models.ipynb #9f61408e
 def get_logits(out): # A tensor, a mapping with 'out', or an object with `logits`; else a `TypeError`

@@ -4,111 +4,18 @@
 
 # %% ../nbs/22_show.ipynb #c81e728d
 from __future__ import annotations
-import io
 from pathlib import Path
 import numpy as np, pandas as pd, torch, seaborn as sns
 from torch import Tensor
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from fastcore.basics import patch, in_ipython
-from fastai.vision.core import imagenet_stats
-from .infer import as_image, overlay
+from .draw import Fig, add_legend, grid, paint
 from .metrics import iou, miou, label_free
-from .data import PairDL, EvalDL, write_file
+from .data import PairDL, EvalDL
 from .learner import host_terms
 
 # %% auto #0
-__all__ = ['methods', 'Fig', 'denorm', 'rgb', 'add_legend', 'grid', 'paint', 'show_seg', 'show_pair', 'result_picture',
-           'show_batch', 'show_results', 'curves', 'iou_bars', 'confusion_picture', 'read_results', 'usual',
-           'results_table', 'results_markdown', 'results_picture']
-
-# %% ../nbs/22_show.ipynb #e4da3b7f
-class Fig(Figure):
-    "A matplotlib figure that no list keeps, and that notebooks show"
-    def __init__(self, *args, layout='constrained', dpi=75, **kwargs): super().__init__(*args, layout=layout, dpi=dpi, **kwargs)
-    def _repr_png_(self):
-        f = io.BytesIO()
-        self.savefig(f, format='png', bbox_inches='tight')
-        return f.getvalue()
-    def to_png(self, file, dpi=100): # Where to, and dots per inch
-        "Write the picture, whole or not at all"
-        write_file(file, lambda f: self.savefig(f, format='png', dpi=dpi))
-
-# %% ../nbs/22_show.ipynb #c9f0f895
-def denorm(
-    x:Tensor # Normalised images, `… × 3 × H × W`
-)->np.ndarray: # `… × H × W × 3`, uint8
-    "Turn normalised images back into pixels"
-    mean,std = (torch.tensor(o)[:,None,None] for o in imagenet_stats)
-    x = torch.as_tensor(x).as_subclass(Tensor).detach().float().cpu()*std+mean
-    return (x.nan_to_num(0).clamp(0, 1)*255).round().to(torch.uint8).movedim(-3, -1).numpy()
-
-def rgb(
-    x # A normalised tensor 3×H×W, or any picture that `pipa.infer.as_image` takes
-)->np.ndarray: # H×W×3, uint8
-    "Any image as pixels"
-    return denorm(x) if isinstance(x, Tensor) and x.is_floating_point() else np.array(as_image(x.numpy() if isinstance(x, Tensor) else x))
-
-# %% ../nbs/22_show.ipynb #6512bd43
-def _np(y): return None if y is None else np.asarray(y.cpu() if isinstance(y, Tensor) else y)
-
-def _present(ys, space):
-    n = sum(np.bincount(_np(y).ravel().astype(int), minlength=256)[:space.n] for y in ys if y is not None)
-    return np.flatnonzero(n).tolist()
-
-def add_legend(
-    fig:Figure, # Gets the legend, below everything
-    ys:list, # Label maps; the classes that are in them are named
-    space # `LabelSpace`
-)->Figure: # `fig`
-    "Name the classes in some label maps"
-    hs = [Patch(facecolor=np.array(space.palette[c])/255, edgecolor='k', linewidth=.3, label=space.codes[c]) for c in _present(ys, space)]
-    if not hs: return fig
-    n_rows = -(-len(hs)//max(2, int(fig.get_figwidth()/1.05)))
-    fig.set_figheight(fig.get_figheight() + .1 + .2*n_rows)
-    fig.legend(handles=hs, loc='outside lower center', ncols=-(-len(hs)//n_rows), fontsize=8, frameon=False, handlelength=1, columnspacing=1)
-    return fig
-
-# %% ../nbs/22_show.ipynb #c20ad4d7
-def grid(
-    rows:list, # A list of pictures for each row; None leaves a hole
-    titles:list=(), # One for each column
-    width:float=2.6 # Width of a column, inches
-)->Fig:
-    "Pictures in rows and columns"
-    rows = [[None if o is None else rgb(o) for o in row] for row in rows]
-    if not rows or not any(o is not None for row in rows for o in row): raise ValueError("There is no picture to show: the list of rows is empty.")
-    n = max(map(len, rows))
-    hs = [np.clip(max([o.shape[0]/o.shape[1] for o in row if o is not None], default=.1), .1, 3) for row in rows]
-    fig = Fig(figsize=(width*n, width*sum(hs)+.25))
-    fig.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=.01, hspace=.01)
-    for i,axs in enumerate(fig.subplots(len(rows), n, squeeze=False, height_ratios=hs)):
-        for j,ax in enumerate(axs):
-            ax.set_axis_off()
-            if i==0 and j<len(titles): ax.set_title(titles[j], fontsize=10)
-            if j<len(rows[i]) and rows[i][j] is not None: ax.imshow(rows[i][j])
-    return fig
-
-# %% ../nbs/22_show.ipynb #c51ce410
-def paint(
-    x, # Image, see `rgb`
-    y, # Train ids, H×W, or None for the image alone
-    space, # `LabelSpace`
-    alpha:float=.6 # Strength of the colours: 0 shows the image, 1 the colours
-)->np.ndarray: # H×W×3, uint8
-    "An image with its labels laid over it"
-    return rgb(x) if y is None else overlay(rgb(x), _np(y), space, alpha)
-
-def show_seg(
-    x, # Image: a normalised tensor 3×H×W, a path, a PIL image or uint8 pixels
-    y=None, # Train ids, H×W (of another size if you like); None shows the image alone
-    space=None, # `LabelSpace`, needed with `y`
-    alpha:float=.6, # Strength of the colours: 0 shows the image, 1 the colours
-    title:str='' # Above the picture
-)->Fig:
-    "One image, its labels, and their names"
-    if y is not None and space is None: raise ValueError("Labels are numbers: give the `space` that says what they mean.")
-    return add_legend(grid([[paint(x, y, space, alpha)]], [title], width=4.5), [y], space)
+__all__ = ['methods', 'show_pair', 'result_picture', 'show_batch', 'show_results', 'curves', 'iou_bars', 'confusion_picture',
+           'read_results', 'usual', 'results_table', 'results_markdown', 'results_picture']
 
 # %% ../nbs/22_show.ipynb #70efdf2e
 def show_pair(

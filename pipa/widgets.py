@@ -14,7 +14,7 @@ from .infer import evaluating, whole
 from .mix import pseudo_label, class_mask, class_mix, strong_augment, block_mask
 from .look.patch_explorer import PatchConsistency
 from .look.pixel_explorer import PixelEmbeddingExplorer
-from .show import Fig, grid, denorm, paint
+from .draw import Fig, grid, denorm, paint
 from .look.surface import Page, Surface, rgba, colored, img_tag, on_dark, control_row, pick, slide, width
 
 _own_pages = PixelEmbeddingExplorer,PatchConsistency

@@ -2,7 +2,7 @@
 import json, sys
 import pandas as pd, pytest, torch
 import pipa.bench.parts as B
-from pipa.callbacks import add_heads
+from pipa.models import add_heads
 from pipa.hrda import hrda
 from pipa.models import daformer, light, segformer
 

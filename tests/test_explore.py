@@ -5,7 +5,8 @@ from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
 from matplotlib.path import Path as Outline
 from pipa.look import views as E
-from pipa.callbacks import MeanTeacher, Mix, Pair, add_heads
+from pipa.callbacks import MeanTeacher, Mix, Pair
+from pipa.models import add_heads
 from pipa.labels import label_space
 from pipa.models import light, adapt
 from tiny import toy, fit

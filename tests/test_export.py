@@ -4,7 +4,7 @@ import numpy as np, onnx, onnxruntime as ort, pytest, torch
 from fastai.learner import Learner, load_learner
 from torch import nn
 from pipa import export as E
-from pipa.callbacks import add_heads
+from pipa.models import add_heads
 from pipa.checkpoints import space_of
 from pipa.data import folder, uda_dls
 from pipa.infer import evaluate, predict

@@ -1,8 +1,8 @@
 "Winograd's convolution: against torch's in double precision, in value and gradient, and where nets use it"
 import numpy as np, pytest, torch, torch.nn.functional as F
-import pipa.models as M
-from pipa.models import ConvBN
-from pipa.fast import pays, toom_cook, winograd
+import pipa.fast as W
+from pipa.models import ConvBN, SepConvBN, daformer
+from pipa.fast import fast, pays, toom_cook, winograd
 
 def grads(f, x, w, g):
     x,w = x.clone().requires_grad_(),w.clone().requires_grad_()
@@ -43,11 +43,38 @@ def test_nan_and_infinity_stay_visible():
     assert torch.isnan(winograd(x, torch.randn(2,2,3,3))[0,:,3:6,3:6]).all()
 
 def test_nets_use_it_in_training_alone(monkeypatch):
-    used,wide,x = [],ConvBN(128,128,3),torch.randn(2,128,40,36)
-    monkeypatch.setattr(M, 'winograd', lambda x, w: used.append(1) or winograd(x, w))
-    y = wide.run(x); assert used==[1] and (y-direct(x, wide.conv.weight)).norm()<3e-6*y.norm()
-    with torch.autocast('cpu', torch.bfloat16): wide.run(x)
-    wide.run(x[...,:8]); wide.eval().run(x); wide.double().train().run(x.double())
-    ConvBN(128,128,3,dilation=2).run(x); ConvBN(128,128).run(x); ConvBN(128,128,3,groups=128).run(x); ConvBN(128,64,3).run(x)
+    used,wide,x = [],fast(ConvBN(128,128,3)),torch.randn(2,128,40,36)
+    monkeypatch.setattr(W, 'winograd', lambda x, w: used.append(1) or winograd(x, w))
+    y,want = wide(x),wide.act(direct(x, wide.conv.weight)); assert used==[1] and (y-want).norm()<3e-6*want.norm()
+    with torch.autocast('cpu', torch.bfloat16): wide(x)
+    wide(x[...,:8]); wide.eval()(x); wide.double().train()(x.double())
+    for o in (ConvBN(128,128,3,dilation=2), ConvBN(128,128), ConvBN(128,128,3,groups=128), ConvBN(128,64,3)): fast(o)(x)
     assert used==[1] and pays(x, torch.empty(128,128,3,3))
-    assert torch.equal(wide.float().eval().run(x), direct(x, wide.conv.weight))
+    assert torch.equal(wide.float().eval()(x), wide.act(direct(x, wide.conv.weight)))
+
+def test_only_what_the_commands_made_fast_is(monkeypatch):
+    "The net itself takes torch's ways, whoever trains it"
+    for k in ('winograd', 'dilated'): monkeypatch.setattr(W, k, lambda *_: pytest.fail('a plain net took the fast way'))
+    net = daformer('mit_b0', n_out=3).train(); net(torch.randn(2,3,64,64))
+    with pytest.raises(pytest.fail.Exception, match='the fast way'): fast(net)(torch.randn(2,3,64,64))
+
+@pytest.mark.parametrize('d', [2,6,18])
+@pytest.mark.parametrize('hw', [(7,16),(20,33),(1,1)])
+def test_dilated_depthwise_gradients(d, hw):
+    "As torch's own, in a module that trains, for maps smaller than the reach of the kernel, too"
+    torch.manual_seed(0)
+    m = fast(ConvBN(8, 8, 3, d, groups=8)).double()
+    x = torch.randn(2, 8, *hw, dtype=torch.double, requires_grad=True)
+    y = F.relu(m.bn(m.conv(x))); g = torch.randn_like(y)
+    want = torch.autograd.grad(y, (x, m.conv.weight), g)
+    for a,b in zip(torch.autograd.grad(m(x), (x, m.conv.weight), g), want): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+def test_dilated_depthwise_under_autocast_and_without_grad():
+    torch.manual_seed(0)
+    m,x = fast(SepConvBN(8, 4, 6)),torch.randn(2, 8, 16, 16)
+    want = m(x); want.sum().backward(); g = m.depthwise_conv.conv.weight.grad.clone(); m.zero_grad()
+    with torch.autocast('cpu', torch.bfloat16): got = m(x)
+    got.float().sum().backward()
+    assert m.depthwise_conv.conv.weight.grad.dtype==torch.float32 and torch.isfinite(g).all()
+    assert (got.float()-want).norm()<.02*want.norm()
+    with torch.no_grad(): assert not m(x).requires_grad

@@ -5,7 +5,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score, recall_score
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from pipa import infer as I
+from pipa import draw as D, infer as I
 from pipa.data import Domain, eval_dl
 from pipa.labels import LabelSpace, label_space, space
 from pipa.models import light
@@ -143,7 +143,7 @@ def test_size_is_that_of_the_validation_loader(tmp_path):
     img = picture(52, 91); Image.fromarray(img).save(tmp_path/'i.png'); Image.fromarray(np.zeros((52,91), np.uint8)).save(tmp_path/'m.png')
     dl = eval_dl(Domain([tmp_path/'i.png'], [tmp_path/'m.png'], label_space(['a','b'])), (64,128), bs=1)
     x = dl.one_batch()[0]
-    z = I.to_input(I.as_image(img), I.fit_size((52,91), (64,128)))
+    z = I.to_input(D.as_image(img), I.fit_size((52,91), (64,128)))
     assert x.shape==z.shape and torch.allclose(x.cpu(), z, atol=1e-5)
 
 def test_kinds_of_pictures(net, tmp_path):
@@ -163,10 +163,10 @@ def test_orientation(tmp_path, o):
     img = np.zeros((32,64,3), np.uint8); img[:8,:8] = 255
     exif = Image.Exif(); exif[0x0112] = o
     Image.fromarray(img).save(tmp_path/'a.png', exif=exif)
-    a = np.array(I.as_image(tmp_path/'a.png'))
+    a = np.array(D.as_image(tmp_path/'a.png'))
     assert a.shape==((32,64,3) if o<5 else (64,32,3))
     corner = [a[:8,:8], a[:8,-8:], a[-8:,-8:], a[-8:,:8]][[0,1,2,3,0,1,2,3][o-1]]
-    assert corner.min()==255 and np.array_equal(a, np.array(I.as_image(Image.open(tmp_path/'a.png'))))
+    assert corner.min()==255 and np.array_equal(a, np.array(D.as_image(Image.open(tmp_path/'a.png'))))
 
 def test_modes_and_gradients_come_back(net):
     net = light('mit_b0', n_out=2).train(); net.decode_head.eval()
@@ -342,13 +342,13 @@ def test_evaluate_refuses(tmp_path, net):
 def test_overlay():
     sp,img = label_space(['a','b']),picture(6,8)
     y = np.zeros((6,8), np.uint8); y[3:] = 1; y[:,7] = 255; y[0,0] = 9
-    out = I.overlay(img, y, sp, .25)
+    out = D.overlay(img, y, sp, .25)
     for i in range(6):
         for j in range(8):
             want = img[i,j] if y[i,j]>1 else .75*img[i,j]+.25*sp.palette[y[i,j]].astype(float)
             assert np.abs(out[i,j]-want).max()<=1
-    assert np.array_equal(I.overlay(img, np.array([[0,1]]), sp, 1.), sp.color(np.array([[0,1]]).repeat(6,0).repeat(4,1)))
-    assert I.overlay(img, y.astype(np.int64), sp).dtype==np.uint8
+    assert np.array_equal(D.overlay(img, np.array([[0,1]]), sp, 1.), sp.color(np.array([[0,1]]).repeat(6,0).repeat(4,1)))
+    assert D.overlay(img, y.astype(np.int64), sp).dtype==np.uint8
 
 @pytest.mark.parametrize('name', ['cityscapes', 'gta', 'synthia'])
 def test_raw_ids_are_those_of_the_server(name):
@@ -387,7 +387,7 @@ def test_predict_folder(tmp_path, net, capsys):
     assert sorted(p.relative_to(out).as_posix() for p in out.rglob('*') if p.is_file())==sorted(f'{o}_{k}.png' for o in done for k in ('labels','color','overlay'))
     lab,col,lay = [np.array(Image.open(out/f'x/y/a_{k}.png')) for k in ('labels','color','overlay')]
     y = I.predict(net, picture(40,50), 64)
-    assert lab.dtype==np.uint8 and np.array_equal(lab, y) and np.array_equal(col, sp.color(y)) and np.array_equal(lay, I.overlay(picture(40,50), y, sp, .3))
+    assert lab.dtype==np.uint8 and np.array_equal(lab, y) and np.array_equal(col, sp.color(y)) and np.array_equal(lay, D.overlay(picture(40,50), y, sp, .3))
 
 def test_results_inside_of_the_pictures_folder(tmp_path, net):
     Image.fromarray(picture(32,32)).save(tmp_path/'a.png')

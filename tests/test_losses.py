@@ -451,8 +451,9 @@ def some_places(n=60, m=40, d=8, k=3):
 def test_fixed_shapes_wait_for_nothing(form):
     emb,y,a = F.normalize(torch.randn(2,8,40,40), dim=1).requires_grad_(),torch.randint(0, 9, (2,40,40)),some_places()
     with Syncs() as s:
-        l,n = pixel_contrast(emb, y, y.flip(1), min_pixels=1, form=form, return_n=True, fixed=True)
-        m,*_ = patch_contrast(*a, thresh=.5, form=form, return_n=True, fixed=True)
+        with same_shapes():
+            l,n = pixel_contrast(emb, y, y.flip(1), min_pixels=1, form=form, return_n=True)
+            m,*_ = patch_contrast(*a, thresh=.5, form=form, return_n=True)
         (l+m+feat_dist(emb, emb.detach()+1, y, [3])).backward()
     assert s.names==[] and torch.is_tensor(n)
 
@@ -462,14 +463,16 @@ def test_fixed_draw_is_the_same_kind_of_draw(ms, mv, mp, form):
     "As many of each class of each image, hard and easy; and the loss is that of the drawn ones"
     y = (torch.rand(2,40,50)**3*6).long(); y[torch.rand(y.shape)<.1] = 255
     pred = torch.where(torch.rand(y.shape)<.3, 0, y)
-    torch.manual_seed(3); i = sample_pixels(y, pred, ms, mv, mp, fixed=True)
+    torch.manual_seed(3)
+    with same_shapes(): i = sample_pixels(y, pred, ms, mv, mp)
     assert len(i)==min(ms, y.numel())
     got = i[i>=0]
     assert (got.diff()>0).all() and (i[len(got):]==-1).all()
     key = lambda i: ((i//2000)*1000 + y.flatten()[i]*2 + (pred!=y).flatten()[i]).sort()[0]
     assert torch.equal(key(got), key(sample_pixels(y, pred, ms, mv, mp)))
     emb = F.normalize(torch.randn(2,8,40,50).double(), dim=1).requires_grad_()
-    torch.manual_seed(3); l,n = pixel_contrast(emb, y, pred, max_samples=ms, max_views=mv, min_pixels=mp, form=form, return_n=True, fixed=True)
+    torch.manual_seed(3)
+    with same_shapes(): l,n = pixel_contrast(emb, y, pred, max_samples=ms, max_views=mv, min_pixels=mp, form=form, return_n=True)
     e = emb.flatten(2)[got//2000, :, got%2000]
     want = sup_contrast(e, y.flatten()[got], form=form)
     assert n==len(got) and abs(l-want)<1e-12
@@ -480,18 +483,21 @@ def test_fixed_shapes_where_nothing_counts(form):
     for y in (torch.full((2,20,20), 255), torch.zeros(1,20,20).long(), torch.arange(400).view(1,20,20)%200, torch.zeros(0,20,20).long()):
         emb = F.normalize(torch.randn(len(y),8,20,20), dim=1).requires_grad_()
         both = []
-        for o in (False,True): torch.manual_seed(0); both.append(pixel_contrast(emb, y, form=form, min_pixels=1, fixed=o))
+        for o in (False,True):
+            torch.manual_seed(0)
+            with same_shapes(o): both.append(pixel_contrast(emb, y, form=form, min_pixels=1))
         assert torch.allclose(*both, rtol=1e-5) and torch.autograd.grad(both[1], emb)[0].isfinite().all()
         assert both[1]==0 or y.unique().numel()==200 or form=='paper'
     f_1,f_2,y_1,y_2,c_1,c_2,neg,y_n = some_places()
     for c,k,m in ((c_1*0,60,40), (c_1,0,40), (c_1,60,0)):
         a = f_1[:k], f_2[:k], y_1[:k], y_2[:k], c[:k], c[:k], neg[:m], y_n[:m]
-        (p,*n),(q,*o) = [patch_contrast(*a, form=form, return_n=True, fixed=o) for o in (False,True)]
-        assert abs(p-q)<1e-12 and n==[int(i) for i in o]
+        with same_shapes(): p,*n = patch_contrast(*a, form=form, return_n=True)
+        q,*o = patch_contrast(*a, form=form, return_n=True)
+        assert abs(p-q)<1e-12 and [*map(int, n)]==[*map(int, o)]
         assert torch.allclose(*(torch.autograd.grad(o, f_1, allow_unused=True, materialize_grads=True)[0] for o in (p,q)), atol=1e-14)
 
 def test_fixed_shapes_compile_whole():
     "One graph without a break; the backend is PyTorch's own, as what is asked is whether it can be traced"
     emb,y,a = F.normalize(torch.randn(2,8,20,20), dim=1),torch.randint(0, 3, (2,20,20)),some_places()
-    f = lambda emb, *a: pixel_contrast(emb, y, y, max_samples=9000, max_views=400, min_pixels=1, fixed=True) + patch_contrast(*a, thresh=.5, fixed=True)
-    with torch.no_grad(): got = torch.compile(f, fullgraph=True, backend='eager')(emb, *a); assert abs(got-f(emb, *a)) < 1e-5
+    f = lambda emb, *a: pixel_contrast(emb, y, y, max_samples=9000, max_views=400, min_pixels=1) + patch_contrast(*a, thresh=.5)
+    with torch.no_grad(), same_shapes(): got = torch.compile(f, fullgraph=True, backend='eager')(emb, *a); assert abs(got-f(emb, *a)) < 1e-5

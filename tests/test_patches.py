@@ -2,7 +2,8 @@
 import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import tensor
 from pipa.look import patches as P
-from pipa.callbacks import MeanTeacher, Pair, PatchContrast, add_heads
+from pipa.callbacks import MeanTeacher, Pair, PatchContrast
+from pipa.models import add_heads
 from pipa.mix import two_crops
 from pipa.models import light
 from tiny import toy, fit

@@ -4,7 +4,7 @@ matplotlib.use('agg')
 import matplotlib._pylab_helpers as state
 from matplotlib.colors import to_rgb
 from PIL import Image
-from pipa import show as S
+from pipa import draw as D, show as S
 from pipa.data import Domain, uda_dls
 from pipa.labels import label_space, space
 from fastai.vision.core import TensorImage, TensorMask
@@ -23,38 +23,38 @@ def no_global_state():
 
 def test_denorm():
     a = np.stack([picture(seed=i) for i in range(2)])
-    for t in (norm(a), TensorImage(norm(a)), norm(a).double(), norm(a).requires_grad_()): assert np.array_equal(S.denorm(t), a)
-    assert np.array_equal(S.denorm(norm(a)[0]), a[0])
+    for t in (norm(a), TensorImage(norm(a)), norm(a).double(), norm(a).requires_grad_()): assert np.array_equal(D.denorm(t), a)
+    assert np.array_equal(D.denorm(norm(a)[0]), a[0])
     odd = torch.tensor([float('nan'), float('inf'), -float('inf'), 1e9])[None,None].expand(3,1,4)
-    assert S.denorm(odd).dtype==np.uint8
+    assert D.denorm(odd).dtype==np.uint8
 
 def test_rgb(tmp_path):
     a = picture(); Image.fromarray(a).save(tmp_path/'a.png')
-    for o in (a, norm(a), Image.fromarray(a), tmp_path/'a.png', torch.from_numpy(a)): assert np.array_equal(S.rgb(o), a)
+    for o in (a, norm(a), Image.fromarray(a), tmp_path/'a.png', torch.from_numpy(a)): assert np.array_equal(D.rgb(o), a)
 
 def test_show_seg_legend_and_void():
     sp,a = label_space(['sky','road','car']),picture()
     y = np.full((32,64), 255, np.uint8); y[:4] = 2
-    fig = S.show_seg(norm(a), torch.from_numpy(y).long(), sp, alpha=1.)
+    fig = D.show_seg(norm(a), torch.from_numpy(y).long(), sp, alpha=1.)
     img = shown(fig)[0]
     assert legend(fig)==['car'] and np.array_equal(img[4:], a[4:]) and (img[:4]==sp.palette[2]).all()
     assert np.allclose(to_rgb(fig.legends[0].get_patches()[0].get_facecolor()), sp.palette[2]/255)
-    assert legend(S.show_seg(a, np.full((32,64), 255), sp))==[] and np.array_equal(shown(S.show_seg(a))[0], a)
-    with pytest.raises(ValueError, match='space'): S.show_seg(a, y)
+    assert legend(D.show_seg(a, np.full((32,64), 255), sp))==[] and np.array_equal(shown(D.show_seg(a))[0], a)
+    with pytest.raises(ValueError, match='space'): D.show_seg(a, y)
 
 def test_show_seg_of_other_size():
     sp = label_space(['a','b']); y = np.array([[0,1]])
-    img = shown(S.show_seg(picture(), y, sp, alpha=1.))[0]
+    img = shown(D.show_seg(picture(), y, sp, alpha=1.))[0]
     assert (img[:,:32]==sp.palette[0]).all() and (img[:,32:]==sp.palette[1]).all()
 
 def test_grid_holes_and_shapes():
-    fig = S.grid([[picture(), None], [picture(50,10), picture(3,3), picture(1,1)]], ['a','b'])
+    fig = D.grid([[picture(), None], [picture(50,10), picture(3,3), picture(1,1)]], ['a','b'])
     assert len(fig.axes)==6 and len(shown(fig))==4 and [ax.get_title() for ax in fig.axes[:3]]==['a','b','']
     for rows in ([], [[]], [[None]]):
-        with pytest.raises(ValueError, match='no picture'): S.grid(rows)
+        with pytest.raises(ValueError, match='no picture'): D.grid(rows)
 
 def test_figures_are_pictures(tmp_path):
-    fig = S.show_seg(picture(), np.zeros((32,64), int), label_space(['a']))
+    fig = D.show_seg(picture(), np.zeros((32,64), int), label_space(['a']))
     assert fig._repr_png_()[1:4]==b'PNG'
     fig.savefig(tmp_path/'a.png', dpi=100); assert Image.open(tmp_path/'a.png').size[0]>100
 
@@ -81,7 +81,7 @@ def test_show_batch(dls):
     fig = dls.show_batch(max_n=9)
     assert len(shown(fig))==6 and [a.get_title() for a in fig.axes[:3]]==['source','its labels','target']
     b = dls.one_batch()
-    assert np.array_equal(shown(dls.show_batch(b, max_n=1))[2], S.denorm(b[2][0])) and len(shown(S.show_batch(dls.train, b)))==6
+    assert np.array_equal(shown(dls.show_batch(b, max_n=1))[2], D.denorm(b[2][0])) and len(shown(S.show_batch(dls.train, b)))==6
     assert len(shown(dls.valid.show_batch()))==4
     assert len(shown(dls.valid.new(shuffle=True).show_batch(max_n=1)))==2
 

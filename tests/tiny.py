@@ -8,7 +8,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import to_float
-from pipa.callbacks import add_heads
+from pipa.models import add_heads
 from pipa.learner import SegLoss
 from pipa.minicity import scene
 from pipa.models import light

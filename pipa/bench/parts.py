@@ -19,7 +19,8 @@ from ..losses import weighted_ce, pixel_contrast, patch_contrast, n_hard
 from ..mix import pseudo_label, class_mask, class_mix, strong_augment, two_crops, crop_augment, aligned
 from ..mit import PatchEmbed, Attention, mit
 from ..models import ConvBN, SepASPP, SegFormerHead, ProjHead, resize
-from ..callbacks import add_heads, ema_, ema_decay, has_bf16
+from ..callbacks import ema_, ema_decay, has_bf16
+from ..models import add_heads
 from ..data import write_file
 from ..learner import uda_learner, adamw, param_groups, make_net
 

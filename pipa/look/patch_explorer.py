@@ -10,11 +10,12 @@ from fastcore.basics import patch
 from matplotlib import colormaps
 from PIL import Image
 from .views import scenes, nets_of, moments, at_snapshot
-from ..infer import as_image, to_input
+from ..draw import as_image
+from ..infer import to_input
 from ..labels import label_space, distinct_colors
 from ..mix import crop_corners
 from .patches import *
-from ..show import Fig, denorm
+from ..draw import Fig, denorm
 from .surface import Page, Surface, rgba, palette, css, colored, img_tag, on_dark, control_row, pick, slide, tick, width
 
 # %% auto #0

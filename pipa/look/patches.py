@@ -13,7 +13,7 @@ from ..mix import Crops, overlap, crop_iou, two_crops, aligned, crop_augment
 from ..models import resize
 from ..infer import evaluating, whole
 from .views import features
-from ..show import Fig, grid, denorm
+from ..draw import Fig, grid, denorm
 
 # %% auto #0
 __all__ = ['snap', 'crops_at', 'Looks', 'look', 'patch_loss', 'js_divergence', 'class_agreement', 'overlap_maps', 'pair_scores',

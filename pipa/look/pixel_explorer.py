@@ -9,7 +9,7 @@ from fastcore.basics import patch
 from matplotlib import colormaps
 from .views import *
 from ..labels import label_space, distinct_colors
-from ..show import Fig
+from ..draw import Fig
 from .surface import Page, Surface, rgba, heat_bytes, lut, f32, palette, css, colored
 from .surface import img_tag, on_dark, control_row, pick, slide, tick, width
 

@@ -13,7 +13,7 @@ from PIL import Image
 from fastcore.basics import patch
 from ..data import write_file
 from ..labels import distinct_colors
-from ..show import Fig
+from ..draw import Fig
 
 # %% auto #0
 __all__ = ['Surface', 'rgba', 'heat_bytes', 'lut', 'f32', 'palette', 'css', 'colored', 'width', 'control_row', 'pick', 'slide',

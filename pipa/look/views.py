@@ -16,7 +16,8 @@ from threadpoolctl import threadpool_limits
 from ..data import PairDL
 from ..models import resize, run_with
 from ..infer import evaluating
-from ..show import Fig, denorm, result_picture
+from ..draw import Fig, denorm
+from ..show import result_picture
 
 # %% auto #0
 __all__ = ['Views', 'unit', 'views', 'features', 'embedding', 'map_layers', 'see', 'scenes', 'nets_of', 'Snapshots', 'moments',

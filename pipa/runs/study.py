@@ -6,7 +6,8 @@
 from __future__ import annotations
 import numpy as np, pandas as pd, seaborn as sns
 from ..metrics import rank_correlation
-from ..show import Fig, read_results, usual, _pm, _markdown
+from ..draw import Fig
+from ..show import read_results, usual, _pm, _markdown
 
 # %% auto #0
 __all__ = ['terms', 'hosts_table', 'paired', 'gains', 'sentence', 'gains_picture', 'hosts_markdown', 'sweep_rows',
