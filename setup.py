@@ -11,7 +11,7 @@ extras['dev'] = dev + sum(extras.values(), [])
 
 setup(name=cfg['lib_name'], version=cfg['version'], license='Apache-2.0', description=cfg['description'],
       long_description=Path('README.md').read_text(encoding='utf8'), long_description_content_type='text/markdown',
-      author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], keywords=cfg['keywords'].split(),
+      author=cfg['author'], url=cfg['git_url'] or None, keywords=cfg['keywords'].split(),
       classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3'],
       packages=find_packages(include=['pipa', 'pipa.*']), include_package_data=True, zip_safe=False,
       python_requires='>='+cfg['min_python'], install_requires=reqs, extras_require=extras,

@@ -9,7 +9,7 @@ from numbers import Real
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['between', 'one_of', 'writable', 'one_line']
+__all__ = ['between', 'one_of', 'writable', 'install_command', 'need', 'one_line']
 
 # %% ../nbs/00_basics.ipynb #lim00006
 def between(
@@ -51,6 +51,31 @@ def writable(
     if not os.access(home, os.W_OK|os.X_OK): raise ValueError(f"You may not write into `{home}`: name another place for `{path.name}`, or change its permissions.")
     if shutil.disk_usage(home).free<least: raise ValueError(f"The disk of `{home}` is full: make room, or name another place for `{path.name}`.")
     return path
+
+# %% ../nbs/00_basics.ipynb #b4852a9b
+from importlib import import_module
+from importlib.util import find_spec
+
+def install_command(
+    extra:str # Extra of this package, such as `pretrained`
+)->str: # A command for a shell
+    "What installs an extra: into an installed package, or from the checkout that is imported"
+    home = Path(find_spec('pipa').origin).parents[1]
+    if not all((home/o).is_file() for o in ('setup.py', 'settings.ini')): return f"pip install 'pipa-uda[{extra}]'"
+    return f'pip install -e "{home}[{extra}]"'
+
+def need(
+    module:str, # What is imported, such as `timm`
+    why:str, # What needs it: the beginning of a sentence, such as 'The encoder lite0'
+    extra:str|None=None, # The extra that brings it; None if there is none
+    package:str|None=None # Its name on the package index; defaults to that of the module
+): # The module; raises `ImportError` with the command that installs it
+    "Import a package that not everybody has"
+    try: return import_module(module)
+    except ModuleNotFoundError as e:
+        name = package or (e.name or module).replace('_', '-')
+        cure = install_command(extra) if extra else f'pip install {name}'
+        raise ImportError(f"{why} needs the package `{name}`, which isn't installed: run `{cure}`.") from None
 
 # %% ../nbs/00_basics.ipynb #lim00017
 _cures = {errno.ENOSPC: 'The disk is full: make room, or write elsewhere', errno.EDQUOT: 'Your quota is used up: make room, or write elsewhere',

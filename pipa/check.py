@@ -4,17 +4,19 @@
 
 # %% ../nbs/23_check.ipynb #fbeb0925
 from __future__ import annotations
-import hashlib, numpy as np, pandas as pd, seaborn as sns
+import base64, hashlib, numpy as np, pandas as pd, seaborn as sns
+from dataclasses import replace
 from pathlib import Path
 from PIL import Image
-from .data import acdc, bdd100k, camvid, cityscapes, codes_space, dark_zurich, folder, gta, mapillary, minicity, read_image, read_mask, synthia
+from .data import (acdc, bdd100k, camvid, cityscapes, codes_space, dark_zurich, folder, gta, mapillary, minicity,
+                       read_image, read_mask, synthia)
 from .sets.domains import Domain, class_numbers, read_numbers
 from .sets.rare import complaints, look, remember, write_file
 from .draw import Fig, add_legend, grid, paint
 
 # %% auto #0
-__all__ = ['sets', 'outline_fit', 'examine', 'inspect', 'problems', 'class_table', 'class_picture', 'contact_sheet', 'domains_of',
-           'report']
+__all__ = ['sets', 'outline_fit', 'picture_key', 'unlike', 'alike', 'check_record', 'inspect', 'problems', 'same_pictures',
+           'repeats', 'class_table', 'class_picture', 'contact_sheet', 'domains_of', 'report']
 
 # %% ../nbs/23_check.ipynb #c5b9a847
 def outline_fit(
@@ -31,17 +33,46 @@ def outline_fit(
     b = (b|np.roll(b, 1, 0)|np.roll(b, -1, 0)|np.roll(b, 1, 1)|np.roll(b, -1, 1))[1:-1,1:-1]
     return float(slope[b].mean()/max(slope.mean(), 1e-6)) if b.any() else 0.
 
+# %% ../nbs/23_check.ipynb #38b631aa
+_side,_near = 24,.03   # of the small picture; what two of them may differ
+
+def picture_key(
+    img:Image.Image # RGB
+)->dict: # `pixels`: a name of its pixels, empty if all are alike; `small`: it at 24×24, empty without structure
+    "What to know a picture by, whatever its name, format and metadata"
+    a,g = np.asarray(img),np.asarray(img.convert('L').convert('F').resize((_side,_side), Image.BILINEAR))
+    flat = all(lo==hi for lo,hi in img.getextrema())
+    name = '' if flat else hashlib.sha256(repr(a.shape).encode()+a.tobytes()).hexdigest()[:16]
+    z = np.clip(np.round(32*(g-g.mean())/max(g.std(), 1e-6)), -127, 127).astype(np.int8)
+    return dict(pixels=name, small=base64.b85encode(z.tobytes()).decode() if g.std()>2 else '')
+
+def unlike(
+    a:str, # `small` of a picture
+    b:str # `small` of another
+)->float: # 0 for the same; 1.41 for two that have nothing to do with each other
+    "How far two pictures are from each other, seen from afar"
+    return float(np.sqrt(np.mean((_small(a)-_small(b))**2))) if a and b else np.inf
+
+def alike(
+    a:dict, # From `picture_key`
+    b:dict # From `picture_key`
+)->bool:
+    "Whether two pictures are the same, or nearly"
+    return a['pixels']==b['pixels']!='' or unlike(a['small'], b['small'])<_near
+
+def _small(s): return np.frombuffer(base64.b85decode(s), np.int8).astype(np.float32)/32
+
 # %% ../nbs/23_check.ipynb #18692cf4
-def examine(
+def check_record(
     image, # Path of a picture
     mask=None, # Path of its mask
     other=None # Path of the mask of another picture, to compare with
-)->dict: # What `look` says, `fit` and `fit_other` from `outline_fit`, `key` of the mask; or `error`
+)->dict: # `picture_key`, what `look` says, `fit` and `fit_other` from `outline_fit`, `key` of the mask; or `error`
     "Decode a picture and its mask, and write down what a check needs"
     try: img = read_image(image)
     except (ValueError, OSError) as e: return dict(error=str(e))
-    if mask is None: return dict(image=[img.height, img.width])
-    r = look(image, mask)
+    if mask is None: return dict(picture_key(img), image=[img.height, img.width])
+    r = dict(picture_key(img), **look(image, mask))
     if 'error' in r: return r
     y = _plane(mask)
     try: fit_other = outline_fit(img, _plane(other)) if other else 0.
@@ -57,9 +88,10 @@ def inspect(
 )->list: # A record for each image
     "Examine all files of a domain, or remember what was seen"
     xs,ys = domain.images,domain.masks
-    if ys is None: return remember(examine, [(x,) for x in xs], cache, n_workers)
+    if ys is None: return remember(check_record, [(x,) for x in xs], cache, n_workers)
     n,half = len(ys),max(1, len(ys)//2)
-    return remember(examine, [(x, y, ys[(i+half)%n]) if n>1 else (x, y) for i,(x,y) in enumerate(zip(xs, ys))], cache, n_workers)
+    items = [(x, y, ys[(i+half)%n]) if n>1 else (x, y) for i,(x,y) in enumerate(zip(xs, ys))]
+    return remember(check_record, items, cache, n_workers)
 
 # %% ../nbs/23_check.ipynb #a9929583
 def problems(
@@ -67,31 +99,104 @@ def problems(
     records:list # From `inspect`
 )->pd.DataFrame: # Columns `level` ('wrong' or 'strange'), `file` and `what`, empty if all is well
     "What is wrong or strange with a domain, a sentence each"
-    out = [('wrong', str(x), r['error']) for x,r in zip(domain.images, records) if 'error' in r and domain.masks is None]
-    if domain.masks: out += [('wrong', str(m), s) for m,s in complaints(domain, records)]
-    bad,files = {f for _,f,_ in out},zip(domain.images, domain.masks or domain.images, records)
-    out += [('strange', str(f), s) for f,s in _strange(domain, [o for o in files if 'error' not in o[2] and str(o[1]) not in bad])]
+    if domain.masks: bad = {str(m):s for m,s in complaints(domain, records)}
+    else: bad = {str(x):r['error'] for x,r in zip(domain.images, records) if 'error' in r}
+    files = zip(domain.images, domain.masks or domain.images, records)
+    good = [o for o in files if 'error' not in o[2] and str(o[1]) not in bad]
+    out = [('wrong', *o) for o in bad.items()] + [('strange', str(f), s) for f,s in _strange(domain, good)]
     return pd.DataFrame(out, columns=['level', 'file', 'what'])
 
 def _strange(domain, seen):
-    sizes = pd.Series([tuple(r['image']) for _,_,r in seen]).value_counts()
-    if 1<len(sizes)<5: yield next(x for x,_,r in seen if tuple(r['image'])==sizes.index[-1]),(
-        f"Images have {len(sizes)} sizes, {sizes.index[0][0]}x{sizes.index[0][1]} most often and {sizes.index[-1][0]}x{sizes.index[-1][1]} least")
+    yield from _look_of(seen)
     if domain.masks is None or not seen: return
     first,mid = {},np.median([r['fit'] for *_,r in seen])
     wins = np.mean([r['fit']>r['fit_other'] for *_,r in seen])
     if wins<.75 and len(seen)>4: yield seen[0][1],(
-        f"The outlines of the masks follow their pictures no better than those of others ({100*wins:.0f} % do): are they masks of other pictures, or shifted?")
+        f"The outlines of the masks follow their pictures no better than those of others ({100*wins:.0f} % do): "
+        "are they masks of other pictures, or shifted?")
     for x,m,r in seen:
-        twin = first.setdefault(r['key'], m)
-        if twin!=m and len(r['values'])>1: yield m,f"`{m}` is the same mask as `{twin}`: one of them belongs to another picture"
-        elif len(r['values'])>1 and wins>=.75 and (r['fit']<max(1.1, .6*mid) or r['fit']<min(.8*mid, r['fit_other'])): yield m,(
-            f"The outlines of `{m}` don't follow `{x}`: a mask of another picture?")
+        m0,r0 = first.setdefault(r['key'], (m, r))
+        off = r['fit']<max(1.1, .6*mid) or r['fit']<min(.8*mid, r['fit_other'])
+        if m0!=m and len(r['values'])>1 and not alike(r, r0):
+            yield m,f"`{m}` is the same mask as `{m0}`: one of them belongs to another picture"
+        elif len(r['values'])>1 and wins>=.75 and off:
+            yield m,f"The outlines of `{m}` don't follow `{x}`: a mask of another picture?"
         elif (share := _void(domain, r))>.9: yield m,f"{100*share:.0f} % of `{m}` are void"
+
+def _look_of(seen):
+    sizes = pd.Series([tuple(r['image']) for _,_,r in seen]).value_counts()
+    if 1<len(sizes)<5: yield next(x for x,_,r in seen if tuple(r['image'])==sizes.index[-1]),(
+        f"Images have {len(sizes)} sizes, {sizes.index[0][0]}x{sizes.index[0][1]} most often "
+        f"and {sizes.index[-1][0]}x{sizes.index[-1][1]} least")
+    flat = [x for x,_,r in seen if not r['pixels']]
+    if flat: yield flat[0],(f"`{flat[0]}` has one colour all over" + f", and so have {len(flat)-1} more"*(len(flat)>1) +
+                            ": nothing can be learned from that. Was it saved empty?")
 
 def _void(domain, r):
     known = domain.space.encode(np.array(r['values']))!=domain.space.ignore
     return 1-np.dot(known, r['counts'])/max(1, sum(r['counts']))
+
+# %% ../nbs/23_check.ipynb #ed4d8c49
+def same_pictures(
+    keys:list # Dictionaries with `pixels` and `small`, from `picture_key`; a picture that can't be read has neither
+)->np.ndarray: # A number for each picture: those of one number are the same, or nearly
+    "Group pictures that are the same, exactly or seen from afar"
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    first = {}
+    pairs = [(first.setdefault(k['pixels'], i), i) for i,k in enumerate(keys) if k.get('pixels')]
+    pairs += _nearby([i for i,j in pairs if i==j and keys[i]['small']], keys)
+    i,j = np.array(pairs, int).reshape(-1, 2).T
+    return connected_components(coo_array((np.ones(len(i)), (i,j)), (len(keys),)*2), directed=False)[1]
+
+def _nearby(idx, keys):
+    from scipy.spatial import cKDTree
+    if len(idx)<2: return []
+    z = np.stack([_small(keys[i]['small']) for i in idx])
+    coarse = z.reshape(-1, 4, _side//4, 4, _side//4).mean((2,4)).reshape(-1, 16)
+    _,js = cKDTree(coarse).query(coarse, k=min(8, len(idx)), distance_upper_bound=4*_near)
+    pairs = [(a, b) for a,row in enumerate(js) for b in row if a!=b<len(idx)]
+    return [(idx[a], idx[b]) for a,b in pairs if np.mean((z[a]-z[b])**2)<_near**2]
+
+# %% ../nbs/23_check.ipynb #fe91a9bf
+def repeats(
+    domains:list, # Examined domains, such as source, target and validation
+    records:list # From `inspect`, a list for each domain
+)->pd.DataFrame: # Columns of `problems`, and `i`: which of the domains it is about
+    "Pictures that occur twice in a domain or in two, and those of the validation that are in the training"
+    seen = [(i, d, j, r) for i,(d,rs) in enumerate(zip(domains, records)) for j,r in enumerate(rs)]
+    groups,out = {},[]
+    for o,g in zip(seen, same_pictures([r for *_,r in seen])): groups.setdefault(g, []).append(o)
+    for os in groups.values():
+        held = next((o for o in os if _is_valid(o[1])), None)
+        for n,o in enumerate(os[1:] if held is os[0] else os):
+            at_home = next((p for p in os if p[0]==o[0]), None)
+            if held and not _is_valid(o[1]): out.append((o, _leaks(o, held)))
+            elif at_home is not o: out.append((o, _twice(o, at_home)))
+            elif o is not (held or os[0]): out.append((o, _shared(o, held or os[0])))
+    rows = [('strange', str(d.images[j]), s, i) for (i,d,j,_),s in out]
+    return pd.DataFrame(rows, columns=['level', 'file', 'what', 'i'])
+
+def _is_valid(domain): return domain.name.lower().endswith(('valid', ' val', ' test'))
+
+def _path(o): return f"`{o[1].images[o[2]]}`"
+
+def _is(o, other):
+    if o[3]['pixels']==other[3]['pixels']: return f"{_path(o)} is the same picture as {_path(other)}"
+    return (f"{_path(o)} is nearly the same picture as {_path(other)} "
+            "(saved again, in another size, or the next frame of a film)")
+
+def _leaks(o, held):
+    what = 'learned with its label' if o[1].masks else 'seen in training'
+    return f"{_is(o, held)}, so a part of the score is of what was {what}. Take it out of {o[1].name}."
+
+def _twice(o, first):
+    a,b = o[3],first[3]
+    differ = 'key' in a and 'key' in b and a['size']==b['size'] and a['key']!=b['key']
+    if differ: return f"{_is(o, first)}, but their masks differ. Keep the one whose mask is right."
+    return f"{_is(o, first)}, so it counts twice. Keep one of them."
+
+def _shared(o, first): return f"{_is(o, first)}: it is in {first[1].name} and in {o[1].name}. Keep it in one of them."
 
 # %% ../nbs/23_check.ipynb #76cce1b3
 def class_table(
@@ -101,7 +206,8 @@ def class_table(
     "How often each class occurs"
     sp = domain.space
     ok = [r for r in records if 'error' not in r]
-    n = np.stack([np.bincount(sp.encode(np.array(r['values'])), r['counts'], 256) for r in ok]) if ok else np.zeros((0,256))
+    n = [np.bincount(sp.encode(np.array(r['values'])), r['counts'], 256) for r in ok]
+    n = np.stack(n) if n else np.zeros((0,256))
     void = n[:,[o for o in range(256) if o>=sp.n]].sum(1)
     n,total = n[:,:sp.n],max(n[:,:sp.n].sum(), 1)
     t = pd.DataFrame(dict(domain=domain.name, name=sp.codes, share=n.sum(0)/total, images=(n>0).sum(0)))
@@ -116,7 +222,8 @@ def class_picture(
     fig = Fig(figsize=(9,.6+.22*df.name.nunique()*max(1, .6*len(tables))))
     a,b = fig.subplots(1, 2, sharey=True)
     for ax,col,label in ((a,'share','share of the pixels'), (b,'images','images')):
-        sns.barplot(df[df[col]>0], x=col, y='name', hue='domain', ax=ax, palette='colorblind', order=df.name.unique(), legend=ax is b)
+        sns.barplot(df[df[col]>0], x=col, y='name', hue='domain', order=df.name.unique(),
+                    ax=ax, palette='colorblind', legend=ax is b)
         ax.set(xlabel=label, ylabel=''); ax.grid(axis='x', alpha=.3)
     a.set_xscale('log')
     b.legend(title='', fontsize=8)
@@ -131,10 +238,10 @@ def contact_sheet(
     width:int=320 # Of a picture, pixels
 )->Fig:
     "Pictures of a domain with their labels laid over them"
-    first = {*map(str, first)}
-    order = sorted(range(len(domain)), key=lambda i: not {str(domain.images[i]), str(domain.masks[i] if domain.masks else '')}&first)
-    rest = order[len(first):]
-    pick = (order[:len(first)] + rest[::max(1, len(rest)//n)])[:n]
+    first,files = {*map(str, first)},zip(domain.images, domain.masks or domain.images)
+    named = [i for i,o in enumerate(files) if {*map(str, o)}&first]
+    rest = [i for i in range(len(domain)) if i not in {*named}]
+    pick = (named + rest[::max(1, len(rest)//n)])[:n]
     pics,ys = zip(*[_panel(domain, i, width) for i in pick])
     fig = grid([pics[i:i+cols] for i in range(0, len(pics), cols)], width=9/cols)
     return add_legend(fig, ys, domain.space) if domain.masks else fig
@@ -157,8 +264,9 @@ def _bare(domain, i, size):
     return np.asarray(Image.fromarray((y*(255/max(1, y.max()))).astype(np.uint8)).resize(size, Image.NEAREST))
 
 # %% ../nbs/23_check.ipynb #6e108170
-sets = dict(gta=(gta, 'all'), synthia=(synthia, None), cityscapes=(cityscapes, 'train,val'), acdc=(acdc, 'train,val'), dark_zurich=(dark_zurich, 'train,val'),
-            bdd100k=(bdd100k, 'train,val'), mapillary=(mapillary, 'train,val'), camvid=(camvid, 'train,val'), minicity=(None, None))
+sets = dict(gta=(gta, 'all'), synthia=(synthia, None), cityscapes=(cityscapes, 'train,val'), acdc=(acdc, 'train,val'),
+            dark_zurich=(dark_zurich, 'train,val'), bdd100k=(bdd100k, 'train,val'), mapillary=(mapillary, 'train,val'),
+            camvid=(camvid, 'train,val'), minicity=(None, None))
 
 def domains_of(
     data:str, # Name of a set, `cityscapes` or `cityscapes:val`; a folder for `pipa_train`; or a folder of images
@@ -168,7 +276,8 @@ def domains_of(
 )->list: # Domains
     "The domains that a few words mean"
     name,_,split = data.partition(':')
-    if name=='minicity': return [minicity('game'), minicity('real'), minicity('real', 'val')]
+    if name=='minicity':
+        return [minicity('game'), minicity('real'), replace(minicity('real', 'val'), name='MiniCity real val')]
     if name in sets and not Path(data).is_dir():
         f,splits = sets[name]
         return [f(root)] if splits is None else [f(root, s) for s in (split or splits).split(',')]
@@ -189,17 +298,24 @@ def report(
     "Check domains, write tables and pictures, and print the essence"
     out,found,tables = Path(out),[],[]
     out.mkdir(parents=True, exist_ok=True)
-    for d in domains:
-        rs = inspect(d, cache, n_workers)
-        p = problems(d, rs)
-        sizes = pd.Series(['x'.join(map(str, r['image'])) for r in rs if 'image' in r]).value_counts()
-        print(f"{d.name}: {len(d)} images, {'masks of '+d.space.name if d.masks else 'no masks'}; sizes " + ', '.join(f'{k} ({n})' for k,n in sizes[:4].items()))
-        if d.masks: print('  values ' + ' '.join(map(str, sorted({v for r in rs for v in r.get('values', ())})[:64]))); tables.append(class_table(d, rs))
-        for level,_,what in p[:20].values: print(f'  {level}: {what}')
-        if len(p)>20: print(f'  … and {len(p)-20} more in {out/"problems.csv"}')
+    records = [inspect(d, cache, n_workers) for d in domains]
+    again = repeats(domains, records)
+    for i,(d,rs) in enumerate(zip(domains, records)):
+        p = pd.concat([again[again.i==i].drop(columns='i'), problems(d, rs)])
+        p = p.sort_values('level', ascending=False, kind='stable')   # first what is wrong
+        if d.masks: tables.append(class_table(d, rs))
+        _say(d, rs, p, out)
         contact_sheet(d, p.file[:4]).to_png(out/f"sheet_{d.name.replace(' ', '_')}.png")
         found.append(p.assign(domain=d.name))
     def table(df, name): write_file(out/name, lambda f: df.to_csv(f, index=False))
     if tables: table(pd.concat(tables), 'classes.csv'); class_picture(*tables).to_png(out/'classes.png')
     table(res := pd.concat(found), 'problems.csv')
     return res
+
+def _say(d, rs, p, out):
+    sizes = pd.Series(['x'.join(map(str, r['image'])) for r in rs if 'image' in r]).value_counts()
+    print(f"{d.name}: {len(d)} images, {'masks of '+d.space.name if d.masks else 'no masks'}; "
+          "sizes " + ', '.join(f'{k} ({n})' for k,n in sizes[:4].items()))
+    if d.masks: print('  values ' + ' '.join(map(str, sorted({v for r in rs for v in r.get('values', ())})[:64])))
+    for level,_,what in p[:20].values: print(f'  {level}: {what}')
+    if len(p)>20: print(f'  … and {len(p)-20} more in {out/"problems.csv"}')

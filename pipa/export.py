@@ -6,12 +6,12 @@
 from __future__ import annotations
 import io, json
 from contextlib import redirect_stderr
-from importlib import import_module
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch import nn
 from fastai.vision.core import imagenet_stats
 from . import __version__
+from .basics import need
 from .models import get_logits, resize
 from .data import write_file
 from .checkpoints import _space_meta
@@ -66,10 +66,7 @@ def _notes(net, space, size, free, meta):
                  logits='B×K×H×W, float32: the class is the argmax over K')
     return {k: json.dumps(v, ensure_ascii=False) for k,v in (about | _space_meta(space) | meta).items()}
 
-def _need_onnx():
-    try: return [import_module(o) for o in ('onnx', 'onnxscript', 'onnxruntime')][-1]
-    except ImportError as e:
-        raise ImportError(f"ONNX files need packages more, `{e.name}` is missing: pip install 'pipa[onnx]'") from None
+def _need_onnx(): return [need(o, 'An ONNX file', 'onnx') for o in ('onnx', 'onnxscript', 'onnxruntime')][-1]
 
 def _to_onnx(program, notes, f):
     program = torch.onnx.export(program, (), dynamo=True, input_names=['image'], output_names=['logits'], verbose=False)

@@ -334,7 +334,7 @@ def test_export_that_differs_is_not_passed_over(done, monkeypatch, capsys):
 
 def test_export_without_its_packages(done, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxscript', None)
-    with pytest.raises(SystemExit, match=r"pip install 'pipa\[onnx\]'"): cli.pipa_export(str(done[1]), out='x.onnx')
+    with pytest.raises(SystemExit, match=r"pip install .*\[onnx\]"): cli.pipa_export(str(done[1]), out='x.onnx')
     assert not Path('x.onnx').exists()
 
 # validation images of several sizes

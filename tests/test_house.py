@@ -80,21 +80,38 @@ def test_notebooks_are_clean(made):
 readme = runpy.run_path(str(root/'.ci/readme.py'))['render']
 
 def test_readme_is_made_from_index():
-    assert (root/'README.md').read_text(encoding='utf8')==readme(root/'nbs/index.ipynb'), 'run python .ci/readme.py'
+    assert text_of_readme()==readme(root/'nbs/index.ipynb'), 'run python .ci/readme.py'
 
 def test_readme_links_lead_somewhere():
-    links = re.findall(r'\]\(([^)\s#]+)\)', (root/'README.md').read_text(encoding='utf8'))
+    links = re.findall(r'\]\(([^)\s#]+)(?:#[^)\s]*)?\)', text_of_readme())
     assert len(links)>5 and not [o for o in links if not o.startswith('http') and not (root/o).exists()]
 
-@pytest.mark.parametrize('name', ['minicity', 'town_camvid'])
-def test_readme_tables_are_measured(monkeypatch, name):
-    from pipa.runs.tables import results_markdown
-    monkeypatch.chdir(root/'nbs')
-    assert results_markdown(f'../data/results/{name}.csv').strip() in (root/'README.md').read_text(encoding='utf8'), 'run python .ci/readme.py'
+def text_of_readme(): return (root/'README.md').read_text(encoding='utf8')
 
-def test_readme_has_the_hosts(monkeypatch):
-    from pipa.runs.tables import hosts_markdown
-    assert hosts_markdown(root/'data/results/ablation.csv') in (root/'README.md').read_text(encoding='utf8'), 'run python .ci/readme.py'
+def test_readme_is_short(): assert len(text_of_readme().split())<=1450
+
+def test_readme_table_is_measured():
+    "Its first three columns: method, seeds, mIoU"
+    from pipa.runs.tables import results_markdown
+    short = ['|'.join(o.split('|')[:4])+'|' for o in results_markdown(root/'data/results/minicity.csv').splitlines()]
+    assert len(short)>4 and '\n'.join(short) in text_of_readme(), 'run python .ci/readme.py'
+
+def test_readme_numbers_are_measured():
+    "Those of the sentences below the table, counted here from the rows"
+    import pandas as pd
+    def runs(name, method):
+        o = pd.read_csv(root/f'data/results/{name}.csv').query('method==@method')
+        s = o.settings.astype(object).fillna('usual')
+        return 100*o[s==s.mode()[0]].set_index('seed').miou_student
+    text = text_of_readme()
+    d = (runs('minicity', 'pipa')-runs('minicity', 'self_training')).dropna()
+    assert f'gains {d.mean():.1f} points over {len(d)} seeds' in text
+    for m in ('pipa', 'self_training', 'self_training+fda'):
+        v = runs('town_camvid', m)
+        assert f'{v.mean():.1f} ± {v.std():.1f}' in text
+    from pipa.runs.study import gains
+    g = gains(root/'data/results/ablation.csv').query('terms=="both"').gain
+    assert f'raised {(g>0).sum()} of {len(g)}, by {g.min():.1f} to {g.max():.1f} points' in text
 
 def test_version():
     from pipa import __version__
@@ -202,7 +219,7 @@ def test_public_names_are_documented(mod):
     assert not bad, 'parameters without a comment:\n' + '\n'.join(bad)
 
 # --- nothing of one machine -------------------------------------------------------------------------------------------------------------
-hosts = set('''arxiv.org www.apache.org github.com pipa-uda.github.io doi.org docs.fast.ai nbdev.fast.ai pytorch.org huggingface.co
+hosts = set('''arxiv.org www.apache.org github.com doi.org docs.fast.ai nbdev.fast.ai pytorch.org huggingface.co
     quarto.org bottosson.github.io'''.split())
 
 def tracked():
@@ -221,6 +238,39 @@ def test_nothing_of_this_machine():
 def test_nothing_is_big():
     big = {str(p.relative_to(root)):p.stat().st_size for p in tracked() if p.stat().st_size>2_000_000}
     assert not big and sum(p.stat().st_size for p in tracked() if (root/'data/sample') in p.parents)<1_000_000
+
+# --- the name of the distribution -------------------------------------------------------------------------------------------------------
+# `pipa` on the package index is another program: whoever installs that by our advice runs code of strangers.
+wrong_name = re.compile(r"""pip install (?:-\S+ )*["']?pipa(?![\w-])""")
+
+@pytest.mark.parametrize('line,bad', [("pip install pipa", 1), ("`pip install 'pipa[onnx]'`", 1), ("pip install -U pipa\n", 1), ("pip install 'pipa\\[onnx", 1),
+                                      ("pip install 'pipa-uda[onnx]'", 0), ("pip install '.[onnx]'", 0), ("pip install -e '/disk/pipa[onnx]'", 0)])
+def test_which_lines_install_a_stranger(line, bad): assert bool(wrong_name.search(line))==bool(bad)
+
+def test_no_line_installs_a_stranger():
+    bad = []
+    for p in tracked():
+        if p==Path(__file__).resolve(): continue
+        with contextlib.suppress(UnicodeDecodeError):
+            bad += [f'{p.relative_to(root)}: {m[0]}' for m in wrong_name.finditer(p.read_text(encoding='utf8'))]
+    assert not bad, 'the distribution is pipa-uda:\n' + '\n'.join(bad)
+
+def test_distribution_has_a_name_of_its_own():
+    ret,out,err = sh(sys.executable, 'setup.py', '-q', '--name', '--version')
+    assert not ret and out.split()==['pipa-uda', cfg['version']], out+err
+    assert cfg['lib_path']=='pipa' and not [k for k in ('doc_host', 'git_url', 'author_email', 'user') if cfg.get(k)], 'an address that nobody has'
+
+def test_what_installs_an_extra(tmp_path):
+    "From a checkout its folder, from an installed package its name"
+    shutil.copytree(root/'pipa', tmp_path/'site/pipa')
+    code = "from pipa.basics import install_command, need; print(install_command('onnx')); need('no_such_thing', 'An ONNX file', 'onnx')"
+    for place,says in ((root, f'pip install -e "{root}[onnx]"'), (tmp_path/'site', "pip install 'pipa-uda[onnx]'")):
+        ret,out,err = sh(sys.executable, '-c', code, cwd=tmp_path, PYTHONPATH=str(place))
+        assert ret and out.strip()==says and f"An ONNX file needs the package `no-such-thing`, which isn't installed: run `{says}`." in err, out+err
+
+def test_extras_are_those_that_are_named():
+    named = {m[1] for p in modules for m in re.finditer(r"need\([^()]*, '[^']*', '(\w+)'\)", p.read_text(encoding='utf8'))}
+    assert named and named<={k.removeprefix('extra_') for k in cfg if k.startswith('extra_')}
 
 # --- commands ---------------------------------------------------------------------------------------------------------------------------
 scripts = [o.split('=') for o in cfg['console_scripts'].split()]

@@ -9,6 +9,7 @@ from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
 import torch
 from fastai.torch_core import set_seed
+from .. import __version__
 from ..sets.domains import Domain
 
 # %% auto #0
@@ -102,7 +103,7 @@ def versions()->dict:
         try: return version(o)
         except PackageNotFoundError: return None
     return dict(python=platform.python_version(), machine=platform.machine(), threads=torch.get_num_threads(),
-                **{o: v(o) for o in ('pipa', 'torch', 'torchvision', 'fastai', 'numpy', 'pillow')})
+                pipa=__version__, **{o: v(o) for o in ('torch', 'torchvision', 'fastai', 'numpy', 'pillow')})
 
 def made_of()->str: # Such as `pipa 0.1.0 (d1ad15c), torch 2.14.1`
     "Versions of package and torch, in a few words, and the commit where the package lies in a repository"
