@@ -26,7 +26,7 @@ from .learner import uda_learner, method_cbs, host_terms, method_name
 from .checkpoints import save, load, space_of, save_hf, save_official, load_official
 from .runs.resume import Checkpoint, checkpoints, claim, same_ranks
 from .guard import Guard
-from .runs.record import data_stamp, differences, read_config, repeat, revisions, seed_all
+from .runs.record import changes, data_stamp, read_config, repeat, revisions, seed_all
 from .metrics import iou, miou, iou_table, pixel_acc, Validator
 from .look.views import tightness
 from . import check, data, show, infer, export
@@ -326,7 +326,7 @@ def origins(
     stamps = {k: data_stamp(d) for k,d in dict(source=src, target=tgt, valid=val).items() if d}
     now = dict(versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]]), data_stamps=stamps, git=revisions())
     if o.get('config'):
-        for l in differences(read_config(o.config), now): print(f'pipa: {l}', file=sys.stderr)
+        for l in changes(read_config(o.config), now): print(f'pipa: {l}', file=sys.stderr)
     return now
 
 def watch(
@@ -575,7 +575,7 @@ def write_scores(
     row:dict # What else the row of the score should say
 )->str: # Table and means, for people
     "Write tables and picture of a score"
-    t,means = infer.class_table(cm, space),infer.mean_table(cm, space)
+    t,means = infer.score_table(cm, space),infer.mean_table(cm, space)
     matrix = pd.DataFrame(cm.numpy(), space.codes, space.codes).rename_axis('truth')
     write_file(out/'classes.csv', lambda f: t.to_csv(f, index=False)); write_file(out/'confusion.csv', matrix.to_csv)
     show.confusion_picture(cm, space).to_png(out/'confusion.png')

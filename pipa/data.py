@@ -19,14 +19,14 @@ from .basics import between
 from .sets.rare import *
 
 # %% auto #0
-__all__ = ['mean_color', 'resized', 'view_box', 'cut', 'source_view', 'trusted', 'kept', 'copies_size', 'PairSet', 'PairDL',
-           'ZeroPad', 'Fit', 'MaskOf', 'EvalDL', 'eval_dl', 'uda_dls', 'preset', '_exts', 'Domain', 'folder',
-           'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia', 'cityscapes', 'acdc', 'dark_zurich',
-           'bdd100k', 'mapillary', 'camvid', 'minicity', 'class_counts', 'rare_class_probs', 'images_with',
-           'write_file']
+__all__ = ['mean_color', 'resized', 'view_box', 'cut_view', 'source_view', 'trusted', 'made_once', 'copies_size', 'PairSet',
+           'PairDL', 'ZeroPad', 'Fit', 'MaskOf', 'EvalDL', 'eval_dl', 'uda_dls', 'preset', 'image_exts', 'Domain',
+           'folder', 'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia', 'cityscapes', 'acdc',
+           'dark_zurich', 'bdd100k', 'mapillary', 'camvid', 'minicity', 'class_counts', 'rare_class_probs',
+           'images_with', 'write_file']
 
 # %% ../nbs/12_data.ipynb #e7f36003
-_all_ = ['_exts', 'Domain', 'folder', 'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia', 'cityscapes', 'acdc', 'dark_zurich',
+_all_ = ['image_exts', 'Domain', 'folder', 'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia', 'cityscapes', 'acdc', 'dark_zurich',
     'bdd100k', 'mapillary', 'camvid', 'minicity', 'class_counts', 'rare_class_probs', 'images_with', 'write_file']
 
 # %% ../nbs/12_data.ipynb #e369853d
@@ -74,7 +74,7 @@ def _nearest(a, box, size, valid):
     return np.asarray(a[rows[0]:rows[-1]+1])[rows-rows[0]][:,cols]
 
 # %% ../nbs/12_data.ipynb #34a2ece0
-def cut(
+def cut_view(
     img, # PIL image or array, image or mask
     box:tuple, # From `view_box`
     size:tuple, # Height and width of the result
@@ -113,7 +113,7 @@ def source_view(
     def draw():
         for _ in range(tries+1):
             box = view_box(y.shape, size, rng, zoom, resize)
-            v = cut(y, box, size, mask=True)
+            v = cut_view(y, box, size, mask=True)
             n = np.bincount(v.ravel(), minlength=256); n[ignore] = 0
             if (n>0).sum()>1 and n.max()<max_ratio*n.sum(): break
         return box,v,n
@@ -121,7 +121,7 @@ def source_view(
         box,v,n = draw()
         if want is None or n[want]>min_crop*v.size: break
     flip = rng.random()<.5
-    return cut(img, box, size, flip),cut(y, box, size, flip, mask=True)
+    return cut_view(img, box, size, flip),cut_view(y, box, size, flip, mask=True)
 
 # %% ../nbs/12_data.ipynb #9a4e33ae
 def trusted(
@@ -138,7 +138,7 @@ def trusted(
     return np.outer(inside(h, H, y0, y1, top, bottom), inside(w, W, x0, x1, left, right)).astype(np.uint8)
 
 # %% ../nbs/12_data.ipynb #2ee0b55a
-def kept(
+def made_once(
     path, # File that the array is made from
     home, # Folder of the copies
     make, # Makes the array of the path
@@ -184,11 +184,11 @@ class PairSet:
 # %% ../nbs/12_data.ipynb #c795f0d7
 def _small(o, resize, mask=False):
     H,W = o.shape if mask else o.size[::-1]
-    return cut(o, (0,0,W,H), resized((H,W), resize) if resize else (H,W), mask=mask)
+    return cut_view(o, (0,0,W,H), resized((H,W), resize) if resize else (H,W), mask=mask)
 
 @patch
 def _image(self:PairSet, path, resize, draft=False):
-    if self.copies: return kept(path, self.copies, lambda p: _small(read_image(p), resize), resize, 'image')
+    if self.copies: return made_once(path, self.copies, lambda p: _small(read_image(p), resize), resize, 'image')
     if not (draft and resize): return read_image(path)
     with Image.open(path) as o: return read_image(path, resized(o.size[::-1], resize))
 
@@ -196,7 +196,7 @@ def _image(self:PairSet, path, resize, draft=False):
 def _mask(self:PairSet, path):
     sp = self.source.space
     if not self.copies: return read_mask(path, sp)
-    return kept(path, self.copies, lambda p: _small(read_mask(p, sp), self.resize, True), self.resize, 'mask', sorted(sp.ids.items()))
+    return made_once(path, self.copies, lambda p: _small(read_mask(p, sp), self.resize, True), self.resize, 'mask', sorted(sp.ids.items()))
 
 def _tensor(o, cls): return cls(torch.from_numpy(o).movedim(-1, 0) if o.ndim==3 else torch.from_numpy(o))
 
@@ -217,7 +217,7 @@ def target_part(self:PairSet, j, rng):
     "A view of target image `j`, and where it may be trusted if there's a margin"
     img = self._image(self.target.images[j], self.resize_t, self.draft)
     box,flip = view_box(_hw(img), self.size, rng, self.zoom_t, self.resize_t),rng.random()<.5
-    x = _tensor(cut(img, box, self.size, flip), TensorImage)
+    x = _tensor(cut_view(img, box, self.size, flip), TensorImage)
     if self.margin is None: return (x,)
     v = trusted(box, _hw(img), self.size, self.margin)
     return x,_tensor(np.ascontiguousarray(v[:,::-1]) if flip else v, TensorMask)

@@ -14,7 +14,7 @@ from fastai.vision.core import imagenet_stats
 from . import __version__
 from .models import get_logits, resize
 from .data import write_file
-from .checkpoints import _space_meta
+from .checkpoints import space_meta
 from .learner import inference_net
 
 # %% auto #0
@@ -64,7 +64,7 @@ def _notes(net, space, size, free, meta):
     about = dict(pipa=__version__, size='x'.join(map(str, size)), free=free, mean=mean, std=std,
                  spec=getattr(net, 'spec', None), image='B×3×H×W, float32: RGB, v/255 less mean, divided by std',
                  logits='B×K×H×W, float32: the class is the argmax over K')
-    return {k: json.dumps(v, ensure_ascii=False) for k,v in (about | _space_meta(space) | meta).items()}
+    return {k: json.dumps(v, ensure_ascii=False) for k,v in (about | space_meta(space) | meta).items()}
 
 def _need_onnx():
     try: return [import_module(o) for o in ('onnx', 'onnxscript', 'onnxruntime')][-1]

@@ -14,15 +14,15 @@ from PIL import Image, ImageOps
 from fastprogress.fastprogress import progress_bar
 from fastcore.meta import delegates
 from fastai.vision.core import imagenet_stats
-from .labels import cityscapes
+from .labels import cityscapes19
 from .basics import between
 from .models import get_logits, resize
-from .data import Domain, read_image, read_mask, write_file, _exts
+from .data import Domain, image_exts, read_image, read_mask, write_file
 from .metrics import confusion, iou, iou_table
 
 # %% auto #0
 __all__ = ['as_image', 'fit_size', 'pixels', 'normalise', 'to_input', 'windows', 'whole', 'slide_bands', 'slide', 'label_rows',
-           'best_class', 'evaluating', 'looking', 'in_bands', 'logits', 'predict', 'evaluate', 'class_table',
+           'best_class', 'evaluating', 'looking', 'in_bands', 'logits', 'predict', 'evaluate', 'score_table',
            'mean_table', 'overlay', 'raw_ids', 'find_images', 'predict_folder']
 
 # %% ../nbs/21_infer.ipynb #8f14e45f
@@ -299,7 +299,7 @@ def evaluate(
 # %% ../nbs/21_infer.ipynb #a5bfc9e2
 def _acc(cm): return cm.diag().double()/cm.sum(1)
 
-def class_table(
+def score_table(
     cm:Tensor, # Confusion matrix K×K, see `evaluate`
     space # Its `LabelSpace`
 )->pd.DataFrame: # A row a class: IoU and accuracy in [0,1] or NaN, pixels that are and that were predicted
@@ -344,7 +344,7 @@ def raw_ids(
     space # `LabelSpace` of the net
 )->np.ndarray: # Same shape, uint8; raises `ValueError` when a class has no number that fits
     "Train ids as the numbers in a data set's files: Cityscapes' own for its 19 classes"
-    if space.codes==cityscapes.codes: space = cityscapes
+    if space.codes==cityscapes19.codes: space = cityscapes19
     table = np.full(256, space.ignore)
     for raw,train in sorted(space.ids.items(), reverse=True): table[train] = raw
     lost = [space.codes[i] for i in range(space.n) if i not in space.ids.values() or not 0<=table[i]<256]
@@ -362,9 +362,9 @@ def find_images(
     if not images.is_dir(): raise FileNotFoundError(f"There is no file or folder `{images}`: give a picture or a folder of pictures.")
     out = out and Path(out).expanduser().resolve()
     if out==images.resolve(): raise ValueError(f"`{images}` can't hold both pictures and results: give another folder for the results.")
-    files = [p.relative_to(images) for p in sorted(images.rglob('*')) if p.suffix.lower() in _exts and p.is_file()
+    files = [p.relative_to(images) for p in sorted(images.rglob('*')) if p.suffix.lower() in image_exts and p.is_file()
              and not p.name.startswith('.') and out not in p.resolve().parents]
-    if not files: raise FileNotFoundError(f"No picture ({', '.join(sorted(_exts))}) in `{images}`: is it the right folder?")
+    if not files: raise FileNotFoundError(f"No picture ({', '.join(sorted(image_exts))}) in `{images}`: is it the right folder?")
     n = Counter(p.with_suffix('') for p in files)
     return {(p if n[p.with_suffix('')]>1 else p.with_suffix('')).as_posix(): images/p for p in files}
 

@@ -8,8 +8,8 @@ import difflib, numpy as np
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['cityscapes', 'gta', 'synthia', 'camvid', 'minicity', 'camvid32', 'camvid_colors', 'oklab', 'color_distances',
-           'distinct_colors', 'LabelSpace', 'pack', 'mapillary_space', 'space', 'label_space']
+__all__ = ['cityscapes19', 'gta19', 'synthia19', 'camvid11', 'minicity11', 'camvid32', 'camvid_colors', 'oklab',
+           'color_distances', 'distinct_colors', 'LabelSpace', 'rgb_ids', 'mapillary_space', 'space', 'label_space']
 
 # %% ../nbs/01_labels.ipynb #e4da3b7f
 _cone = np.array([[.4122214708,.5363325363,.0514459929], [.2119034982,.6806995451,.1073969566], [.0883024619,.2817188376,.6299787005]])
@@ -113,7 +113,7 @@ def _search(self:LabelSpace, mask):
     i = np.searchsorted(raw, mask).clip(0, len(raw)-1)
     return np.where(raw[i]==mask, np.array([self.ids[k] for k in raw.tolist()], np.uint8)[i], np.uint8(self.ignore))
 
-def pack(
+def rgb_ids(
     rgb, # Colours in 0..255, `... x 3`
 )->np.ndarray: # `...`, int32
     "One number for each colour, `0xRRGGBB`"
@@ -173,17 +173,17 @@ _synthia = {raw:255 for raw in (0,13,14,22)} | {
 _things = (6,7,11,12,13,14,15,16,17,18)
 _16 = [i for i in range(19) if i not in (9,14,16)]
 
-cityscapes = LabelSpace('cityscapes', _names, _colors, _city, things=_things)
-gta = LabelSpace('gta', _names, _colors, _city, things=_things)
-synthia = LabelSpace('synthia', _names, _colors, _synthia, things=_things, subsets=dict(miou16=_16, miou13=[i for i in _16 if i not in (3,4,5)]))
+cityscapes19 = LabelSpace('cityscapes', _names, _colors, _city, things=_things)
+gta19 = LabelSpace('gta', _names, _colors, _city, things=_things)
+synthia19 = LabelSpace('synthia', _names, _colors, _synthia, things=_things, subsets=dict(miou16=_16, miou13=[i for i in _16 if i not in (3,4,5)]))
 
 # %% ../nbs/01_labels.ipynb #c16a5320
 _codes11 = 'sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist'.split(',')
 _colors11 = [[87,153,219], [93,85,54], [198,188,185], [128,64,128], [255,115,243], [116,163,13],
     [229,223,61], [171,134,136], [25,27,188], [204,25,58], [254,149,26]]
 
-camvid = LabelSpace('camvid', _codes11, _colors11, {**{i:i for i in range(11)}, 11:255}, things=(6,8,9,10))
-minicity = LabelSpace('minicity', _codes11, _colors11, things=(6,8,9,10))
+camvid11 = LabelSpace('camvid', _codes11, _colors11, {**{i:i for i in range(11)}, 11:255}, things=(6,8,9,10))
+minicity11 = LabelSpace('minicity', _codes11, _colors11, things=(6,8,9,10))
 
 # %% ../nbs/01_labels.ipynb #325851d3
 _camvid32 = dict(line.split('=') for line in '''Animal=408040:9 Archway=c00080:1 Bicyclist=0080c0:10 Bridge=008040:1
@@ -194,8 +194,8 @@ _camvid32 = dict(line.split('=') for line in '''Animal=408040:9 Archway=c00080:1
     Tunnel=400040:1 VegetationMisc=c0c000:5 Void=000000:255 Wall=40c000:1'''.split())
 _painted = [(int(o[:6], 16), int(o[7:])) for o in _camvid32.values()]
 
-camvid32 = LabelSpace('camvid', _codes11, _colors11, {i:c for i,(_,c) in enumerate(_painted)}, things=camvid.things)
-camvid_colors = LabelSpace('camvid', _codes11, _colors11, dict(_painted), things=camvid.things)
+camvid32 = LabelSpace('camvid', _codes11, _colors11, {i:c for i,(_,c) in enumerate(_painted)}, things=camvid11.things)
+camvid_colors = LabelSpace('camvid', _codes11, _colors11, dict(_painted), things=camvid11.things)
 
 # %% ../nbs/01_labels.ipynb #46269c2d
 _vistas = {k:v for k,vs in dict(void='construction--flat--parking construction--flat--rail-track construction--flat--driveway',
@@ -216,10 +216,10 @@ def mapillary_space(
     names:list, # Names of the labels in the order of their ids, from `config.json`
 )->LabelSpace: # The 19 classes of Cityscapes
     "Group the labels of Mapillary Vistas by their names"
-    ids = {i: cityscapes.codes.index(g) if (g := _group(str(o), _vistas)) in cityscapes.codes else 255 for i,o in enumerate(names)}
+    ids = {i: cityscapes19.codes.index(g) if (g := _group(str(o), _vistas)) in cityscapes19.codes else 255 for i,o in enumerate(names)}
     found = set(ids.values())-{255}
     if len(found)<10: raise ValueError(f'of {len(names)} names only {len(found)} classes could be made: are these the labels of Mapillary Vistas?')
-    return LabelSpace('cityscapes', cityscapes.codes, cityscapes.palette, ids, things=cityscapes.things)
+    return LabelSpace('cityscapes', cityscapes19.codes, cityscapes19.palette, ids, things=cityscapes19.things)
 
 # %% ../nbs/01_labels.ipynb #d67d8ab4
 def space(
@@ -227,7 +227,7 @@ def space(
 )->LabelSpace: # Raises `KeyError` for another name
     "The label space called `name`"
     if isinstance(name, LabelSpace): return name
-    known = {s.name:s for s in (cityscapes, gta, synthia, camvid, minicity)}
+    known = {s.name:s for s in (cityscapes19, gta19, synthia19, camvid11, minicity11)}
     if str(name).lower() in known: return known[name.lower()]
     raise KeyError(f'no label space {name!r}, there are {", ".join(known)}; for your own classes: label_space(codes)')
 

@@ -52,12 +52,12 @@ class Camera:
     def __call__(self, X, Y, Z): return self.cx + self.f*X/Z, self.cy + self.f*(self.h-Y)/Z
 
 # %% ../nbs/11_minicity.ipynb #c74d97b0
-def rows(y, h): return tuple(min(h, max(0, ceil(k-.5))) for k in (min(y), max(y)))
+def row_range(y, h): return tuple(min(h, max(0, ceil(k-.5))) for k in (min(y), max(y)))
 def columns(x, w): return np.ceil(np.minimum(np.maximum(x, 0), w)-.5).astype(int).tolist()
 
 def spans(pts, h, w):
     "First row, and first and last column of each row, of the convex polygon `pts` in an image of `h` rows"
-    a,b = rows([p[1] for p in pts], h)
+    a,b = row_range([p[1] for p in pts], h)
     if a >= b or not 0 < max(p[0] for p in pts) or not min(p[0] for p in pts) < w: return 0,[],[]
     x,y = np.array([*pts, pts[0]]).T[...,None]
     c = np.arange(a, b)+.5
@@ -70,7 +70,7 @@ def spans(pts, h, w):
 # %% ../nbs/11_minicity.ipynb #98f13708
 def disk_spans(x, y, rx, ry, h, w, rag=None):
     "The same for an ellipse; `rag` (2 rows of factors) moves its left and right ends, as leaves do"
-    a,b = rows((y-ry, y+ry), h)
+    a,b = row_range((y-ry, y+ry), h)
     if a >= b or not -rx < x < w+rx: return 0,[],[]
     t = (np.arange(a, b)+.5-y)/ry
     l = r = rx*np.sqrt(np.maximum(1-t*t, 0))
@@ -79,7 +79,7 @@ def disk_spans(x, y, rx, ry, h, w, rag=None):
 
 def rect_spans(x, y, h, w):
     "The same for a rectangle between the two columns of `x` and the two rows of `y`"
-    (a,b),(l,r) = rows(y, h),rows(x, w)
+    (a,b),(l,r) = row_range(y, h),row_range(x, w)
     return a, [l]*(b-a), [r]*(b-a)
 
 # %% ../nbs/11_minicity.ipynb #37693cfc
@@ -429,7 +429,7 @@ def leaf(p, st, k):
     p.rgb = p.rgb*(1 + (.12+k)*(p.fine-.5) + (.1+1.5*k)*(p.mid-.5))
     p.paint(p.fine*p.mid > 1-.9*k, .9*p.low)
 
-def plain(p, st, k): p.rgb = p.rgb*(1 + .5*k*(p.mid-.5))
+def painted(p, st, k): p.rgb = p.rgb*(1 + .5*k*(p.mid-.5))
 
 def bars(p, st, k):
     step,H = p.par[:2]
@@ -437,7 +437,7 @@ def bars(p, st, k):
     p.rgb = p.rgb*np.where(bar, 1, .55).astype(np.float32)*(1+k*(p.fine-.5))
 
 def sky(p, st, k): p.rgb = p.top + (p.low-p.top)*p.height + (25+60*k)*(p.cloud-.5)*(1-.5*p.height)
-MATERIALS = dict(asphalt=asphalt, slick=slick, slabs=slabs, wall=wall, leaf=leaf, plain=plain, fence=bars, sky=sky)
+MATERIALS = dict(asphalt=asphalt, slick=slick, slabs=slabs, wall=wall, leaf=leaf, plain=painted, fence=bars, sky=sky)
 
 # %% ../nbs/11_minicity.ipynb #a3f390d8
 def surface(c, d, st, s=1.):
@@ -472,7 +472,7 @@ def exposure(x, a, g):
 def haze(x, a, g): return x + (np.array([205,208,212], np.float32)[:,None,None]-x)*(a*g.z/(a*g.z+60))
 
 # %% ../nbs/11_minicity.ipynb #d2ddea18
-def blur(x, a, g):
+def soften(x, a, g):
     "A share `a` of the three-pixel filter 1-2-1, along both axes"
     for ax in (1,2):
         n = x.shape[ax]
@@ -514,7 +514,7 @@ def shadow(x, a, g):
 
 # %% ../nbs/11_minicity.ipynb #f033ab37
 STREET_WEATHER = dict(shadow=shadow)
-LENS_WEATHER = dict(haze=haze, mute=mute, cast=cast, exposure=exposure, blur=blur, vignette=vignette, noise=noise, blocks=blocks)
+LENS_WEATHER = dict(haze=haze, mute=mute, cast=cast, exposure=exposure, blur=soften, vignette=vignette, noise=noise, blocks=blocks)
 
 def weather(x, table, st, s, g):
     "Apply each weather of `table` in turn, its amount drawn from the style and scaled by `s`"
@@ -549,7 +549,7 @@ def scene(
 # %% ../nbs/11_minicity.ipynb #ec895663
 FIRST = dict(train=0, val=1_000_000)
 
-def fingerprint(st, n=6, size=(32,64)):
+def style_id(st, n=6, size=(32,64)):
     "A short name of what the renderer draws now: it changes with a style, an object or a weather"
     m = hashlib.sha256()
     for i in range(n):
@@ -590,7 +590,7 @@ def cache(
     if domain not in STYLES: raise ValueError(f'There is no domain {domain!r}: take one of {list(STYLES)}.')
     if split not in FIRST: raise ValueError(f'There is no split {split!r}: take one of {list(FIRST)}.')
     n,st = dict(train=400, val=100)[split] if n is None else n, STYLES[domain]
-    home = Path(root)/'minicity'/f'{size[0]}x{size[1]}'/f'{domain}-{fingerprint(st)}'/split
+    home = Path(root)/'minicity'/f'{size[0]}x{size[1]}'/f'{domain}-{style_id(st)}'/split
     target = domain!='game' and split=='train'
     dirs = home/'images', home/('oracle_masks' if target else 'masks') if oracle or not target else None
     for p in dirs:

@@ -15,7 +15,7 @@ from .mix import pseudo_label, class_mask, class_mix, strong_augment, block_mask
 from .look.patch_explorer import PatchConsistency
 from .look.pixel_explorer import PixelEmbeddingExplorer
 from .show import Fig, grid, denorm, paint
-from .look.surface import Page, Surface, rgba, colored, img_tag, on_dark, control_row, pick, slide, width
+from .look.surface import Page, Surface, rgba, colored, img_tag, on_dark, control_row, pick, slider, width
 
 _own_pages = PixelEmbeddingExplorer,PatchConsistency
 _all_ = ['PixelEmbeddingExplorer', 'PatchConsistency']
@@ -108,7 +108,7 @@ def trust_explorer(
                 f'trust, mean {float(w[image].mean()):.2f}': _grey(w[image]),
                 'sure labels': np.where((w[image]>0).numpy()[...,None], colored(y_t[image], space.palette)[...,:3], 0).astype(np.uint8)}
         return pics | {'sure and right': trust_curve(p, lab, y, thresh)}
-    return Step(f, 'Pseudo-labels', thresh=slide('thresh', 0, 1, step=.002), trust=pick('trust', ['batch', 'pixel'], 130),
+    return Step(f, 'Pseudo-labels', thresh=slider('thresh', 0, 1, step=.002), trust=pick('trust', ['batch', 'pixel'], 130),
                 image=_which(x)).turn(thresh=thresh, trust=trust)
 
 def _which(x): return pick('image', [(str(i+1), i) for i in range(len(x))], 110)
@@ -155,7 +155,7 @@ def mix_explorer(
         x,y,w = class_mix(x_s[i], y_s[i], x_t[i], y_t[i], w_t[i], m)
         return dict(source=denorm(x_s[image]), target=denorm(x_t[image]), mixed=denorm(x[0]), label=paint(x[0], y[0], space, 1.))
     there = [space.codes[c] for c in sorted(y_s.unique().tolist()) if c<space.n]
-    return Step(f, 'ClassMix', image=_which(x_s), seed=slide('seed', 0, 99, 200, step=1),
+    return Step(f, 'ClassMix', image=_which(x_s), seed=slider('seed', 0, 99, 200, step=1),
                 classes=W.SelectMultiple(options=there, rows=min(6, len(there)), description='classes', layout=W.Layout(width='220px')))
 
 # %% ../nbs/30_widgets.ipynb #6f4922f4
@@ -170,8 +170,8 @@ def augment_explorer(
             torch.manual_seed(seed)
             out = strong_augment(x[image][None].expand(3, -1, -1, -1), 1., strength, float(sigma>0), (min(.15, sigma),sigma), per_image=True)
         return {'image': denorm(x[image]), **{f'draw {i+1}': denorm(o) for i,o in enumerate(out)}}
-    return Step(f, 'Strong augmentation', image=_which(x), strength=slide('strength', 0, .5), sigma=slide('blur, px', 0, 4),
-                seed=slide('seed', 0, 99, 200, step=1)).turn(strength=strength, sigma=sigma)
+    return Step(f, 'Strong augmentation', image=_which(x), strength=slider('strength', 0, .5), sigma=slider('blur, px', 0, 4),
+                seed=slider('seed', 0, 99, 200, step=1)).turn(strength=strength, sigma=sigma)
 
 
 # %% ../nbs/30_widgets.ipynb #mask0002
@@ -186,8 +186,8 @@ def mask_explorer(
             torch.manual_seed(seed)
             m = block_mask(x[:1].shape, ratio, block)[0]
         return {'image': denorm(x[image]), f'hidden {1-float(m.mean()):.0%}': (denorm(x[image])*m.numpy().astype(np.uint8)[0,...,None])}
-    return Step(f, 'Masked image', image=_which(x), ratio=slide('ratio', 0, 1), seed=slide('seed', 0, 99, 200, step=1),
-                block=slide('block, px', 4, 128, step=4)).turn(ratio=ratio, block=block)
+    return Step(f, 'Masked image', image=_which(x), ratio=slider('ratio', 0, 1), seed=slider('seed', 0, 99, 200, step=1),
+                block=slider('block, px', 4, 128, step=4)).turn(ratio=ratio, block=block)
 
 
 # %% ../nbs/30_widgets.ipynb #b6d767d2
@@ -225,6 +225,6 @@ def ema_explorer(
         bx.text(.02, .9, f'mean age {float((past*(steps-t)).sum()):.0f} steps, first weights {float(np.prod(a)):.1%}', transform=bx.transAxes, fontsize=8)
         for o in (ax, bx): o.spines[['top', 'right']].set_visible(False)
         return {'teacher': fig}
-    s = slide('steps', 10, 5000, 300, step=10); s.continuous_update = False
-    return Step(f, 'The memory of the teacher', alpha=slide('alpha', .9, .9999, 300, step=.0001), steps=s).turn(alpha=alpha, steps=1000)
+    s = slider('steps', 10, 5000, 300, step=10); s.continuous_update = False
+    return Step(f, 'The memory of the teacher', alpha=slider('alpha', .9, .9999, 300, step=.0001), steps=s).turn(alpha=alpha, steps=1000)
 

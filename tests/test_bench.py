@@ -40,7 +40,7 @@ def test_plain_nets_agree_forward_and_backward(make):
     net = add_heads(make('mit_b0', n_out=3, dim=16, drop_path=0.) if make is not light else make('mit_b0', n_out=3, drop_path=0.), hidden=8)
     for m in net.modules():
         if isinstance(m, torch.nn.Dropout2d): m.p = 0.
-    p,x = B.plain(net),torch.randn(2, 3, 64, 96)
+    p,x = B.plain_net(net),torch.randn(2, 3, 64, 96)
     assert any(isinstance(m, B.PlainAttention) for m in p.modules()) and not any(isinstance(m, B.PlainAttention) for m in net.modules())
     def run(m):
         torch.manual_seed(1); z,f = m(x); (z.pow(2).mean()+(m.proj_head(f.maps)[:,0]).mean()).backward()

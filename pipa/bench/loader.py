@@ -9,11 +9,11 @@ from pathlib import Path
 from PIL import Image
 from fastai.vision.core import imagenet_stats
 from ..data import Domain, PairSet, preset, resized, write_file
-from ..labels import gta
+from ..labels import gta19
 from ..minicity import scene
 
 # %% auto #0
-__all__ = ['big_pictures', 'plain', 'medians', 'loader_table']
+__all__ = ['big_pictures', 'plain_chain', 'medians', 'loader_table']
 
 # %% ../../nbs/bench/01_loader.ipynb #130d4f6b
 def big_pictures(
@@ -33,10 +33,10 @@ def big_pictures(
         Image.fromarray(a.clip(0, 255).astype(np.uint8)).save(x, compress_level=6)
         o = Image.fromarray(raw[m]).resize(hw[::-1], Image.NEAREST)
         o.putpalette(bytes(range(256))*3); o.save(y)
-    return Domain(xs, ys, gta, 'made up')
+    return Domain(xs, ys, gta19, 'made up')
 
 # %% ../../nbs/bench/01_loader.ipynb #d4fa46b4
-def plain(
+def plain_chain(
     image, # Path
     mask, # Path, or None for a target
     sp, # Label space
@@ -96,9 +96,9 @@ def _ways(s, t, o, ours, copied):
     n,rng = len(s),np.random.default_rng
     def both(f, g): return {('source',k): h for k,h in f.items()} | {('target',k): h for k,h in g.items()}
     return both(
-        {'plain chain': lambda i: plain(s.images[i%n], s.masks[i%n], s.space, o['resize'], o['size'], rng(i)),
+        {'plain chain': lambda i: plain_chain(s.images[i%n], s.masks[i%n], s.space, o['resize'], o['size'], rng(i)),
          'ours': lambda i: ours.source_part(i%n, None, rng(i)), 'ours, copies': lambda i: copied.source_part(i%n, None, rng(i)),
          'decoding alone': lambda i: (Image.open(s.images[i%n]).load(), Image.open(s.masks[i%n]).load())},
-        {'plain chain': lambda i: plain(t.images[i%n], None, None, o['resize_t'], o['size'], rng(i)),
+        {'plain chain': lambda i: plain_chain(t.images[i%n], None, None, o['resize_t'], o['size'], rng(i)),
          'ours': lambda i: ours.target_part(i%n, rng(i)), 'ours, copies': lambda i: copied.target_part(i%n, rng(i)),
          'decoding alone': lambda i: Image.open(t.images[i%n]).load()})

@@ -25,8 +25,8 @@ from ..learner import uda_learner, adamw, param_groups, make_net
 
 # %% auto #0
 __all__ = ['parts', 'interleaved', 'part_rows', 'PlainEmbed', 'PlainAttention', 'stack', 'PlainConvBN', 'PlainASPP',
-           'PlainSegFormerHead', 'PlainProjHead', 'plain', 'plain_pixel', 'plain_sup', 'plain_patch', 'PlainStep',
-           'block_pairs', 'our_step', 'encoder_ways', 'head_ways', 'pixel_ways', 'patch_ways', 'ema_ways',
+           'PlainSegFormerHead', 'PlainProjHead', 'plain_net', 'plain_pixel', 'plain_sup', 'plain_patch', 'PlainStep',
+           'block_pairs', 'our_step', 'encoder_ways', 'head_ways', 'pixel_term_ways', 'patch_term_ways', 'ema_ways',
            'optimizer_ways', 'augment_ways', 'step_ways', 'crops_ways', 'compile_ways', 'every_ways', 'machine',
            'Settings', 'bench', 'pipa_bench', 'add_rows', 'Clock', 'profile_step', 'growth', 'exponents']
 
@@ -105,7 +105,7 @@ class PlainProjHead(ProjHead):
 _plain = {PatchEmbed:PlainEmbed, Attention:PlainAttention, ConvBN:PlainConvBN, SepASPP:PlainASPP,
           SegFormerHead:PlainSegFormerHead, ProjHead:PlainProjHead}
 
-def plain(
+def plain_net(
     net:nn.Module # Of `pipa.models`
 )->nn.Module: # A copy with the same parameters
     "The plain form of a net"
@@ -186,7 +186,7 @@ class PlainStep:
         together:bool=False, # Both views in one pass of student and teacher, as in our step?
         **pixel # To `plain_pixel`
     ):
-        self.net,self.size,self.thresh,self.n_neg,self.together,self.pixel_kw = plain(net),size,thresh,n_neg,together,pixel
+        self.net,self.size,self.thresh,self.n_neg,self.together,self.pixel_kw = plain_net(net),size,thresh,n_neg,together,pixel
         self.teacher,self.bank,self.t = deepcopy(self.net).eval().requires_grad_(False),[],0
         groups = [dict(params=[p], weight_decay=.01 if p.ndim>1 else 0.) for p in self.net.parameters()]
         self.opt = torch.optim.AdamW(groups, lr=6e-5, foreach=False, fused=False)
@@ -301,7 +301,7 @@ def encoder_ways(
     def smp(t):
         m = t.encoders.get_encoder(o.arch, weights=None); m.train(train)
         return _run(lambda x: m(x)[2:], x, train)
-    net.train(train); p,last = plain(net),deepcopy(net).to(memory_format=torch.channels_last)
+    net.train(train); p,last = plain_net(net),deepcopy(net).to(memory_format=torch.channels_last)
     return {'plain':_run(p, x, train), 'ours':_run(net, x, train), 'ours, bf16':_run(net, x, train, True),
             'ours, channels last':_run(last, x.to(memory_format=torch.channels_last), train),
             'transformers':_try('transformers', hf), 'segmentation-models-pytorch':_try('segmentation_models_pytorch', smp)}
@@ -313,14 +313,14 @@ def head_ways(
     "The decode head, forward and backward, on maps that need a gradient, too"
     net = make_net(o.model, o.classes, o.arch).train()
     maps = [torch.randn(o.bs, c, o.size//s, o.size//s, requires_grad=True) for c,s in zip(net.widths, (4,8,16,32))]
-    return {'plain':_run(plain(net).decode_head, _Maps(maps), True), 'ours':_run(net.decode_head, _Maps(maps), True),
+    return {'plain':_run(plain_net(net).decode_head, _Maps(maps), True), 'ours':_run(net.decode_head, _Maps(maps), True),
             'ours, bf16':_run(net.decode_head, _Maps(maps), True, True)}
 
 class _Maps(list):
     "Maps that know their device"
     device = property(lambda self: self[0].device)
 
-def pixel_ways(
+def pixel_term_ways(
     o # Settings, see `pipa_bench`
 )->dict:
     "Pixel contrast with its sampling, forward and backward; of other packages the loss over as many samples"
@@ -336,7 +336,7 @@ def pixel_ways(
             'pytorch-metric-learning, loss alone':_try('pytorch_metric_learning.losses', pml)}
 
 # %% ../../nbs/bench/00_parts.ipynb #5beb0022
-def patch_ways(
+def patch_term_ways(
     o # Settings, see `pipa_bench`
 )->dict:
     "Patch contrast, both directions, forward and backward"
@@ -427,7 +427,7 @@ def every_ways(
             'no patch term':four(1, 'pixel')}
 
 parts = {'encoder, forward':lambda o: encoder_ways(o, False), 'encoder, training':lambda o: encoder_ways(o, True),
-         'head':head_ways, 'pixel':pixel_ways, 'patch':patch_ways, 'ema':ema_ways, 'optimizer':optimizer_ways,
+         'head':head_ways, 'pixel':pixel_term_ways, 'patch':patch_term_ways, 'ema':ema_ways, 'optimizer':optimizer_ways,
          'augment':augment_ways, 'step':step_ways, 'crops':crops_ways, 'every':every_ways, 'compile':compile_ways}
 
 # %% ../../nbs/bench/00_parts.ipynb #5beb0025
@@ -585,7 +585,8 @@ def growth(
     base = dict(model='daformer', arch='mit_b0', size=128, bs=2, classes=19, samples=1024, bank=9600) | o
     ways = {(x,k):f for x in values for k,f in make(Settings(base | {what:x})).items() if callable(f)}
     ts = interleaved(ways, turns)
-    return pd.DataFrame([dict(what=what, part=make.__name__.removesuffix('_ways'), x=x, way=k, ms=v) for (x,k),v in ts.items()])
+    part = next((k for k,f in parts.items() if f is make), make.__name__.removesuffix('_ways'))
+    return pd.DataFrame([dict(what=what, part=part, x=x, way=k, ms=v) for (x,k),v in ts.items()])
 
 def exponents(
     df:pd.DataFrame # From `growth`

@@ -15,7 +15,7 @@ from ..labels import label_space, distinct_colors
 from ..mix import crop_corners
 from .patches import *
 from ..show import Fig, denorm
-from .surface import Page, Surface, rgba, palette, css, colored, img_tag, on_dark, control_row, pick, slide, tick, width
+from .surface import Page, Surface, rgba, palette, css, colored, img_tag, on_dark, control_row, pick, slider, tick, width
 
 # %% auto #0
 __all__ = ['history_figure', 'PatchConsistency']
@@ -71,7 +71,7 @@ def start(self:_PairState, what, images=None, y=None, space=None, n_images=4, st
 def _numbered(self:_PairState):
     size = tuple(min(n, 64)//8*8 for n in self.hw)
     one = crops_at(self.nets.x[:1], (0,0), (0,0), size, self.stride)
-    n = look(self.nets(self.nets.names[-1]), one, stride=self.stride).p_1.shape[1]
+    n = pair_looks(self.nets(self.nets.names[-1]), one, stride=self.stride).p_1.shape[1]
     return label_space([f'class {i}' for i in range(n)], palette=distinct_colors(n+1)[1:])
 
 @patch
@@ -84,7 +84,7 @@ def looks(self:_PairState, checkpoint=None, who=None): # Both default to those o
         crops = crops_at(self.nets.x[self.image][None], self.at_1, self.at_2, self.size, self.stride)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            self.cache[k] = look(self.nets(name, who), crops, self.nets.teacher(name), self.stride, self.augment),crops
+            self.cache[k] = pair_looks(self.nets(name, who), crops, self.nets.teacher(name), self.stride, self.augment),crops
     return self.cache[k]
 
 # %% ../../nbs/look/05_patch_explorer.ipynb #scor0002
@@ -238,7 +238,7 @@ def _handles(self:PatchConsistency):
     return dict(
         image=pick('image', [(str(i+1), i) for i in range(len(N.x))], 110), who=pick('net', N.who, 120),
         checkpoint=W.SelectionSlider(options=[(k, i) for i,k in enumerate(N.names)], layout=width(260), description='checkpoint'),
-        min_iou=slide('overlap from', 0, .95, 230), conf=slide('sure from', 0, 1, 220),
+        min_iou=slider('overlap from', 0, .95, 230), conf=slider('sure from', 0, 1, 220),
         seed=W.BoundedIntText(min=0, max=10**6, description='seed', layout=width(110), style=short),
         augment=tick('augment', 'Augmented crops, as in training'), live=tick('live', 'Answer while a crop is dragged'),
         blind=tick('colour-blind', 'Colours for all eyes'))

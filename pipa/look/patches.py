@@ -16,8 +16,8 @@ from .views import features
 from ..show import Fig, grid, denorm
 
 # %% auto #0
-__all__ = ['snap', 'crops_at', 'Looks', 'look', 'patch_loss', 'js_divergence', 'class_agreement', 'overlap_maps', 'pair_scores',
-           'sweep', 'sweep_figure', 'hardest_figure']
+__all__ = ['snap', 'crops_at', 'Looks', 'pair_looks', 'patch_loss', 'js_divergence', 'class_agreement', 'overlap_maps',
+           'pair_scores', 'sweep', 'sweep_figure', 'hardest_figure']
 
 # %% ../../nbs/look/02_patches.ipynb #e4da3b7f
 def snap(
@@ -75,7 +75,7 @@ def _answer(net, x, stride):
     return resize(z.float(), x.shape[-2:]).softmax(1), e.float()
 
 @torch.no_grad()
-def look(
+def pair_looks(
     net, # A net of `pipa.models`, or a function of images `B×3×h×w` to probabilities `B×K×h×w` and embeddings at stride `stride`
     crops:Crops, # From `crops_at` or `pipa.mix.two_crops`
     teacher=None, # The net that gives labels and confidence; `None`: `net` itself
@@ -95,7 +95,7 @@ def look(
 
 # %% ../../nbs/look/02_patches.ipynb #6512bd43
 def patch_loss(
-    l:Looks, # From `look`
+    l:Looks, # From `pair_looks`
     crops:Crops, # The crops it was made from
     stride:int=8, # Side of a feature cell, px
     temp:float=.1, # See `pipa.losses.patch_contrast`
@@ -131,7 +131,7 @@ def class_agreement(
 
 # %% ../../nbs/look/02_patches.ipynb #6f4922f4
 def overlap_maps(
-    l:Looks, # From `look`
+    l:Looks, # From `pair_looks`
     crops:Crops, # The crops it was made from
     i:int=0, # Which pair
     stride:int=8 # Side of a feature cell, px
@@ -144,7 +144,7 @@ def overlap_maps(
     return dict(y_1=y_1, y_2=y_2, c_1=c_1, c_2=c_2, same=y_1==y_2, js=js_divergence(p, q), cosine=(f*g).sum(0))
 
 def pair_scores(
-    l:Looks, # From `look`; not mirrored
+    l:Looks, # From `pair_looks`; not mirrored
     crops:Crops, # The crops it was made from
     i:int=0, # Which pair
     conf:float=.9, # Both views must be surer than this to count as confident
@@ -159,12 +159,12 @@ def pair_scores(
 
 # %% ../../nbs/look/02_patches.ipynb #3c59dc04
 def sweep(
-    net, # See `look`
+    net, # See `pair_looks`
     x:Tensor, # Images to draw pairs from, `n×3×H×W`
     k:int=32, # Pairs
     size:tuple=(64,128), # Height and width of a crop
     iou:tuple=(.1,1.), # Least and largest overlap (CAC)
-    teacher=None, # See `look`
+    teacher=None, # See `pair_looks`
     conf:float=.9, # See `pair_scores`
     stride:int=8, # Side of a feature cell, px
     seed:int=0, # The same seed draws the same pairs
@@ -178,7 +178,7 @@ def sweep(
         todo = [*torch.randint(len(x), (k,)).split(bs)]
         for i in progress_bar(todo, leave=False) if progress else todo:
             crops = two_crops(x[i], size, stride, iou, flip=0.)
-            l = look(net, crops, teacher, stride)
+            l = pair_looks(net, crops, teacher, stride)
             rows += [dict(image=int(o), at_1=tuple(crops.at_1[j].tolist()), at_2=tuple(crops.at_2[j].tolist()),
                           **pair_scores(l, crops, j, conf, stride)) for j,o in enumerate(i)]
     return pd.DataFrame(rows)

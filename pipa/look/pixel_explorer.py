@@ -11,7 +11,7 @@ from .views import *
 from ..labels import label_space, distinct_colors
 from ..show import Fig
 from .surface import Page, Surface, rgba, heat_bytes, lut, f32, palette, css, colored
-from .surface import img_tag, on_dark, control_row, pick, slide, tick, width
+from .surface import img_tag, on_dark, control_row, pick, slider, tick, width
 
 # %% auto #0
 __all__ = ['point_colors', 'color_keys', 'PixelEmbeddingExplorer', 'counts_figure']
@@ -268,8 +268,8 @@ def _handles(self:PixelEmbeddingExplorer):
     return dict(
         checkpoint=W.SelectionSlider(options=[(k, i) for i,k in enumerate(L.names)], layout=width(260), description='checkpoint'),
         who=pick('net', L.who, 120), layer=pick('layer', L.layers, 165), method=pick('projection', [(v, k) for k,v in _methods.items()], 155),
-        color_by=pick('colour', _colors, 155), over=pick('show', _overs, 145), over_alpha=slide('opacity', 0, 1, 190),
-        heat_alpha=slide('heat', 0, 1, 180), threshold=slide('similar from', -1, 1, 230), hover=tick('hover', 'Ask while the mouse moves'),
+        color_by=pick('colour', _colors, 155), over=pick('show', _overs, 145), over_alpha=slider('opacity', 0, 1, 190),
+        heat_alpha=slider('heat', 0, 1, 180), threshold=slider('similar from', -1, 1, 230), hover=tick('hover', 'Ask while the mouse moves'),
         n=W.IntSlider(description='pixels a class', min=5, max=200, layout=width(240), style=short, continuous_update=False),
         seed=W.BoundedIntText(min=0, max=9999, description='seed', layout=width(100), style=short),
         pure=tick('pure', 'Only cells whose pixels have one label'), blind=tick('colour-blind', 'Colours for all eyes'),

@@ -16,7 +16,7 @@ from ..labels import distinct_colors
 from ..show import Fig
 
 # %% auto #0
-__all__ = ['Surface', 'rgba', 'heat_bytes', 'lut', 'f32', 'palette', 'css', 'colored', 'width', 'control_row', 'pick', 'slide',
+__all__ = ['Surface', 'rgba', 'heat_bytes', 'lut', 'f32', 'palette', 'css', 'colored', 'width', 'control_row', 'pick', 'slider',
            'tick', 'on_dark', 'Page', 'img_tag']
 
 # %% ../../nbs/look/03_surface.ipynb #e4da3b7f
@@ -141,7 +141,7 @@ def pick(label, # Before the list
     return W.Dropdown(description=label, options=options, layout=width(px), style=dict(description_width='initial'))
 
 # %% ../../nbs/look/03_surface.ipynb #1f0e3dad
-def slide(label, # Before the slider
+def slider(label, # Before the slider
           lo, # Left end
           hi, # Right end
           px=220, # Width

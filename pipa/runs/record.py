@@ -11,7 +11,7 @@ from fastai.torch_core import set_seed
 from ..sets.domains import Domain
 
 # %% auto #0
-__all__ = ['seed_all', 'data_stamp', 'revision', 'revisions', 'read_config', 'repeat', 'differences']
+__all__ = ['seed_all', 'data_stamp', 'revision', 'revisions', 'read_config', 'repeat', 'changes']
 
 # %% ../../nbs/runs/00_record.ipynb #rec00006
 def seed_all(
@@ -82,7 +82,7 @@ def repeat(
     mine = {k for k in o if o[k]!=usual.get(k)} | {*given, *_not_taken}
     return {k: v if k in mine else was.get(k, v) for k,v in o.items()}
 
-def differences(
+def changes(
     was:dict, # `config.json` of a run
     now:dict # What a new one would write
 ): # Yields sentences

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from PIL import Image
 from torchvision.io import decode_image
-from ..labels import LabelSpace, label_space, pack, space
+from ..labels import LabelSpace, label_space, rgb_ids, space
 
 # %% auto #0
-__all__ = ['Domain', 'codes_space', 'pair', 'folder', 'read_image', 'image_size', 'whole', 'read_numbers', 'complaint',
-           'class_numbers', 'fractions', 'read_mask', '_exts']
+__all__ = ['image_exts', 'Domain', 'pictures', 'codes_space', 'pair', 'folder', 'read_image', 'image_size', 'intact',
+           'read_numbers', 'complaint', 'class_numbers', 'fractions', 'read_mask']
 
 # %% ../../nbs/sets/00_domains.ipynb #2b9b6952
 @dataclass
@@ -31,15 +31,17 @@ class Domain:
                                          masks=self.masks and [self.masks[i] for i in idxs])
 
 # %% ../../nbs/sets/00_domains.ipynb #149e84aa
-_all_ = ['_exts']
-_exts = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff'}
+image_exts = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff'}
 
-def _pictures(path):
+def pictures(
+    path # Folder
+)->dict: # Path of each picture by its *key*, the path below the folder without the ending
+    "Find the pictures of a folder and of those in it"
     path = Path(path).expanduser()
     if not path.is_dir(): raise FileNotFoundError(f"`{path}` is not a folder: give the folder that holds the pictures.")
     files = {p.relative_to(path).with_suffix('').as_posix(): p for p in sorted(path.rglob('*'))
-             if p.suffix.lower() in _exts and not p.name.startswith('.') and not p.is_dir()}
-    if not files: raise FileNotFoundError(f"No picture ({', '.join(sorted(_exts))}) in `{path}`: is it the right folder?")
+             if p.suffix.lower() in image_exts and not p.name.startswith('.') and not p.is_dir()}
+    if not files: raise FileNotFoundError(f"No picture ({', '.join(sorted(image_exts))}) in `{path}`: is it the right folder?")
     return files
 
 # %% ../../nbs/sets/00_domains.ipynb #36c265e6
@@ -86,8 +88,8 @@ def folder(
     name:str|None=None # Defaults to the name of the image folder's parent
 )->Domain: # Raises `FileNotFoundError` for a folder without pictures or an image without mask
     "The domain made of a folder of images and, for a source, a folder of masks"
-    xs,sp,name = _pictures(images),codes_space(codes),name or Path(images).resolve().parent.name
-    return Domain([*xs.values()], None if masks is None else pair(xs, _pictures(masks), masks), sp, name)
+    xs,sp,name = pictures(images),codes_space(codes),name or Path(images).resolve().parent.name
+    return Domain([*xs.values()], None if masks is None else pair(xs, pictures(masks), masks), sp, name)
 
 # %% ../../nbs/sets/00_domains.ipynb #33d06d4f
 def _unreadable(path, what, e):
@@ -120,7 +122,7 @@ def image_size(
 # %% ../../nbs/sets/00_domains.ipynb #dom00092
 _ends = dict(PNG=b'IEND\xaeB`\x82', JPEG=b'\xff\xd9')
 
-def whole(
+def intact(
     path # Of a picture; raises `ValueError` with its name when it isn't one, or is cut off
 )->tuple: # Height and width
     "The size of a picture that is all there: decoded only if its last bytes aren't the mark of an end"
@@ -172,7 +174,7 @@ def class_numbers(
 )->np.ndarray: # `h x w` if a class number can be had from each pixel, else as it came
     "One number a pixel: a colour where the space is made of colours, the red channel of 16 bits"
     if y.ndim==3 and y.dtype!=np.uint8: return y[...,0]
-    if y.ndim==3 and max(sp.ids, default=0)>0xffff: return pack(y[...,:3])
+    if y.ndim==3 and max(sp.ids, default=0)>0xffff: return rgb_ids(y[...,:3])
     return y
 
 def fractions(

@@ -7,8 +7,8 @@ from __future__ import annotations
 import json, os
 from pathlib import Path
 from scipy.io import loadmat
-from .domains import Domain, pair, _pictures
-from ..labels import camvid as camvid11, camvid32, camvid_colors, cityscapes as cs, gta as gta19, mapillary_space, synthia as synthia19, space
+from .domains import Domain, pair, pictures
+from ..labels import camvid11, camvid32, camvid_colors, cityscapes19, gta19, mapillary_space, space, synthia19
 from .. import minicity as city
 
 # %% auto #0
@@ -54,7 +54,7 @@ def domain(
 )->Domain:
     "A domain of images and the first complete kind of masks"
     if not xs: raise FileNotFoundError(f"There is no image of {name} below `{home}`: was everything unpacked? data/README.md tells how it should lie.")
-    best = max(kinds, key=lambda o: len(o[0].keys() & xs.keys()), default=({}, cs))
+    best = max(kinds, key=lambda o: len(o[0].keys() & xs.keys()), default=({}, cityscapes19))
     if labels is False or labels is None and not best[0]: return Domain([*xs.values()], None, best[1], name)
     ys,sp = next((o for o in kinds if o[0].keys()>=xs.keys()), best)
     made = 'sample_class_stats.json', 'sample_class_stats_dict.json', 'samples_with_class.json'
@@ -94,7 +94,7 @@ def _city_like(name, home, images, gt, split, kind, end, labels, cond=None):
     xs = named(images, f'_{end}.png', split)
     if cond and any(cond in Path(k).parts for k in xs): xs = {k:p for k,p in xs.items() if cond in Path(k).parts}
     ls = home/gt
-    kinds = [(named(ls, f'_{kind}_{o}.png', split), sp) for o,sp in (('labelTrainIds', cs.as_train()), ('labelIds', cs))] if ls.is_dir() else []
+    kinds = [(named(ls, f'_{kind}_{o}.png', split), sp) for o,sp in (('labelTrainIds', cityscapes19.as_train()), ('labelIds', cityscapes19))] if ls.is_dir() else []
     return domain(f'{name} {split}', xs, [] if split=='test' else kinds, home, labels)
 
 def cityscapes(
@@ -137,7 +137,7 @@ def bdd100k(
     home,images = home_of('bdd100k', path, 'images/10k', 'seg/images')
     new = images.parent.name=='images'
     ls,end = (home/'labels/sem_seg/masks', '.png') if new else (home/'seg/labels', '_train_id.png')
-    kinds = [(named(ls, end, split), cs.as_train())] if ls.is_dir() else []
+    kinds = [(named(ls, end, split), cityscapes19.as_train())] if ls.is_dir() else []
     return domain(f'BDD100K {split}', named(images, '.jpg', split), [] if split=='test' else kinds, home, labels)
 
 # %% ../../nbs/sets/01_layouts.ipynb #80655fee
@@ -167,9 +167,9 @@ def camvid(
 )->Domain:
     "CamVid: a drive through Cambridge, 11 classes"
     home,images = home_of('camvid', path, split, 'images', '701_StillsRaw_full')
-    key = lambda d: {k:p for k,p in _pictures(d).items()} if d.is_dir() else {}
-    if images.name==split: return domain(f'CamVid {split}', _pictures(images), [(key(home/f'{split}annot'), camvid11)], home, labels)
-    xs,ls = _pictures(images),[home/o for o in ('labels', 'LabeledApproved_full')]
+    key = lambda d: {k:p for k,p in pictures(d).items()} if d.is_dir() else {}
+    if images.name==split: return domain(f'CamVid {split}', pictures(images), [(key(home/f'{split}annot'), camvid11)], home, labels)
+    xs,ls = pictures(images),[home/o for o in ('labels', 'LabeledApproved_full')]
     if split!='all':
         if not (home/'valid.txt').is_file(): raise FileNotFoundError(f"`split='{split}'` needs the list `{home/'valid.txt'}`; 'all' doesn't.")
         val = {Path(o.strip()).stem for o in (home/'valid.txt').read_text(encoding='utf8').splitlines()}

@@ -8,8 +8,8 @@ import hashlib, json, os, re, numpy as np
 from pathlib import Path
 from fastcore.basics import defaults
 from fastcore.parallel import parallel
-from .domains import Domain, complaint, fractions, image_size, read_numbers, whole
-from ..labels import pack
+from .domains import Domain, complaint, fractions, image_size, intact, read_numbers
+from ..labels import rgb_ids
 
 # %% auto #0
 __all__ = ['write_file', 'cache_home', 'stamp', 'remember', 'readable', 'check_images', 'look', 'complaints', 'size_complaint',
@@ -75,7 +75,7 @@ def readable(
     image # Path of a picture
 )->dict: # `size`, its height and width, or `error`
     "Whether a picture is all there"
-    try: return dict(size=[*whole(image)])
+    try: return dict(size=[*intact(image)])
     except (ValueError, OSError) as e: return dict(error=str(e))
 
 def check_images(
@@ -98,7 +98,7 @@ def look(
     except (ValueError, OSError) as e: return dict(error=str(e))
     if y.dtype.kind not in 'iub': return dict(error=fractions(mask, y))
     bands = y.shape[2] if y.ndim==3 and y.dtype==np.uint8 else 1
-    if y.ndim==3: y = pack(y[...,:3] if bands>2 else y[...,[0,0,0]]) if bands>1 else y[...,0]
+    if y.ndim==3: y = rgb_ids(y[...,:3] if bands>2 else y[...,[0,0,0]]) if bands>1 else y[...,0]
     if y.dtype in (np.uint8, np.uint16): v = np.flatnonzero(n := np.bincount(y.ravel())); n = n[v]
     else: v,n = np.unique(y, return_counts=True)
     return dict(values=v[:1024].tolist(), counts=n[:1024].tolist(), bands=bands, size=[*y.shape], image=hw)
