@@ -35,9 +35,10 @@ def as_image(
         image = ImageOps.exif_transpose(image)
         return image if image.mode=='RGB' else image.convert('RGB')
     a = np.asarray(image)
-    if a.dtype==np.uint8 and (a.ndim==2 or a.ndim==3 and a.shape[-1] in (3,4)) and a.size: return Image.fromarray(a).convert('RGB')
-    raise TypeError(f"A picture is a path, a PIL image, or a uint8 array of shape H×W×3, not {a.dtype} of shape {a.shape}: "
-                    "an array of floats can be made one with `(a*255).astype('uint8')`.")
+    if a.dtype==np.uint8 and (a.ndim==2 or a.ndim==3 and a.shape[-1] in (3,4)) and a.size:
+        return Image.fromarray(a).convert('RGB')
+    raise TypeError(f"A picture is a path, a PIL image, or a uint8 array of shape H×W×3, not {a.dtype} of shape "
+                    f"{a.shape}: an array of floats can be made one with `(a*255).astype('uint8')`.")
 
 # %% ../nbs/21_infer.ipynb #6512bd43
 def fit_size(
@@ -90,9 +91,11 @@ def _pair(o): return (o,o) if isinstance(o, int) else tuple(o)
 def _windows(hw, crop, stride):
     crop = _pair(crop)
     stride = tuple(max(1, c//2) for c in crop) if stride is None else _pair(stride)
-    if min(crop)<32: raise ValueError(f"A window of {crop[0]}×{crop[1]} is too small for a net of stride 32: give a `crop` of at least 32.")
+    if min(crop)<32: raise ValueError(f"A window of {crop[0]}×{crop[1]} is too small for a net of stride 32: "
+                                      "give a `crop` of at least 32.")
     if min(stride)<1 or any(s>c for s,c in zip(stride, crop)):
-        raise ValueError(f"Windows of {crop} at steps of {stride} would leave gaps: the `stride` is 1 to the side of the window.")
+        raise ValueError(f"Windows of {crop} at steps of {stride} would leave gaps: "
+                         "the `stride` is 1 to the side of the window.")
     crop = tuple(min(o) for o in zip(crop, hw))
     return crop,windows(hw, crop, stride)
 
@@ -123,8 +126,11 @@ def slide_bands(
         for ((t,l),z),(a,b) in product(zip(some, zs), pairwise(cuts)):
             if not t<=a<t+h: continue
             if a not in strips: strips[a] = z.new_zeros(*z.shape[:2], b-a, W),z.new_zeros(b-a, W)
-            strips[a][0][..., l:l+w] += z[..., a-t:b-t, :]; strips[a][1][:, l:l+w] += 1
-        for a in sorted(o for o in strips if o<end): z,n = strips.pop(a); yield a,z.div_(n)
+            strips[a][0][..., l:l+w] += z[..., a-t:b-t, :]
+            strips[a][1][:, l:l+w] += 1
+        for a in sorted(o for o in strips if o<end):
+            z,n = strips.pop(a)
+            yield a,z.div_(n)
 
 # %% ../nbs/21_infer.ipynb #6f4922f9
 def slide(
@@ -220,8 +226,9 @@ def in_bands(
     "Logits whole or by windows, in bands of rows"
     if mode not in ('whole', 'slide'): raise ValueError(f"There is no mode `{mode}`: choose `whole` or `slide`.")
     for top,z in slide_bands(net, x, crop, stride, bs) if mode=='slide' else [(0,whole(net, x))]:
-        if space is not None and z.shape[1]!=space.n: raise ValueError(
-            f"The net has {z.shape[1]} classes and `{space.name}` has {space.n}: use the label space that it was trained with.")
+        if space is not None and z.shape[1]!=space.n:
+            raise ValueError(f"The net has {z.shape[1]} classes and `{space.name}` has {space.n}: "
+                             "use the label space that it was trained with.")
         yield top,z
 
 # %% ../nbs/21_infer.ipynb #33e75ff1
@@ -267,9 +274,12 @@ def _batches(domain, bs, progress):
     some = []
     for image,mask in _bar(list(zip(domain.images, domain.masks)), progress):
         x,y = read_image(image),read_mask(mask, domain.space)
-        if x.size[::-1]!=y.shape: raise ValueError(
-            f"`{image}` has {x.height}×{x.width} pixels and its mask `{mask}` {y.shape[0]}×{y.shape[1]}: they don't belong together.")
-        if some and (len(some)>=bs or some[0][0].size!=x.size): yield some; some = []
+        if x.size[::-1]!=y.shape:
+            raise ValueError(f"`{image}` has {x.height}×{x.width} pixels and its mask `{mask}` "
+                             f"{y.shape[0]}×{y.shape[1]}: they don't belong together.")
+        if some and (len(some)>=bs or some[0][0].size!=x.size):
+            yield some
+            some = []
         some.append((x,y))
     if some: yield some
 
@@ -323,7 +333,8 @@ def mean_table(
 # %% ../nbs/21_infer.ipynb #d67d8ab4
 def _paint(y, space):
     "Train ids, H×W uint8, as an RGB image: three bytes a pixel and nothing in between"
-    im = Image.fromarray(y); im.putpalette(space.color(np.arange(256)).ravel().tolist())
+    im = Image.fromarray(y)
+    im.putpalette(space.color(np.arange(256)).ravel().tolist())
     return im.convert('RGB')
 
 def overlay(
@@ -359,12 +370,15 @@ def find_images(
     "The pictures of a folder, by name"
     images = Path(images).expanduser()
     if images.is_file(): return {images.stem: images}
-    if not images.is_dir(): raise FileNotFoundError(f"There is no file or folder `{images}`: give a picture or a folder of pictures.")
+    if not images.is_dir():
+        raise FileNotFoundError(f"There is no file or folder `{images}`: give a picture or a folder of pictures.")
     out = out and Path(out).expanduser().resolve()
-    if out==images.resolve(): raise ValueError(f"`{images}` can't hold both pictures and results: give another folder for the results.")
+    if out==images.resolve():
+        raise ValueError(f"`{images}` can't hold both pictures and results: give another folder for the results.")
     files = [p.relative_to(images) for p in sorted(images.rglob('*')) if p.suffix.lower() in image_exts and p.is_file()
              and not p.name.startswith('.') and out not in p.resolve().parents]
-    if not files: raise FileNotFoundError(f"No picture ({', '.join(sorted(image_exts))}) in `{images}`: is it the right folder?")
+    if not files:
+        raise FileNotFoundError(f"No picture ({', '.join(sorted(image_exts))}) in `{images}`: is it the right folder?")
     n = Counter(p.with_suffix('') for p in files)
     return {(p if n[p.with_suffix('')]>1 else p.with_suffix('')).as_posix(): images/p for p in files}
 
@@ -396,7 +410,8 @@ def predict_folder(
         try: image = as_image(file)
         except (ValueError, OSError, Image.DecompressionBombError) as e:
             failed[name] = str(e) if str(file) in str(e) else f'`{file}`: {e}'
-            print(failed[name]); continue
+            print(failed[name])
+            continue
         y = predict(model, image, size, space, **kwargs)
         for k,a in _results(image, y, space, ids, alpha).items(): _save_png(out/f'{name}{k}.png', a)
     if failed: print(f"{len(failed)} of {len(files)} pictures could not be read.")

@@ -23,7 +23,7 @@ def big_pictures(
     noise:int=3 # Grey levels of uniform noise, to each side; 3 makes files of about 2.3 MB
 )->Domain: # Images and palette masks with raw ids of Cityscapes
     "Files of the size, kind and weight of those of GTA and Cityscapes"
-    (home/'images').mkdir(parents=True, exist_ok=True); (home/'labels').mkdir(exist_ok=True)
+    for d in ('images', 'labels'): (home/d).mkdir(parents=True, exist_ok=True)
     raw = np.array([23,11,17,7,8,21,20,13,26,24,33], np.uint8)   # MiniCity's eleven among the ids of Cityscapes
     xs,ys = ([home/f'{d}/{i:05d}.png' for i in range(n)] for d in ('images', 'labels'))
     for i,(x,y) in enumerate(zip(xs, ys)):
@@ -32,7 +32,8 @@ def big_pictures(
         a += np.random.default_rng(i).integers(-noise, noise+1, a.shape)
         Image.fromarray(a.clip(0, 255).astype(np.uint8)).save(x, compress_level=6)
         o = Image.fromarray(raw[m]).resize(hw[::-1], Image.NEAREST)
-        o.putpalette(bytes(range(256))*3); o.save(y)
+        o.putpalette(bytes(range(256))*3)
+        o.save(y)
     return Domain(xs, ys, gta19, 'made up')
 
 # %% ../../nbs/bench/01_loader.ipynb #d4fa46b4
@@ -65,10 +66,37 @@ def medians(
     ts = {k: [] for k in ways}
     for i in range(turns+1):
         for k,f in ways.items():
-            t = time.process_time(); f(i); ts[k].append(time.process_time()-t)
+            t = time.process_time()
+            f(i)
+            ts[k].append(time.process_time()-t)
     return {k: float(np.median(v[1:])) for k,v in ts.items()}
 
 # %% ../../nbs/bench/01_loader.ipynb #140aa8a0
+def _ways(s, t, o, ours, copied):
+    "The ways to make one image of the source, and one of the target"
+    n,rng,hw = len(s),np.random.default_rng,o['size']
+    source = {'plain chain': lambda i: plain_chain(s.images[i%n], s.masks[i%n], s.space, o['resize'], hw, rng(i)),
+              'ours': lambda i: ours.source_part(i%n, None, rng(i)),
+              'ours, copies': lambda i: copied.source_part(i%n, None, rng(i)),
+              'decoding alone': lambda i: (Image.open(s.images[i%n]).load(), Image.open(s.masks[i%n]).load())}
+    target = {'plain chain': lambda i: plain_chain(t.images[i%n], None, None, o['resize_t'], hw, rng(i)),
+              'ours': lambda i: ours.target_part(i%n, rng(i)),
+              'ours, copies': lambda i: copied.target_part(i%n, rng(i)),
+              'decoding alone': lambda i: Image.open(t.images[i%n]).load()}
+    return {(side,k):f for side,ways in (('source', source), ('target', target)) for k,f in ways.items()}
+
+def _paper_rows(paper, s, t, home, turns):
+    "Rows of the table for one preset"
+    o = {k:v for k,v in preset(paper).items() if k in ('size', 'resize', 'resize_t')}
+    ours,copied = (PairSet(s, t, **o, copies=c) for c in (None, home))
+    for i in range(len(s)):
+        copied.source_part(i, None, np.random.default_rng(0))
+        copied.target_part(i, np.random.default_rng(0))
+    ts = medians(_ways(s, t, o, ours, copied), turns)
+    return [dict(side=a, paper=paper, way=w, ms=1000*v, per_second=1/v, ratio=ts[a,'plain chain']/v,
+                 of_bound=ts[a,'decoding alone']/v) for (a,w),v in ts.items()]
+
+# %% ../../nbs/bench/01_loader.ipynb #l0ad0002
 def loader_table(
     out:str|Path|None=None, # CSV file to write
     papers=('daformer','pipa_daformer'), # See `pipa.data.preset`
@@ -77,28 +105,8 @@ def loader_table(
 )->pd.DataFrame: # A row for each side, paper and way
     "Images a second and core: plain chain, ours, ours with copies, and decoding alone"
     torch.set_num_threads(1)
-    rows = []
     with tempfile.TemporaryDirectory() as tmp:
         s,t = (big_pictures(Path(tmp)/k, n, hw) for k,hw in (('s',(1052,1914)), ('t',(1024,2048))))
-        for paper in papers:
-            o = {k:v for k,v in preset(paper).items() if k in ('size', 'resize', 'resize_t')}
-            ours,copied = (PairSet(s, t, **o, copies=c) for c in (None, Path(tmp)/paper))
-            ways = _ways(s, t, o, ours, copied)
-            for f in (copied.source_part, copied.target_part): [f(i, *[None]*(f==copied.source_part), np.random.default_rng(0)) for i in range(n)]
-            ts = medians(ways, turns)
-            rows += [dict(side=a, paper=paper, way=w, ms=1000*v, per_second=1/v, ratio=ts[a,'plain chain']/v, of_bound=ts[a,'decoding alone']/v)
-                     for (a,w),v in ts.items()]
-    df = pd.DataFrame(rows)
+        df = pd.DataFrame([r for p in papers for r in _paper_rows(p, s, t, Path(tmp)/p, turns)])
     if out: write_file(Path(out), lambda f: df.to_csv(f, index=False, float_format='%.3f'))
     return df
-
-def _ways(s, t, o, ours, copied):
-    n,rng = len(s),np.random.default_rng
-    def both(f, g): return {('source',k): h for k,h in f.items()} | {('target',k): h for k,h in g.items()}
-    return both(
-        {'plain chain': lambda i: plain_chain(s.images[i%n], s.masks[i%n], s.space, o['resize'], o['size'], rng(i)),
-         'ours': lambda i: ours.source_part(i%n, None, rng(i)), 'ours, copies': lambda i: copied.source_part(i%n, None, rng(i)),
-         'decoding alone': lambda i: (Image.open(s.images[i%n]).load(), Image.open(s.masks[i%n]).load())},
-        {'plain chain': lambda i: plain_chain(t.images[i%n], None, None, o['resize_t'], o['size'], rng(i)),
-         'ours': lambda i: ours.target_part(i%n, rng(i)), 'ours, copies': lambda i: copied.target_part(i%n, rng(i)),
-         'decoding alone': lambda i: Image.open(t.images[i%n]).load()})
