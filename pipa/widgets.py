@@ -222,6 +222,7 @@ def rare_class_explorer(
         ax.bar(i+.2, p, .4, label='probability to be asked for', color='#0072b2')
         ax.set_title(f'temperature {temp:.3g}', loc='left', fontsize=9)
         ax.set_xticks(i, codes, rotation=35, ha='right')
+        ax.set_ylabel('share')
         ax.legend(frameon=False, fontsize=8, ncols=2, loc='lower right', bbox_to_anchor=(1,1))
         ax.spines[['top', 'right']].set_visible(False)
         return {'probabilities': fig}

@@ -209,11 +209,13 @@ def history_figure(
     what:tuple=('agreement', 'js', 'cosine', 'loss') # A panel for each
 )->Fig:
     "Scores of one pair over checkpoints"
+    unit = dict(agreement='share of pixels', js='divergence, bits')
     fig = Fig(figsize=(2.6*len(what), 2.4))
     for ax,k in zip(fig.subplots(1, len(what), squeeze=False)[0], what):
         for (w,d),c in zip(df.groupby('net', sort=False), ('#0072b2', '#e69f00')):
             ax.plot(d.checkpoint, d[k], marker='o', ms=4, label=w, color=c)
         ax.set_title(k, fontsize=9)
+        ax.set_ylabel(unit.get(k, k), fontsize=8)
         ax.tick_params(axis='x', rotation=35, labelsize=7)
         ax.spines[['top', 'right']].set_visible(False)
     fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=8, frameon=False)

@@ -200,13 +200,18 @@ def sweep_figure(
     df['bin'] = (df.iou*5).clip(upper=4.99).astype(int)/5+.1
     fig = Fig(figsize=(3*len(what), 2.5))
     kw = dict(data=df, hue='net', palette='colorblind')
+    unit = dict(agreement='share of pixels', confident='share of pixels', js='divergence, bits', cosine='cosine')
     for i,(ax,k) in enumerate(zip(fig.subplots(1, len(what), squeeze=False)[0], what)):
-        sns.scatterplot(x='iou', y=k, ax=ax, s=18, alpha=.5, legend=i==0 and len(dfs)>1, **kw)
+        sns.scatterplot(x='iou', y=k, ax=ax, s=18, alpha=.5, legend=i==0, **kw)
         sns.lineplot(x='bin', y=k, ax=ax, errorbar=None, legend=False, marker='o', **kw)
-        ax.set(xlabel='overlap of the crops, IoU', ylabel='', title=k, xlim=(0,1.02))
+        ax.set(xlabel='overlap of the crops, IoU', ylabel=unit.get(k, ''), title=k, xlim=(0,1.02))
         sns.despine(ax=ax)
+        if i==0: keys = ax.get_legend_handles_labels()
+        if ax.get_legend(): ax.get_legend().remove()
+    if len(dfs)>1: fig.legend(*keys, loc='outside lower center', ncols=len(dfs), fontsize=8, frameon=False)
     return fig
 
+# %% ../../nbs/look/02_patches.ipynb #37693cfb
 def hardest_figure(
     x:Tensor, # The images, `n×3×H×W`
     df:pd.DataFrame, # From `sweep`, its first rows are shown
