@@ -1,6 +1,6 @@
 """A long run, and the same run killed again and again, with the memory of process and worker: `python .ci/soak.py 3000`
 
-Writes data/results/soak.csv, which nbs/bench/02_memory.ipynb shows. The number is that of steps; 3000 take about ten minutes on two quiet cores."""
+Writes data/results/soak.csv, which nbs/bench/04_memory.ipynb shows. The number is that of steps; 3000 take about ten minutes on two quiet cores."""
 import multiprocessing, os, random, signal, sys, tempfile, time, zlib
 from pathlib import Path
 for k,v in dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE').items(): os.environ.setdefault(k, v)

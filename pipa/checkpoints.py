@@ -15,11 +15,11 @@ from .weights.names import from_hf, to_hf, to_official, looks_like, as_call
 from .models import light, segformer, daformer, deeplabv2
 from .hrda import hrda
 from .weights.files import checksum, read
-from .weights.convert import Report, convert, load_into, load_state, load_official, load_pretrained, train_heads
+from .weights.convert import Report, convert, load_into, load_named, load_official, load_pretrained, train_heads
 
 # %% auto #0
-__all__ = ['inference_state', 'space_of', 'save', 'classes_of', 'load', 'save_official', 'save_hf', 'Report', 'read', 'load_into',
-           'load_official', 'load_pretrained', 'from_hf', 'to_hf']
+__all__ = ['inference_state', 'space_meta', 'space_of', 'save', 'classes_of', 'load', 'save_official', 'save_hf', 'Report',
+           'read', 'load_into', 'load_official', 'load_pretrained', 'from_hf', 'to_hf']
 
 # %% ../nbs/13_checkpoints.ipynb #ck100001
 _from_elsewhere = Report,load_official,load_pretrained,from_hf
@@ -42,7 +42,10 @@ def _json(k, v):
     except (TypeError, ValueError) as e:
         raise ValueError(f"`{k}` can't be kept in a checkpoint ({e}): give numbers, text, lists or dicts.") from None
 
-def _space_meta(space):
+def space_meta(
+    space:LabelSpace|None # The label space of a net
+)->dict: # Plain values; empty for None
+    "What a file keeps of a label space"
     if space is None: return {}
     rest = dict(name=space.name, ids=space.ids | {k:space.ignore for k in space.void}, ignore=space.ignore,
                 things=space.things, subsets=space.subsets)
@@ -74,7 +77,7 @@ def save(
 )->Path: # `file`; raises `ValueError` when `meta` holds something else
     "Write the inference net, with all that is needed to use it, to one file"
     state = inference_state(net)
-    meta = dict(pipa_format=1, spec=spec or getattr(net, 'spec', None), **_space_meta(space),
+    meta = dict(pipa_format=1, spec=spec or getattr(net, 'spec', None), **space_meta(space),
                 versions=dict(pipa=__version__, torch=str(torch.__version__)), crc=checksum(state)) | meta
     return _write(file, to_bytes(state, {k:_json(k, v) for k,v in meta.items()}))
 
@@ -117,9 +120,9 @@ def _foreign(file, state, meta, net, which):
         f"`{file}` holds weights that `pipa` didn't write, and they look like {as_call(spec)}: "
         "build a net for them and give it as `net=`.")
     net = _make(spec) if net is None else net
-    load_state(net, state, which, file=file)
+    load_named(net, state, which, file=file)
     space = classes_of(meta)
-    return net,dict(spec=spec, which=which, **_space_meta(space if space and space.n==spec.get('n_out') else None))
+    return net,dict(spec=spec, which=which, **space_meta(space if space and space.n==spec.get('n_out') else None))
 
 # %% ../nbs/13_checkpoints.ipynb #b6d767d2
 def load(

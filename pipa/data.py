@@ -19,22 +19,23 @@ from .basics import between
 from .sets.rare import *
 
 # %% auto #0
-__all__ = ['mean_color', 'resized', 'view_box', 'cut', 'source_view', 'trusted', 'kept', 'copies_size', 'PairSet', 'PairDL',
-           'ZeroPad', 'Fit', 'MaskOf', 'EvalDL', 'eval_dl', 'uda_dls', 'preset', '_exts', 'Domain', 'folder',
-           'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia', 'cityscapes', 'acdc', 'dark_zurich',
-           'bdd100k', 'mapillary', 'camvid', 'minicity', 'class_counts', 'rare_class_probs', 'images_with',
-           'write_file']
+__all__ = ['mean_color', 'resized', 'view_box', 'cut_view', 'source_view', 'trusted', 'made_once', 'copies_size', 'PairSet',
+           'PairDL', 'ZeroPad', 'Fit', 'MaskOf', 'EvalDL', 'eval_dl', 'uda_dls', 'preset', 'image_exts', 'Domain',
+           'folder', 'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia', 'cityscapes', 'acdc',
+           'dark_zurich', 'bdd100k', 'mapillary', 'camvid', 'minicity', 'class_counts', 'rare_class_probs',
+           'images_with', 'write_file']
 
 # %% ../nbs/12_data.ipynb #e7f36003
-_all_ = ['_exts', 'Domain', 'folder', 'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia', 'cityscapes', 'acdc', 'dark_zurich',
-    'bdd100k', 'mapillary', 'camvid', 'minicity', 'class_counts', 'rare_class_probs', 'images_with', 'write_file']
+_all_ = ['image_exts', 'Domain', 'folder', 'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia',
+    'cityscapes', 'acdc', 'dark_zurich', 'bdd100k', 'mapillary', 'camvid', 'minicity', 'class_counts',
+    'rare_class_probs', 'images_with', 'write_file']
 
 # %% ../nbs/12_data.ipynb #e369853d
 def resized(
     hw:tuple, # Height and width of an image
     to:tuple # Two sides, in any order, that bound the result
 )->tuple: # Height and width, the aspect kept
-    "The size that an image really gets (DAFormer): the longer side is bounded by the longer, the shorter by the shorter"
+    "The size that an image gets (DAFormer): the longer side is bounded by the longer, the shorter by the shorter"
     s = min(max(to)/max(hw), min(to)/min(hw))
     return tuple(int(o*s+.5) for o in hw)
 
@@ -74,7 +75,7 @@ def _nearest(a, box, size, valid):
     return np.asarray(a[rows[0]:rows[-1]+1])[rows-rows[0]][:,cols]
 
 # %% ../nbs/12_data.ipynb #34a2ece0
-def cut(
+def cut_view(
     img, # PIL image or array, image or mask
     box:tuple, # From `view_box`
     size:tuple, # Height and width of the result
@@ -113,7 +114,7 @@ def source_view(
     def draw():
         for _ in range(tries+1):
             box = view_box(y.shape, size, rng, zoom, resize)
-            v = cut(y, box, size, mask=True)
+            v = cut_view(y, box, size, mask=True)
             n = np.bincount(v.ravel(), minlength=256); n[ignore] = 0
             if (n>0).sum()>1 and n.max()<max_ratio*n.sum(): break
         return box,v,n
@@ -121,7 +122,7 @@ def source_view(
         box,v,n = draw()
         if want is None or n[want]>min_crop*v.size: break
     flip = rng.random()<.5
-    return cut(img, box, size, flip),cut(y, box, size, flip, mask=True)
+    return cut_view(img, box, size, flip),cut_view(y, box, size, flip, mask=True)
 
 # %% ../nbs/12_data.ipynb #9a4e33ae
 def trusted(
@@ -138,7 +139,7 @@ def trusted(
     return np.outer(inside(h, H, y0, y1, top, bottom), inside(w, W, x0, x1, left, right)).astype(np.uint8)
 
 # %% ../nbs/12_data.ipynb #2ee0b55a
-def kept(
+def made_once(
     path, # File that the array is made from
     home, # Folder of the copies
     make, # Makes the array of the path
@@ -177,18 +178,19 @@ class PairSet:
         copies:str|Path|None=None, # Folder for resized copies, see above; None for none
         draft:bool=False # Decode a target JPEG at 1/2, 1/4 or 1/8 where that is enough for `resize_t`
     ):
-        store_attr(); self.target = target.unlabelled()
+        store_attr()
+        self.target = target.unlabelled()
         self.zoom_t,self.resize_t = zoom_t or zoom,resize_t or resize
     def __len__(self): return len(self.source)
 
 # %% ../nbs/12_data.ipynb #c795f0d7
 def _small(o, resize, mask=False):
     H,W = o.shape if mask else o.size[::-1]
-    return cut(o, (0,0,W,H), resized((H,W), resize) if resize else (H,W), mask=mask)
+    return cut_view(o, (0,0,W,H), resized((H,W), resize) if resize else (H,W), mask=mask)
 
 @patch
 def _image(self:PairSet, path, resize, draft=False):
-    if self.copies: return kept(path, self.copies, lambda p: _small(read_image(p), resize), resize, 'image')
+    if self.copies: return made_once(path, self.copies, lambda p: _small(read_image(p), resize), resize, 'image')
     if not (draft and resize): return read_image(path)
     with Image.open(path) as o: return read_image(path, resized(o.size[::-1], resize))
 
@@ -196,7 +198,8 @@ def _image(self:PairSet, path, resize, draft=False):
 def _mask(self:PairSet, path):
     sp = self.source.space
     if not self.copies: return read_mask(path, sp)
-    return kept(path, self.copies, lambda p: _small(read_mask(p, sp), self.resize, True), self.resize, 'mask', sorted(sp.ids.items()))
+    make = lambda p: _small(read_mask(p, sp), self.resize, True)
+    return made_once(path, self.copies, make, self.resize, 'mask', sorted(sp.ids.items()))
 
 def _tensor(o, cls): return cls(torch.from_numpy(o).movedim(-1, 0) if o.ndim==3 else torch.from_numpy(o))
 
@@ -217,7 +220,7 @@ def target_part(self:PairSet, j, rng):
     "A view of target image `j`, and where it may be trusted if there's a margin"
     img = self._image(self.target.images[j], self.resize_t, self.draft)
     box,flip = view_box(_hw(img), self.size, rng, self.zoom_t, self.resize_t),rng.random()<.5
-    x = _tensor(cut(img, box, self.size, flip), TensorImage)
+    x = _tensor(cut_view(img, box, self.size, flip), TensorImage)
     if self.margin is None: return (x,)
     v = trusted(box, _hw(img), self.size, self.margin)
     return x,_tensor(np.ascontiguousarray(v[:,::-1]) if flip else v, TensorMask)
@@ -269,9 +272,11 @@ class PairDL(TfmdDL):
 @patch
 def __iter__(self:PairDL):
     if not (self.fake_l.persistent_workers and self.fake_l.num_workers):
-        yield from super(PairDL, self).__iter__(); return
+        yield from super(PairDL, self).__iter__()
+        return
     self.before_iter()
-    self.first.fill_(self.drawn); self.get_idxs()
+    self.first.fill_(self.drawn)
+    self.get_idxs()
     if self.pool is None: self.pool = _loaders[0](self.fake_l)
     else: self.pool._reset(self.fake_l)
     for b in self.pool:
@@ -296,7 +301,8 @@ class ZeroPad(Transform):
         pad = ((o-self.fill.to(o.device)).abs()<1e-4).all(-3, keepdim=True)
         return o.masked_fill(pad, 0)
 
-def _after_batch(pad=False): return [IntToFloatTensor(), Normalize.from_stats(*imagenet_stats, cuda=False)] + [ZeroPad()]*pad
+def _after_batch(pad=False):
+    return [IntToFloatTensor(), Normalize.from_stats(*imagenet_stats, cuda=False)] + [ZeroPad()]*pad
 
 # %% ../nbs/12_data.ipynb #6c8349cc
 class Fit(Transform):
@@ -324,29 +330,42 @@ def eval_dl(
     num_workers:int=0 # Worker processes
 )->TfmdDL:
     "Loader of whole images with masks at their own size"
-    if domain.masks is None: raise ValueError(f"The validation domain `{domain.name}` has no masks: a score needs them.")
-    ds = Datasets([Path(o) for o in domain.images], tfms=[[PILImage.create, Fit(size), ToTensor()], [MaskOf(domain)]], n_inp=1)
+    if domain.masks is None:
+        raise ValueError(f"The validation domain `{domain.name}` has no masks: a score needs them.")
+    tfms = [[PILImage.create, Fit(size), ToTensor()], [MaskOf(domain)]]
+    ds = Datasets([Path(o) for o in domain.images], tfms=tfms, n_inp=1)
     return EvalDL(ds, bs=bs, device=device, num_workers=num_workers, after_batch=_after_batch())
 
 # %% ../nbs/12_data.ipynb #642e92ef
 def _in_range(bs, size, num_workers, zoom=(1.,1.), zoom_t=None, rcs_temp=None, **_):
-    for k,v,least in (('bs', bs, 1), ('num_workers', num_workers, 0), ('height of `size`', size[0], 32), ('width of `size`', size[1], 32)): between(k, v, least)
-    for k,(lo,hi) in dict(zoom=zoom, zoom_t=zoom_t or zoom).items(): between(f'least {k}', lo, 1); between(f'largest {k}', hi, lo)
+    sides = ('height of `size`', size[0], 32), ('width of `size`', size[1], 32)
+    for k,v,least in (('bs', bs, 1), ('num_workers', num_workers, 0), *sides): between(k, v, least)
+    for k,(lo,hi) in dict(zoom=zoom, zoom_t=zoom_t or zoom).items():
+        between(f'least {k}', lo, 1)
+        between(f'largest {k}', hi, lo)
     if rcs_temp is not None: between('rcs_temp', rcs_temp, 0, above=True)
 
 def _fit_together(source, target, valid, n, bs, shard):
-    if source.masks is None: raise ValueError(f"The source domain `{source.name}` has no masks: adaptation starts from labels.")
+    if source.masks is None:
+        raise ValueError(f"The source domain `{source.name}` has no masks: adaptation starts from labels.")
     for d,what in ((source, 'source'), (target, 'target')):
         if not len(d): raise ValueError(f"The {what} domain `{d.name}` has no image.")
-    if valid.space.codes!=source.space.codes: raise ValueError(
-        f"Source and validation name different classes ({source.space.codes} and {valid.space.codes}): a score needs one label space.")
-    if n//shard[1]<bs: raise ValueError(f"An epoch of {n} pairs has no batch of {bs}: make `n` larger; images may come more than once.")
+    a,b = source.space.codes,valid.space.codes
+    if a!=b:
+        raise ValueError(f"Source and validation name different classes ({a} and {b}): a score needs one label space.")
+    if n//shard[1]<bs: raise ValueError(f"An epoch of {n} pairs has no batch of {bs}: make `n` larger; "
+                                        "images may come more than once.")
 
+# %% ../nbs/12_data.ipynb #r00m0002
 def _room(pairs):
-    home = Path(pairs.copies); home.mkdir(parents=True, exist_ok=True)
-    need = copies_size(pairs.source, pairs.resize)+copies_size(pairs.target, pairs.resize_t) - sum(p.stat().st_size for p in home.glob('*.npy'))
+    "Make the folder of copies, and see that they will fit"
+    home = Path(pairs.copies)
+    home.mkdir(parents=True, exist_ok=True)
+    need = copies_size(pairs.source, pairs.resize)+copies_size(pairs.target, pairs.resize_t)
+    need -= sum(p.stat().st_size for p in home.glob('*.npy'))
     free = shutil.disk_usage(home).free
-    if need>free: raise ValueError(f"Resized copies need {need/1e9:.1f} GB more, but `{home}` has {free/1e9:.1f} GB free: give another folder, or `copies=None`.")
+    if need>free: raise ValueError(f"Resized copies need {need/1e9:.1f} GB more, but `{home}` has {free/1e9:.1f} GB "
+                                   "free: give another folder, or `copies=None`.")
 
 # %% ../nbs/12_data.ipynb #c00618a9
 @delegates(PairSet.__init__, but=['source','target','size'])
@@ -377,11 +396,14 @@ def uda_dls(
     counts = class_counts(source)
     if min_crop_ratio is None: kwargs.setdefault('min_crop', min_share)
     else: kwargs['min_crop'] = min_crop_ratio*(min_share if min_pixels is None else min_pixels/(size[0]*size[1]))
-    draw = {} if rcs_temp is None else dict(probs=rare_class_probs(counts.sum(0), rcs_temp), having=images_with(counts, min_share, min_pixels))
+    draw = {} if rcs_temp is None else dict(
+        probs=rare_class_probs(counts.sum(0), rcs_temp), having=images_with(counts, min_share, min_pixels))
     pairs = PairSet(source, target, size, **kwargs)
     if pairs.copies: _room(pairs)
-    train = PairDL(pairs, bs=bs, n_pairs=n, seed=seed, device=device, num_workers=num_workers, persistent_workers=persistent_workers, shard=shard,
-                   pin_memory=torch.device(device).type=='cuda', after_batch=_after_batch(pairs.resize is not None or pairs.resize_t is not None), **draw)
+    pads = pairs.resize is not None or pairs.resize_t is not None
+    train = PairDL(pairs, bs=bs, n_pairs=n, seed=seed, device=device, num_workers=num_workers, shard=shard,
+                   persistent_workers=persistent_workers, pin_memory=torch.device(device).type=='cuda',
+                   after_batch=_after_batch(pads), **draw)
     dls = DataLoaders(train, eval_dl(valid, size, bs_valid or bs, device, num_workers), device=device)
     dls.space,dls.vocab,dls.c,dls.counts = source.space,source.space.codes,source.space.n,counts
     return dls
@@ -395,11 +417,15 @@ def preset(
     "Sizes, sampling and margins as they were published"
     hrda = dict(size=(1024,1024), resize=(1440,2560), resize_t=(1024,2048), rcs_temp=.01, min_crop_ratio=2.,
                 margin=(30/1024, 240/1024, 30/2048, 30/2048))
-    known = dict(daformer=dict(size=(512,512), resize=(720,1280), resize_t=(512,1024), rcs_temp=.01, min_crop_ratio=.5, margin=(15/512, 120/512, 0, 0)),
-        pipa_daformer=dict(size=(640,640), resize=(720,1280), resize_t=(640,1280), rcs_temp=.1, min_crop_ratio=.5, margin=(15/640, 120/640, 0, 0)),
-        hrda=hrda, pipa_hrda=hrda)
+    daformer = dict(size=(512,512), resize=(720,1280), resize_t=(512,1024), rcs_temp=.01, min_crop_ratio=.5,
+                    margin=(15/512, 120/512, 0, 0))
+    pipa = dict(size=(640,640), resize=(720,1280), resize_t=(640,1280), rcs_temp=.1, min_crop_ratio=.5,
+                margin=(15/640, 120/640, 0, 0))
+    known = dict(daformer=daformer, pipa_daformer=pipa, hrda=hrda, pipa_hrda=hrda)
     if paper not in known: raise ValueError(f"There is no preset `{paper}`: choose one of {', '.join(known)}.")
     o = dict(known[paper], bs=2, min_pixels=3000)
-    if source is not None and source.space.name=='synthia': o['resize'] = tuple(d*19//18 if d<o['resize'][1] else d for d in o['resize'])
+    if source is not None and source.space.name=='synthia':
+        h,w = o['resize']
+        o['resize'] = h*19//18,w
     if target is not None and target.name.startswith(('ACDC', 'Dark Zurich')): o['margin'] = None
     return o

@@ -14,7 +14,7 @@ from . import __version__
 from .basics import need
 from .models import get_logits, resize
 from .data import write_file
-from .checkpoints import _space_meta
+from .checkpoints import space_meta
 from .learner import inference_net
 
 # %% auto #0
@@ -64,7 +64,7 @@ def _notes(net, space, size, free, meta):
     about = dict(pipa=__version__, size='x'.join(map(str, size)), free=free, mean=mean, std=std,
                  spec=getattr(net, 'spec', None), image='B×3×H×W, float32: RGB, v/255 less mean, divided by std',
                  logits='B×K×H×W, float32: the class is the argmax over K')
-    return {k: json.dumps(v, ensure_ascii=False) for k,v in (about | _space_meta(space) | meta).items()}
+    return {k: json.dumps(v, ensure_ascii=False) for k,v in (about | space_meta(space) | meta).items()}
 
 def _need_onnx(): return [need(o, 'An ONNX file', 'onnx') for o in ('onnx', 'onnxscript', 'onnxruntime')][-1]
 
@@ -101,7 +101,8 @@ class OnnxNet(nn.Module):
     def __init__(self, file:str|Path): # ONNX file with one input and one output
         super().__init__()
         ort = _need_onnx()
-        opts = ort.SessionOptions(); opts.intra_op_num_threads = torch.get_num_threads()
+        opts = ort.SessionOptions()
+        opts.intra_op_num_threads = torch.get_num_threads()
         run_on = [o for o in ('CUDAExecutionProvider', 'CPUExecutionProvider') if o in ort.get_available_providers()]
         self.file,self.session = file,ort.InferenceSession(str(file), opts, providers=run_on)
         self.meta = self.session.get_modelmeta().custom_metadata_map
@@ -115,7 +116,8 @@ class OnnxNet(nn.Module):
 
 def _no_fit(file, shape, got):
     b,_,h,w = shape
-    if isinstance(h, str): return f"`{file}` takes sides that are multiples of 32, not {got[2]}×{got[3]}: give a `size`."
+    if isinstance(h, str):
+        return f"`{file}` takes sides that are multiples of 32, not {got[2]}×{got[3]}: give a `size`."
     batch = f', {b} at a time' if isinstance(b, int) else ''
     return (f"`{file}` takes images of {h}×{w} alone{batch}, not {got[0]} of {got[2]}×{got[3]}: "
             f"slide such windows over a larger image (mode='slide', crop=({h},{w}){', bs=1' if b==1 else ''}).")
@@ -133,9 +135,12 @@ def load_graph(
 )->tuple: # A net in evaluation mode, and a dict of what the file says about it
     "Open an exported file as a net"
     file = Path(file)
-    if not file.is_file(): raise FileNotFoundError(f"There is no file `{file}`: exported nets end in `.onnx` or `.pt2`.")
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file `{file}`: exported nets end in `.onnx` or `.pt2`.")
     try:
-        if file.suffix=='.onnx': net = OnnxNet(file); notes = net.meta
+        if file.suffix=='.onnx':
+            net = OnnxNet(file)
+            notes = net.meta
         else:
             extra = {'pipa.json': ''}
             program = torch.export.load(file, extra_files=extra).module()
@@ -159,6 +164,6 @@ def check_export(
     for b,h,w in [(1,h,w)] + more[meta['free']]:
         x = torch.randn(b, 3, h, w, generator=rng)
         with torch.no_grad(): z,o = plain(x).float(),other(x).float()
-        same = (z.argmax(1)==o.argmax(1)).float().mean()
-        rows.append(dict(images=b, size=f'{h}×{w}', max_diff=float((z-o).abs().max()), largest=float(z.abs().max()), agreement=float(same)))
+        off,most,same = (z-o).abs().max(),z.abs().max(),(z.argmax(1)==o.argmax(1)).float().mean()
+        rows.append(dict(images=b, size=f'{h}×{w}', max_diff=float(off), largest=float(most), agreement=float(same)))
     return pd.DataFrame(rows)

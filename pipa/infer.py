@@ -14,16 +14,16 @@ from PIL import Image
 from fastprogress.fastprogress import progress_bar
 from fastcore.meta import delegates
 from fastai.vision.core import imagenet_stats
-from .labels import cityscapes
+from .labels import cityscapes19
 from .basics import between
 from .models import get_logits, resize
-from .data import Domain, read_image, read_mask, write_file, _exts
+from .data import Domain, image_exts, read_image, read_mask, write_file
 from .draw import as_image, label_image, overlay
 from .metrics import confusion, iou, iou_table
 
 # %% auto #0
 __all__ = ['fit_size', 'pixels', 'normalise', 'to_input', 'windows', 'whole', 'slide_bands', 'slide', 'label_rows', 'best_class',
-           'evaluating', 'looking', 'in_bands', 'logits', 'predict', 'evaluate', 'class_table', 'mean_table', 'raw_ids',
+           'evaluating', 'looking', 'in_bands', 'logits', 'predict', 'evaluate', 'score_table', 'mean_table', 'raw_ids',
            'find_images', 'predict_folder']
 
 # %% ../nbs/21_infer.ipynb #6512bd43
@@ -77,9 +77,11 @@ def _pair(o): return (o,o) if isinstance(o, int) else tuple(o)
 def _windows(hw, crop, stride):
     crop = _pair(crop)
     stride = tuple(max(1, c//2) for c in crop) if stride is None else _pair(stride)
-    if min(crop)<32: raise ValueError(f"A window of {crop[0]}×{crop[1]} is too small for a net of stride 32: give a `crop` of at least 32.")
+    if min(crop)<32: raise ValueError(f"A window of {crop[0]}×{crop[1]} is too small for a net of stride 32: "
+                                      "give a `crop` of at least 32.")
     if min(stride)<1 or any(s>c for s,c in zip(stride, crop)):
-        raise ValueError(f"Windows of {crop} at steps of {stride} would leave gaps: the `stride` is 1 to the side of the window.")
+        raise ValueError(f"Windows of {crop} at steps of {stride} would leave gaps: "
+                         "the `stride` is 1 to the side of the window.")
     crop = tuple(min(o) for o in zip(crop, hw))
     return crop,windows(hw, crop, stride)
 
@@ -110,8 +112,11 @@ def slide_bands(
         for ((t,l),z),(a,b) in product(zip(some, zs), pairwise(cuts)):
             if not t<=a<t+h: continue
             if a not in strips: strips[a] = z.new_zeros(*z.shape[:2], b-a, W),z.new_zeros(b-a, W)
-            strips[a][0][..., l:l+w] += z[..., a-t:b-t, :]; strips[a][1][:, l:l+w] += 1
-        for a in sorted(o for o in strips if o<end): z,n = strips.pop(a); yield a,z.div_(n)
+            strips[a][0][..., l:l+w] += z[..., a-t:b-t, :]
+            strips[a][1][:, l:l+w] += 1
+        for a in sorted(o for o in strips if o<end):
+            z,n = strips.pop(a)
+            yield a,z.div_(n)
 
 # %% ../nbs/21_infer.ipynb #6f4922f9
 def slide(
@@ -207,8 +212,9 @@ def in_bands(
     "Logits whole or by windows, in bands of rows"
     if mode not in ('whole', 'slide'): raise ValueError(f"There is no mode `{mode}`: choose `whole` or `slide`.")
     for top,z in slide_bands(net, x, crop, stride, bs) if mode=='slide' else [(0,whole(net, x))]:
-        if space is not None and z.shape[1]!=space.n: raise ValueError(
-            f"The net has {z.shape[1]} classes and `{space.name}` has {space.n}: use the label space that it was trained with.")
+        if space is not None and z.shape[1]!=space.n:
+            raise ValueError(f"The net has {z.shape[1]} classes and `{space.name}` has {space.n}: "
+                             "use the label space that it was trained with.")
         yield top,z
 
 # %% ../nbs/21_infer.ipynb #33e75ff1
@@ -254,9 +260,12 @@ def _batches(domain, bs, progress):
     some = []
     for image,mask in _bar(list(zip(domain.images, domain.masks)), progress):
         x,y = read_image(image),read_mask(mask, domain.space)
-        if x.size[::-1]!=y.shape: raise ValueError(
-            f"`{image}` has {x.height}×{x.width} pixels and its mask `{mask}` {y.shape[0]}×{y.shape[1]}: they don't belong together.")
-        if some and (len(some)>=bs or some[0][0].size!=x.size): yield some; some = []
+        if x.size[::-1]!=y.shape:
+            raise ValueError(f"`{image}` has {x.height}×{x.width} pixels and its mask `{mask}` "
+                             f"{y.shape[0]}×{y.shape[1]}: they don't belong together.")
+        if some and (len(some)>=bs or some[0][0].size!=x.size):
+            yield some
+            some = []
         some.append((x,y))
     if some: yield some
 
@@ -286,7 +295,7 @@ def evaluate(
 # %% ../nbs/21_infer.ipynb #a5bfc9e2
 def _acc(cm): return cm.diag().double()/cm.sum(1)
 
-def class_table(
+def score_table(
     cm:Tensor, # Confusion matrix K×K, see `evaluate`
     space # Its `LabelSpace`
 )->pd.DataFrame: # A row a class: IoU and accuracy in [0,1] or NaN, pixels that are and that were predicted
@@ -313,7 +322,7 @@ def raw_ids(
     space # `LabelSpace` of the net
 )->np.ndarray: # Same shape, uint8; raises `ValueError` when a class has no number that fits
     "Train ids as the numbers in a data set's files: Cityscapes' own for its 19 classes"
-    if space.codes==cityscapes.codes: space = cityscapes
+    if space.codes==cityscapes19.codes: space = cityscapes19
     table = np.full(256, space.ignore)
     for raw,train in sorted(space.ids.items(), reverse=True): table[train] = raw
     lost = [space.codes[i] for i in range(space.n) if i not in space.ids.values() or not 0<=table[i]<256]
@@ -328,12 +337,15 @@ def find_images(
     "The pictures of a folder, by name"
     images = Path(images).expanduser()
     if images.is_file(): return {images.stem: images}
-    if not images.is_dir(): raise FileNotFoundError(f"There is no file or folder `{images}`: give a picture or a folder of pictures.")
+    if not images.is_dir():
+        raise FileNotFoundError(f"There is no file or folder `{images}`: give a picture or a folder of pictures.")
     out = out and Path(out).expanduser().resolve()
-    if out==images.resolve(): raise ValueError(f"`{images}` can't hold both pictures and results: give another folder for the results.")
-    files = [p.relative_to(images) for p in sorted(images.rglob('*')) if p.suffix.lower() in _exts and p.is_file()
+    if out==images.resolve():
+        raise ValueError(f"`{images}` can't hold both pictures and results: give another folder for the results.")
+    files = [p.relative_to(images) for p in sorted(images.rglob('*')) if p.suffix.lower() in image_exts and p.is_file()
              and not p.name.startswith('.') and out not in p.resolve().parents]
-    if not files: raise FileNotFoundError(f"No picture ({', '.join(sorted(_exts))}) in `{images}`: is it the right folder?")
+    if not files:
+        raise FileNotFoundError(f"No picture ({', '.join(sorted(image_exts))}) in `{images}`: is it the right folder?")
     n = Counter(p.with_suffix('') for p in files)
     return {(p if n[p.with_suffix('')]>1 else p.with_suffix('')).as_posix(): images/p for p in files}
 
@@ -365,7 +377,8 @@ def predict_folder(
         try: image = as_image(file)
         except (ValueError, OSError, Image.DecompressionBombError) as e:
             failed[name] = str(e) if str(file) in str(e) else f'`{file}`: {e}'
-            print(failed[name]); continue
+            print(failed[name])
+            continue
         y = predict(model, image, size, space, **kwargs)
         for k,a in _results(image, y, space, ids, alpha).items(): _save_png(out/f'{name}{k}.png', a)
     if failed: print(f"{len(failed)} of {len(files)} pictures could not be read.")

@@ -8,12 +8,14 @@ import difflib, numpy as np
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['cityscapes', 'gta', 'synthia', 'camvid', 'minicity', 'camvid32', 'camvid_colors', 'oklab', 'color_distances',
-           'distinct_colors', 'LabelSpace', 'pack', 'mapillary_space', 'space', 'label_space']
+__all__ = ['cityscapes19', 'gta19', 'synthia19', 'camvid11', 'minicity11', 'camvid32', 'camvid_colors', 'oklab',
+           'color_distances', 'distinct_colors', 'LabelSpace', 'rgb_ids', 'mapillary_space', 'space', 'label_space']
 
 # %% ../nbs/01_labels.ipynb #e4da3b7f
-_cone = np.array([[.4122214708,.5363325363,.0514459929], [.2119034982,.6806995451,.1073969566], [.0883024619,.2817188376,.6299787005]])
-_lab = np.array([[.2104542553,.7936177850,-.0040720468], [1.9779984951,-2.4285922050,.4505937099], [.0259040371,.7827717662,-.8086757660]])
+_cone = np.array([[.4122214708,.5363325363,.0514459929], [.2119034982,.6806995451,.1073969566],
+                  [.0883024619,.2817188376,.6299787005]])
+_lab = np.array([[.2104542553,.7936177850,-.0040720468], [1.9779984951,-2.4285922050,.4505937099],
+                 [.0259040371,.7827717662,-.8086757660]])
 _deutan = np.array([[.367322,.860646,-.227968], [.280085,.672501,.047413], [-.011820,.042940,.968881]])
 
 def oklab(
@@ -54,14 +56,16 @@ def _ids_ok(ids, n, what):
 def _palette(p, n):
     p = np.asarray(p)
     if p.shape != (n,3): raise ValueError(f'palette has shape {p.shape}: {n} classes need {n} rows of red, green, blue')
-    if p.dtype.kind not in 'iu' or p.min()<0 or p.max()>255: raise ValueError('palette: colours are whole numbers from 0 to 255')
+    if p.dtype.kind not in 'iu' or p.min()<0 or p.max()>255:
+        raise ValueError('palette: colours are whole numbers from 0 to 255')
     return p.astype(np.uint8)
 
 def _codes(codes):
     codes = [codes] if isinstance(codes, str) else [str(c) for c in codes]
     twice = sorted({c for c in codes if codes.count(c)>1})
     if twice: raise ValueError(f'codes: {", ".join(twice)} appears more than once; each class needs its own name')
-    if not 0<len(codes)<256: raise ValueError(f'codes: {len(codes)} classes; a byte has room for 1 to 255 of them beside void')
+    if not 0<len(codes)<256:
+        raise ValueError(f'codes: {len(codes)} classes; a byte has room for 1 to 255 of them beside void')
     return codes
 
 # %% ../nbs/01_labels.ipynb #c51ce410
@@ -78,7 +82,8 @@ class LabelSpace:
         subsets:dict=None, # Named selections of train ids
     ):
         self.name,self.codes,self.ignore = name,_codes(codes),ignore
-        if not self.n<=ignore<256: raise ValueError(f'ignore={ignore}: void must be none of the {self.n} train ids and fit in a byte')
+        if not self.n<=ignore<256:
+            raise ValueError(f'ignore={ignore}: void must be none of the {self.n} train ids and fit in a byte')
         self.palette = _palette(distinct_colors(self.n) if palette is None else palette, self.n)
         self.void = {ignore} | {int(k) for k,v in (ids or {}).items() if v==ignore}
         self.ids = {i:i for i in range(self.n)} if ids is None else {int(k):int(v) for k,v in ids.items() if v!=ignore}
@@ -98,7 +103,8 @@ def encode(
 )->np.ndarray: # Train ids, uint8; unknown ids become `ignore`; raises `TypeError` for masks of fractions
     "Translate raw ids to train ids"
     mask = np.asarray(mask)
-    if mask.dtype.kind not in 'iub': raise TypeError(f'mask holds {mask.dtype}: ids are integers, so read the file without scaling')
+    if mask.dtype.kind not in 'iub':
+        raise TypeError(f'mask holds {mask.dtype}: ids are integers, so read the file without scaling')
     if mask.dtype==np.uint8: return self.encode(np.arange(256))[mask]
     lo,hi = min(self.ids, default=0)-1, max(self.ids, default=0)+1
     if hi-lo > 1<<16: return self._search(mask)
@@ -113,7 +119,7 @@ def _search(self:LabelSpace, mask):
     i = np.searchsorted(raw, mask).clip(0, len(raw)-1)
     return np.where(raw[i]==mask, np.array([self.ids[k] for k in raw.tolist()], np.uint8)[i], np.uint8(self.ignore))
 
-def pack(
+def rgb_ids(
     rgb, # Colours in 0..255, `... x 3`
 )->np.ndarray: # `...`, int32
     "One number for each colour, `0xRRGGBB`"
@@ -148,7 +154,8 @@ def idx(
     known = [*self.codes, *self.subsets]
     for o in names:
         near = difflib.get_close_matches(o, known, 1)
-        if o not in self.codes: raise KeyError(f'{self.name} has no class {o!r}' + (f', do you mean {near[0]!r}?' if near else ''))
+        hint = f', do you mean {near[0]!r}?' if near else ''
+        if o not in self.codes: raise KeyError(f'{self.name} has no class {o!r}{hint}')
     return [self.codes.index(o) for o in names]
 
 @patch
@@ -161,73 +168,99 @@ def color(
     return np.vstack([self.palette, np.zeros((1,3), np.uint8)])[np.where((y>=0)&(y<self.n), y, self.n)]
 
 # %% ../nbs/01_labels.ipynb #02e74f10
-_names = ['road','sidewalk','building','wall','fence','pole','traffic light','traffic sign','vegetation','terrain','sky',
-    'person','rider','car','truck','bus','train','motorcycle','bicycle']
+_names = ['road','sidewalk','building','wall','fence','pole','traffic light','traffic sign','vegetation','terrain',
+    'sky','person','rider','car','truck','bus','train','motorcycle','bicycle']
 _colors = np.array([
-    [128,64,128], [244,35,232], [70,70,70], [102,102,156], [190,153,153], [153,153,153], [250,170,30], [220,220,0], [107,142,35],
-    [152,251,152], [70,130,180], [220,20,60], [255,0,0], [0,0,142], [0,0,70], [0,60,100], [0,80,100], [0,0,230], [119,11,32]])
+    [128,64,128], [244,35,232], [70,70,70], [102,102,156], [190,153,153], [153,153,153], [250,170,30], [220,220,0],
+    [107,142,35], [152,251,152], [70,130,180], [220,20,60], [255,0,0], [0,0,142], [0,0,70], [0,60,100], [0,80,100],
+    [0,0,230], [119,11,32]])
 _city = {raw:255 for raw in range(-1, 34)} | {
     raw:i for i,raw in enumerate((7,8,11,12,13,17,19,20,21,22,23,24,25,26,27,28,31,32,33))}
 _synthia = {raw:255 for raw in (0,13,14,22)} | {
     raw:i for i,raw in enumerate((3,4,2,21,5,7,15,9,6,16,1,10,17,8,18,19,20,12,11))}
 _things = (6,7,11,12,13,14,15,16,17,18)
 _16 = [i for i in range(19) if i not in (9,14,16)]
+_13 = [i for i in _16 if i not in (3,4,5)]
 
-cityscapes = LabelSpace('cityscapes', _names, _colors, _city, things=_things)
-gta = LabelSpace('gta', _names, _colors, _city, things=_things)
-synthia = LabelSpace('synthia', _names, _colors, _synthia, things=_things, subsets=dict(miou16=_16, miou13=[i for i in _16 if i not in (3,4,5)]))
+cityscapes19 = LabelSpace('cityscapes', _names, _colors, _city, things=_things)
+gta19 = LabelSpace('gta', _names, _colors, _city, things=_things)
+synthia19 = LabelSpace('synthia', _names, _colors, _synthia, things=_things,
+                       subsets=dict(miou16=_16, miou13=_13))
 
 # %% ../nbs/01_labels.ipynb #c16a5320
 _codes11 = 'sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist'.split(',')
 _colors11 = [[87,153,219], [93,85,54], [198,188,185], [128,64,128], [255,115,243], [116,163,13],
     [229,223,61], [171,134,136], [25,27,188], [204,25,58], [254,149,26]]
 
-camvid = LabelSpace('camvid', _codes11, _colors11, {**{i:i for i in range(11)}, 11:255}, things=(6,8,9,10))
-minicity = LabelSpace('minicity', _codes11, _colors11, things=(6,8,9,10))
+camvid11 = LabelSpace('camvid', _codes11, _colors11, {**{i:i for i in range(11)}, 11:255}, things=(6,8,9,10))
+minicity11 = LabelSpace('minicity', _codes11, _colors11, things=(6,8,9,10))
 
 # %% ../nbs/01_labels.ipynb #325851d3
-_camvid32 = dict(line.split('=') for line in '''Animal=408040:9 Archway=c00080:1 Bicyclist=0080c0:10 Bridge=008040:1
-    Building=800000:1 Car=400080:8 CartLuggagePram=4000c0:9 Child=c08040:9 Column_Pole=c0c080:2 Fence=404080:7 LaneMkgsDriv=8000c0:3
-    LaneMkgsNonDriv=c00040:3 Misc_Text=808040:6 MotorcycleScooter=c000c0:10 OtherMoving=804040:8 ParkingBlock=40c080:4
-    Pedestrian=404000:9 Road=804080:3 RoadShoulder=8080c0:4 Sidewalk=0000c0:4 SignSymbol=c08080:6 Sky=808080:0
-    SUVPickupTruck=4080c0:8 TrafficCone=000040:2 TrafficLight=004040:6 Train=c04080:8 Tree=808000:5 Truck_Bus=c080c0:8
-    Tunnel=400040:1 VegetationMisc=c0c000:5 Void=000000:255 Wall=40c000:1'''.split())
+_camvid32 = dict(o.split('=') for o in '''
+    Animal=408040:9 Archway=c00080:1 Bicyclist=0080c0:10 Bridge=008040:1 Building=800000:1 Car=400080:8
+    CartLuggagePram=4000c0:9 Child=c08040:9 Column_Pole=c0c080:2 Fence=404080:7 LaneMkgsDriv=8000c0:3
+    LaneMkgsNonDriv=c00040:3 Misc_Text=808040:6 MotorcycleScooter=c000c0:10 OtherMoving=804040:8
+    ParkingBlock=40c080:4 Pedestrian=404000:9 Road=804080:3 RoadShoulder=8080c0:4 Sidewalk=0000c0:4
+    SignSymbol=c08080:6 Sky=808080:0 SUVPickupTruck=4080c0:8 TrafficCone=000040:2 TrafficLight=004040:6
+    Train=c04080:8 Tree=808000:5 Truck_Bus=c080c0:8 Tunnel=400040:1 VegetationMisc=c0c000:5 Void=000000:255
+    Wall=40c000:1'''.split())
 _painted = [(int(o[:6], 16), int(o[7:])) for o in _camvid32.values()]
 
-camvid32 = LabelSpace('camvid', _codes11, _colors11, {i:c for i,(_,c) in enumerate(_painted)}, things=camvid.things)
-camvid_colors = LabelSpace('camvid', _codes11, _colors11, dict(_painted), things=camvid.things)
+camvid32 = LabelSpace('camvid', _codes11, _colors11, {i:c for i,(_,c) in enumerate(_painted)}, things=camvid11.things)
+camvid_colors = LabelSpace('camvid', _codes11, _colors11, dict(_painted), things=camvid11.things)
 
 # %% ../nbs/01_labels.ipynb #46269c2d
-_vistas = {k:v for k,vs in dict(void='construction--flat--parking construction--flat--rail-track construction--flat--driveway',
-    road='construction--flat--road construction--flat--service-lane construction--flat--parking-aisle construction--flat--crosswalk-plain '
-         'marking object--manhole object--pothole object--catch-basin', building='construction--structure--building construction--structure--garage',
-    sidewalk='construction--flat--sidewalk construction--flat--bike-lane construction--flat--curb-cut construction--flat--pedestrian-area '
-             'construction--flat--traffic-island construction--barrier--curb', wall='construction--barrier--wall',
-    fence='construction--barrier--fence', pole='object--support--pole object--support--utility-pole', sky='nature--sky',
-    **{'traffic light':'object--traffic-light', 'traffic sign':'object--traffic-sign--front object--traffic-sign--direction-front '
-       'object--traffic-sign--information-parking object--traffic-sign--temporary-front'}, vegetation='nature--vegetation',
-    terrain='nature--terrain', person='human--person', rider='human--rider', car='object--vehicle--car', truck='object--vehicle--truck',
-    bus='object--vehicle--bus', train='object--vehicle--on-rails', motorcycle='object--vehicle--motorcycle',
-    bicycle='object--vehicle--bicycle').items() for k,v in [(o, k) for o in vs.split()]}
+_groups = '''
+    void: construction--flat--parking construction--flat--rail-track construction--flat--driveway
+    road: construction--flat--road construction--flat--service-lane construction--flat--parking-aisle
+    road: construction--flat--crosswalk-plain marking object--manhole object--pothole object--catch-basin
+    building: construction--structure--building construction--structure--garage
+    sidewalk: construction--flat--sidewalk construction--flat--bike-lane construction--flat--curb-cut
+    sidewalk: construction--flat--pedestrian-area construction--flat--traffic-island construction--barrier--curb
+    wall: construction--barrier--wall
+    fence: construction--barrier--fence
+    pole: object--support--pole object--support--utility-pole
+    sky: nature--sky
+    traffic light: object--traffic-light
+    traffic sign: object--traffic-sign--front object--traffic-sign--direction-front
+    traffic sign: object--traffic-sign--information-parking object--traffic-sign--temporary-front
+    vegetation: nature--vegetation
+    terrain: nature--terrain
+    person: human--person
+    rider: human--rider
+    car: object--vehicle--car
+    truck: object--vehicle--truck
+    bus: object--vehicle--bus
+    train: object--vehicle--on-rails
+    motorcycle: object--vehicle--motorcycle
+    bicycle: object--vehicle--bicycle'''
 
-def _group(name, groups): return groups.get(max((k for k in groups if (name+'--').startswith(k+'--')), key=len, default=None))
+# %% ../nbs/01_labels.ipynb #vistas02
+_vistas = {v:k.strip() for k,vs in (l.split(':') for l in _groups.split('\n')[1:]) for v in vs.split()}
+
+def _group(name, groups):
+    "The class of the longest beginning of `name` that is a group; None if there is none"
+    return groups.get(max((k for k in groups if (name+'--').startswith(k+'--')), key=len, default=None))
 
 def mapillary_space(
     names:list, # Names of the labels in the order of their ids, from `config.json`
 )->LabelSpace: # The 19 classes of Cityscapes
     "Group the labels of Mapillary Vistas by their names"
-    ids = {i: cityscapes.codes.index(g) if (g := _group(str(o), _vistas)) in cityscapes.codes else 255 for i,o in enumerate(names)}
+    cs = cityscapes19
+    ids = {i: cs.codes.index(g) if (g := _group(str(o), _vistas)) in cs.codes else 255 for i,o in enumerate(names)}
     found = set(ids.values())-{255}
-    if len(found)<10: raise ValueError(f'of {len(names)} names only {len(found)} classes could be made: are these the labels of Mapillary Vistas?')
-    return LabelSpace('cityscapes', cityscapes.codes, cityscapes.palette, ids, things=cityscapes.things)
+    if len(found)<10:
+        raise ValueError(f'of {len(names)} names only {len(found)} classes could be made: '
+                         'are these the labels of Mapillary Vistas?')
+    return LabelSpace('cityscapes', cs.codes, cs.palette, ids, things=cs.things)
 
 # %% ../nbs/01_labels.ipynb #d67d8ab4
 def space(
-    name:str|LabelSpace, # `'cityscapes'`, `'gta'`, `'synthia'`, `'camvid'`, `'minicity'`, in any case; a space is returned as it is
+    name:str|LabelSpace, # 'cityscapes', 'gta', 'synthia', 'camvid' or 'minicity'; a space is returned as it is
 )->LabelSpace: # Raises `KeyError` for another name
     "The label space called `name`"
     if isinstance(name, LabelSpace): return name
-    known = {s.name:s for s in (cityscapes, gta, synthia, camvid, minicity)}
+    known = {s.name:s for s in (cityscapes19, gta19, synthia19, camvid11, minicity11)}
     if str(name).lower() in known: return known[name.lower()]
     raise KeyError(f'no label space {name!r}, there are {", ".join(known)}; for your own classes: label_space(codes)')
 

@@ -52,12 +52,12 @@ class Camera:
     def __call__(self, X, Y, Z): return self.cx + self.f*X/Z, self.cy + self.f*(self.h-Y)/Z
 
 # %% ../nbs/11_minicity.ipynb #c74d97b0
-def rows(y, h): return tuple(min(h, max(0, ceil(k-.5))) for k in (min(y), max(y)))
+def row_range(y, h): return tuple(min(h, max(0, ceil(k-.5))) for k in (min(y), max(y)))
 def columns(x, w): return np.ceil(np.minimum(np.maximum(x, 0), w)-.5).astype(int).tolist()
 
 def spans(pts, h, w):
     "First row, and first and last column of each row, of the convex polygon `pts` in an image of `h` rows"
-    a,b = rows([p[1] for p in pts], h)
+    a,b = row_range([p[1] for p in pts], h)
     if a >= b or not 0 < max(p[0] for p in pts) or not min(p[0] for p in pts) < w: return 0,[],[]
     x,y = np.array([*pts, pts[0]]).T[...,None]
     c = np.arange(a, b)+.5
@@ -70,7 +70,7 @@ def spans(pts, h, w):
 # %% ../nbs/11_minicity.ipynb #98f13708
 def disk_spans(x, y, rx, ry, h, w, rag=None):
     "The same for an ellipse; `rag` (2 rows of factors) moves its left and right ends, as leaves do"
-    a,b = rows((y-ry, y+ry), h)
+    a,b = row_range((y-ry, y+ry), h)
     if a >= b or not -rx < x < w+rx: return 0,[],[]
     t = (np.arange(a, b)+.5-y)/ry
     l = r = rx*np.sqrt(np.maximum(1-t*t, 0))
@@ -79,7 +79,7 @@ def disk_spans(x, y, rx, ry, h, w, rag=None):
 
 def rect_spans(x, y, h, w):
     "The same for a rectangle between the two columns of `x` and the two rows of `y`"
-    (a,b),(l,r) = rows(y, h),rows(x, w)
+    (a,b),(l,r) = row_range(y, h),row_range(x, w)
     return a, [l]*(b-a), [r]*(b-a)
 
 # %% ../nbs/11_minicity.ipynb #37693cfc
@@ -132,14 +132,18 @@ class Style:
 # %% ../nbs/11_minicity.ipynb #6ea9ab1b
 GAME = Style(
     palette = dict(
-        sky=[(70,140,235),(120,175,245),(200,216,238),(226,232,240)], horizon=[(190,220,250),(225,235,248),(242,244,248)], mark=[(250,250,250)],
-        road=[(88,88,98),(104,104,112),(76,78,84)], kerb=[(245,235,225)], pavement=[(222,178,160),(228,200,180),(205,190,175)],
+        sky=[(70,140,235),(120,175,245),(200,216,238),(226,232,240)],
+        horizon=[(190,220,250),(225,235,248),(242,244,248)],
+        road=[(88,88,98),(104,104,112),(76,78,84)], mark=[(250,250,250)], kerb=[(245,235,225)],
+        pavement=[(222,178,160),(228,200,180),(205,190,175)],
         building=[(240,205,140),(235,160,130),(170,205,225),(245,235,200),(205,170,215),(205,125,100)],
         roof=[(200,80,60),(110,90,150)], glass=[(120,190,235),(150,210,240),(80,110,150)],
-        tree=[(70,190,60),(95,205,70),(60,150,60)], trunk=[(140,90,50)], fence=[(165,110,60),(190,135,80),(110,115,125)],
+        tree=[(70,190,60),(95,205,70),(60,150,60)], trunk=[(140,90,50)],
+        fence=[(165,110,60),(190,135,80),(110,115,125)],
         pole=[(225,225,60),(215,215,225),(130,135,145)], sign=[(225,30,40),(30,80,220),(245,200,30)],
         car=[(225,30,35),(30,90,225),(250,205,40),(40,180,90),(235,110,30),(236,236,242),(66,72,90)],
-        coat=[(230,40,120),(40,200,200),(250,150,30),(120,60,200),(60,70,100)], trousers=[(40,60,150),(90,50,120),(50,50,58)]),
+        coat=[(230,40,120),(40,200,200),(250,150,30),(120,60,200),(60,70,100)],
+        trousers=[(40,60,150),(90,50,120),(50,50,58)]),
     focal=(.55,.68), horizon=(.40,.48), eye=(1.6,2.2), yaw=(.44,.56), road=(4.5,6.), pavement=(2.5,4.),
     plots=dict(building=6, garden=2, gap=2), height=(5,14), roofs=.6, fence=(1.,1.4), pole=(.24,.34), plate=(.8,1.1),
     counts=dict(pole=(3,6), sign=(2,5), tree=(2,6), pedestrian=(2,6), bicyclist=(1,3), car=(3,8)),
@@ -148,19 +152,24 @@ GAME = Style(
 # %% ../nbs/11_minicity.ipynb #c16a5320
 REAL = Style(
     palette = dict(
-        sky=[(120,165,222),(148,184,226),(206,212,222),(225,228,232),(176,196,220)], horizon=[(236,240,244),(228,230,230)], mark=[(218,217,212),(194,192,184)],
-        road=[(104,103,104),(94,95,100),(118,116,114)], kerb=[(176,174,168),(96,96,96)], pavement=[(160,146,136),(140,138,136),(172,160,146)],
+        sky=[(120,165,222),(148,184,226),(206,212,222),(225,228,232),(176,196,220)],
+        horizon=[(236,240,244),(228,230,230)],
+        road=[(104,103,104),(94,95,100),(118,116,114)], mark=[(218,217,212),(194,192,184)],
+        kerb=[(176,174,168),(96,96,96)], pavement=[(160,146,136),(140,138,136),(172,160,146)],
         building=[(165,100,78),(180,146,112),(196,186,166),(136,126,120),(214,206,190),(140,96,84)],
         roof=[(104,76,70),(78,80,88)], glass=[(58,66,74),(88,102,118),(44,48,54)],
-        tree=[(78,108,52),(98,108,58),(62,90,48),(88,120,58)], trunk=[(82,66,52)], fence=[(78,80,84),(112,92,70),(54,70,60)],
+        tree=[(78,108,52),(98,108,58),(62,90,48),(88,120,58)], trunk=[(82,66,52)],
+        fence=[(78,80,84),(112,92,70),(54,70,60)],
         pole=[(112,116,118),(72,76,80),(150,152,150)], sign=[(200,45,45),(42,78,160),(215,180,60),(60,120,85)],
         car=[(190,192,194),(60,62,66),(225,226,226),(165,40,42),(46,66,120),(130,134,138),(70,92,82)],
-        coat=[(60,58,62),(40,50,80),(150,56,52),(150,136,112),(80,100,92)], trousers=[(44,46,60),(64,66,80),(34,34,36)]),
+        coat=[(60,58,62),(40,50,80),(150,56,52),(150,136,112),(80,100,92)],
+        trousers=[(44,46,60),(64,66,80),(34,34,36)]),
     focal=(.62,.80), horizon=(.43,.54), eye=(1.2,1.7), yaw=(.40,.60), road=(3.6,5.2), pavement=(1.8,3.2),
     plots=dict(building=6, garden=4, gap=1), height=(6,16), roofs=.45, fence=(1.,1.8), pole=(.2,.3), plate=(.7,1.1),
     counts=dict(pole=(2,6), sign=(2,5), tree=(2,7), pedestrian=(3,9), bicyclist=(1,4), car=(3,8)),
     left=True, stream=1, grain=.3,
-    weather=dict(shadow=(.2,1.), haze=(0.,.7), mute=(.3,.9), cast=(0.,1.), exposure=(0.,1.), blur=(0.,1.), vignette=(0.,1.), noise=(.1,.8), blocks=(0.,1.)))
+    weather=dict(shadow=(.2,1.), haze=(0.,.7), mute=(.3,.9), cast=(0.,1.), exposure=(0.,1.), blur=(0.,1.),
+                 vignette=(0.,1.), noise=(.1,.8), blocks=(0.,1.)))
 STYLES = dict(game=GAME, real=REAL)
 
 # %% ../nbs/11_minicity.ipynb #1c383cd3
@@ -200,7 +209,8 @@ def tree(c, d, st, X, z, tall=None):
     c.rect(X-t, 0, X+t, tall*.6, z, TREE, d.pick(st.palette['trunk']))
     for k in range(7 if z<60 else 3):
         dx,dy,q = d.u(-.7,.7)*r,d.u(-.6,.7)*r,d.u(.45,.75)*r
-        c.disk(X+dx, tall-r+dy, q*1.1, q, z, TREE, shade(rgb, d.u(.8,1.15)+.12*dy/r), 'leaf', .75+.35/255*d.bytes(2,24).astype(float))
+        light,rag = d.u(.8,1.15)+.12*dy/r,.75+.35/255*d.bytes(2,24).astype(float)
+        c.disk(X+dx, tall-r+dy, q*1.1, q, z, TREE, shade(rgb, light), 'leaf', rag)
 
 def hedge(c, d, st, X, z0, z1, side):
     "A garden: bushes along the street, trees behind them"
@@ -211,8 +221,8 @@ def hedge(c, d, st, X, z0, z1, side):
 
 def fence(c, d, st, X, z0, z1):
     "Railings or boards along the street"
-    H = d.u(*st.fence)
-    c.poly([(X,0,z0), (X,H,z0), (X,H,z1), (X,0,z1)], FENCE, d.pick(st.palette['fence']), 'fence', (d.u(.25,.6), H, 0, 0))
+    H,rgb,step = d.u(*st.fence),d.pick(st.palette['fence']),d.u(.25,.6)
+    c.poly([(X,0,z0), (X,H,z0), (X,H,z1), (X,0,z1)], FENCE, rgb, 'fence', (step, H, 0, 0))
 
 # %% ../nbs/11_minicity.ipynb #a1d0c6e8
 def plots(c, d, st, R, P):
@@ -222,9 +232,13 @@ def plots(c, d, st, R, P):
         z = 1.
         while z < 110:
             kind,L = d.pick(kinds),d.u(7,16)
-            if kind=='gap': gaps.append((z, side)); L = 7.
-            todo.append((z, z+L, side, kind)); z += L
-    for z,side in gaps: c.poly([(side*R,0,z), (side*90,0,z), (side*90,0,z+5.5), (side*R,0,z+5.5)], ROAD, d.pick(st.palette['road']), 'slick')
+            if kind=='gap': L = 7.
+            if kind=='gap': gaps.append((z, side))
+            todo.append((z, z+L, side, kind))
+            z += L
+    for z,side in gaps:
+        street = [(side*R,0,z), (side*90,0,z), (side*90,0,z+5.5), (side*R,0,z+5.5)]
+        c.poly(street, ROAD, d.pick(st.palette['road']), 'slick')
     backdrop(c, d, st)
     for z0,z1,side,kind in sorted(todo, reverse=True):
         X = side*(R+P)
@@ -233,13 +247,17 @@ def plots(c, d, st, R, P):
         if kind=='garden' or kind=='building' and d.yes(.12): fence(c, d, st, X, z0, z1)
     return gaps
 
+# %% ../nbs/11_minicity.ipynb #a1d0c6eb
 def backdrop(c, d, st):
     "What closes the street at 150 m: houses and trees"
     X = -130.
     while X < 130:
         w,house = d.u(10,25),d.yes(.5)
-        if house: c.rect(X, 0, X+w, d.u(8,22), 150., BUILDING, d.pick(st.palette['building']), 'wall', (3.,3.,d.u(0,64),22.))
-        else:     c.rect(X, 0, X+w, 6., 150., TREE, d.pick(st.palette['tree']), 'leaf'); tree(c, d, st, X+w/2, 150., d.u(10,18))
+        H,rgb = d.u(8,22) if house else 6.,d.pick(st.palette['building' if house else 'tree'])
+        if house: c.rect(X, 0, X+w, H, 150., BUILDING, rgb, 'wall', (3.,3.,d.u(0,64),22.))
+        else:
+            c.rect(X, 0, X+w, H, 150., TREE, rgb, 'leaf')
+            tree(c, d, st, X+w/2, 150., d.u(10,18))
         X += w
 
 # %% ../nbs/11_minicity.ipynb #6c8349cc
@@ -251,6 +269,7 @@ def pole(c, d, st, X, z):
     c.rect(X, tall-.12, arm, tall+.1, z, POLE, rgb)
     c.rect(arm-.3, tall-.25, arm+.3, tall+.1, z, POLE, shade(rgb, .8))
 
+# %% ../nbs/11_minicity.ipynb #6c8349cb
 def sign(c, d, st, X, z):
     "A round, square, triangular or wide plate, or traffic lights, on a post"
     kind,y,s = d.n(0,4),d.u(2.,3.),d.u(*st.plate)/2
@@ -260,13 +279,17 @@ def sign(c, d, st, X, z):
     c.rect(X-pole_r, 0, X+pole_r, y, z, POLE, d.pick(st.palette['pole']))
     if kind==0:
         for q,k in ((1.,rgb), (.65,white)): c.disk(X, y, s*q, s*q, z, SIGN, k)
-    if kind==1: box(1,-1,1,1,rgb); box(.6,-.4,.6,.5,white)
+    if kind==1:
+        box(1,-1,1,1,rgb)
+        box(.6,-.4,.6,.5,white)
     if kind==2:
         for q,k in ((1.2,rgb), (.7,white)): c.poly([(X-s*q,y-s*q*.7,z), (X,y+s*q,z), (X+s*q,y-s*q*.7,z)], SIGN, k)
     if kind==3:
         box(.55,-1.3,.55,1.3,(35,38,40))
         c.disk(X, y+d.pick([-.8,0.,.8])*s, s*.33, s*.33, z, SIGN, d.pick([(240,60,40),(250,190,40),(60,230,110)]))
-    if kind==4: box(1.5,-1,1.5,.8,rgb); box(1.2,-.2,1.2,.15,white)
+    if kind==4:
+        box(1.5,-1,1.5,.8,rgb)
+        box(1.2,-.2,1.2,.15,white)
 
 # %% ../nbs/11_minicity.ipynb #67c6a1e7
 OCTAGON = [(1.,.4),(.4,1.),(-.4,1.),(-1.,.4),(-1.,-.4),(-.4,-1.),(.4,-1.),(1.,-.4)]
@@ -291,6 +314,7 @@ def car_flank(c, at, L, B, T, van, rgb, glass):
     for u in (-.31*L, .31*L):
         for r,k in ((.34,(28,28,30)), (.18,(120,122,125))): c.poly([at(u+r*p, .34+r*q) for p,q in OCTAGON], CAR, k)
 
+# %% ../nbs/11_minicity.ipynb #67c6a1eb
 def car_end(c, rgb, glass, X, z, w, B, T, away):
     "The rear or the front of a car"
     plate,lamp = ((225,205,90),(190,30,30)) if away else ((235,235,235),(250,245,215))
@@ -308,23 +332,28 @@ def pedestrian(c, d, st, X, z, cls=PEDESTRIAN, lift=0., stride=True):
     s,y,col = d.u(.92,1.08),lift,lambda k: d.pick(st.palette[k])
     skin,hair,coat,legs = d.pick(SKINS),d.pick(HAIRS),col('coat'),col('trousers')
     b,step = d.u(.22,.3)*s,d.u(.05,.28)*s if stride else .08
-    for q in (-1,1): c.poly([(X+q*step+q*.1,y,z), (X+q*step-q*.08,y,z), (X-q*.02,y+.9*s,z), (X+q*b*.85,y+.9*s,z)], cls, legs)
-    c.poly([(X+q*b*k,y+v*s,z) for q,k,v in ((-1,1,.8),(-1,1.15,1.3),(-1,.7,1.5),(1,.7,1.5),(1,1.15,1.3),(1,1,.8))], cls, coat)
+    for q in (-1,1):
+        foot = [(X+q*step+q*.1,y,z), (X+q*step-q*.08,y,z)]
+        c.poly([*foot, (X-q*.02,y+.9*s,z), (X+q*b*.85,y+.9*s,z)], cls, legs)
+    body = (-1,1,.8), (-1,1.15,1.3), (-1,.7,1.5), (1,.7,1.5), (1,1.15,1.3), (1,1,.8)
+    c.poly([(X+q*b*k,y+v*s,z) for q,k,v in body], cls, coat)
     c.disk(X, y+1.63*s, .13*s, .16*s, z, cls, skin)
     c.disk(X, y+1.71*s, .13*s, .1*s, z, cls, hair)
 
 SKINS = [(226,180,150),(190,140,105),(120,85,65)]
 HAIRS = [(40,30,25),(90,60,35),(190,160,110)]
 
+# %% ../nbs/11_minicity.ipynb #f457c54b
 def bicyclist(c, d, st, X, z):
     "Somebody on a bicycle, from the side or from behind"
-    dark,frame,paint = (32,32,36),d.pick(st.palette['sign']),lambda rgb,*pts: c.poly([(X+u,y,z) for u,y in pts], BICYCLIST, rgb)
+    dark,frame = (32,32,36),d.pick(st.palette['sign'])
+    def paint(rgb, *pts): c.poly([(X+u,y,z) for u,y in pts], BICYCLIST, rgb)
     if d.yes(.4):
         pedestrian(c, d, st, X, z, BICYCLIST, lift=.25, stride=False)
         c.rect(X-.42, 1.08, X+.42, 1.2, z, BICYCLIST, dark)
         c.rect(X-.1, .55, X+.1, .85, z, BICYCLIST, frame)
         return c.disk(X, .4, .11, .4, z, BICYCLIST, dark)
-    q,coat,legs,hub = d.pick([-1,1]),d.pick(st.palette['coat']),d.pick(st.palette['trousers']),d.pick(st.palette['road'])
+    q,(coat,legs,hub) = d.pick([-1,1]),[d.pick(st.palette[k]) for k in ('coat', 'trousers', 'road')]
     for u in (-.52,.52):
         for r,k in ((.36,dark),(.26,hub)): c.disk(X+u, .36, r, r, z, BICYCLIST, k)
     paint(frame, (-.52,.36), (-.1,.9), (-.02,.86), (-.44,.36))
@@ -343,13 +372,15 @@ SPOTS = dict(
     walk  = lambda d,R,P: d.pick([-1,1])*(R+d.u(.7,P)) if d.yes(.85) else d.u(-R,R),
     lane  = lambda d,R,P: d.pick([-1,1])*d.u(.3*R,R-.3))
 
-THINGS = dict(pole=(pole,6,60,'kerb'), sign=(sign,6,35,'kerb'), tree=(tree,9,80,'verge'), pedestrian=(pedestrian,6,32,'walk'), bicyclist=(bicyclist,6,28,'lane'))
+THINGS = dict(pole=(pole,6,60,'kerb'), sign=(sign,6,35,'kerb'), tree=(tree,9,80,'verge'),
+              pedestrian=(pedestrian,6,32,'walk'), bicyclist=(bicyclist,6,28,'lane'))
 
 def objects(c, d, st, R, P, gaps):
     "Everything that stands or moves in the street, far to near"
     todo = [car_at(d, st, R) for _ in range(d.n(*st.counts['car']))]
     for name,(f,lo,hi,spot) in THINGS.items():
-        for _ in range(d.n(*st.counts.get(name, (0,0)))): todo.append((lo+(hi-lo)*d.u()*d.u(.3,1.), f, SPOTS[spot](d,R,P), {}))
+        for _ in range(d.n(*st.counts.get(name, (0,0)))):
+            todo.append((lo+(hi-lo)*d.u()*d.u(.3,1.), f, SPOTS[spot](d,R,P), {}))
     for z,side in gaps:
         if 14 < z < 60 and d.yes(): todo.append((z+2.5, car, side*d.u(0,R+4), dict(across=True)))
     for z,f,X,kw in sorted(todo, key=lambda o: -o[0]): f(c, d, st, X, z, **kw)
@@ -429,7 +460,7 @@ def leaf(p, st, k):
     p.rgb = p.rgb*(1 + (.12+k)*(p.fine-.5) + (.1+1.5*k)*(p.mid-.5))
     p.paint(p.fine*p.mid > 1-.9*k, .9*p.low)
 
-def plain(p, st, k): p.rgb = p.rgb*(1 + .5*k*(p.mid-.5))
+def painted(p, st, k): p.rgb = p.rgb*(1 + .5*k*(p.mid-.5))
 
 def bars(p, st, k):
     step,H = p.par[:2]
@@ -437,7 +468,7 @@ def bars(p, st, k):
     p.rgb = p.rgb*np.where(bar, 1, .55).astype(np.float32)*(1+k*(p.fine-.5))
 
 def sky(p, st, k): p.rgb = p.top + (p.low-p.top)*p.height + (25+60*k)*(p.cloud-.5)*(1-.5*p.height)
-MATERIALS = dict(asphalt=asphalt, slick=slick, slabs=slabs, wall=wall, leaf=leaf, plain=plain, fence=bars, sky=sky)
+MATERIALS = dict(asphalt=asphalt, slick=slick, slabs=slabs, wall=wall, leaf=leaf, plain=painted, fence=bars, sky=sky)
 
 # %% ../nbs/11_minicity.ipynb #a3f390d8
 def surface(c, d, st, s=1.):
@@ -447,7 +478,8 @@ def surface(c, d, st, s=1.):
     maps = {k:smooth(d, c.h, c.w, n*max(1, c.h//128)) for k,n in cells.items()}
     maps['height'] = np.zeros((c.h,c.w), np.float32) + (np.arange(c.h, dtype=np.float32)/c.cam.cy).clip(0,1)[:,None]
     maps = {k:m.ravel() for k,m in dict(maps, u=u, v=v, z=z).items()}
-    one = {k:np.array(d.pick(st.palette[n]), np.float32)[:,None] for k,n in dict(top='sky', low='horizon', glass='glass', mark='mark').items()}
+    named = dict(top='sky', low='horizon', glass='glass', mark='mark')
+    one = {k:np.array(d.pick(st.palette[n]), np.float32)[:,None] for k,n in named.items()}
     rgb,pars = (np.array([r[i] for r in c.table], np.float32).T for i in (1,5))
     names,ids,lut = list(MATERIALS),c.ids.ravel(),d.bytes(64,64).astype(np.float32)/255-.5
     mat = np.array([names.index(r[2]) for r in c.table], np.int8)[ids]
@@ -472,7 +504,7 @@ def exposure(x, a, g):
 def haze(x, a, g): return x + (np.array([205,208,212], np.float32)[:,None,None]-x)*(a*g.z/(a*g.z+60))
 
 # %% ../nbs/11_minicity.ipynb #d2ddea18
-def blur(x, a, g):
+def soften(x, a, g):
     "A share `a` of the three-pixel filter 1-2-1, along both axes"
     for ax in (1,2):
         n = x.shape[ax]
@@ -514,7 +546,8 @@ def shadow(x, a, g):
 
 # %% ../nbs/11_minicity.ipynb #f033ab37
 STREET_WEATHER = dict(shadow=shadow)
-LENS_WEATHER = dict(haze=haze, mute=mute, cast=cast, exposure=exposure, blur=blur, vignette=vignette, noise=noise, blocks=blocks)
+LENS_WEATHER = dict(haze=haze, mute=mute, cast=cast, exposure=exposure, blur=soften,
+                    vignette=vignette, noise=noise, blocks=blocks)
 
 def weather(x, table, st, s, g):
     "Apply each weather of `table` in turn, its amount drawn from the style and scaled by `s`"
@@ -531,7 +564,8 @@ def scene(
     severity:float=None # Strength of grain and weather, 0 to 1; drawn evenly for each scene by default
 )->tuple: # Image h×w×3 and mask h×w, both uint8
     "Draw one street and its exact labels; raises ValueError if there is no such domain"
-    if isinstance(domain, str) and domain not in STYLES: raise ValueError(f'There is no domain {domain!r}: take one of {list(STYLES)} or give a Style.')
+    if isinstance(domain, str) and domain not in STYLES:
+        raise ValueError(f'There is no domain {domain!r}: take one of {list(STYLES)} or give a Style.')
     st = STYLES[domain] if isinstance(domain, str) else domain
     d,(h,w) = Dice(seed, st.stream),(2*n for n in size)
     s = d.u() if severity is None else severity + 0*d.u()
@@ -540,7 +574,8 @@ def scene(
     objects(c, d, st, R, P, plots(c, d, st, R, P))
     y = np.array([r[0] for r in c.table], np.uint8)[c.ids]
     x,(u,v,z) = surface(c, d, st, s)
-    g = SimpleNamespace(d=d, u=u, v=v, z=z, ground=(y==ROAD)|(y==PAVEMENT), wide=R+P, sun=d.pick([-1,1]), lut=d.bytes(64,64).astype(np.float32)/255-.5)
+    g = SimpleNamespace(d=d, u=u, v=v, z=z, ground=(y==ROAD)|(y==PAVEMENT), wide=R+P, sun=d.pick([-1,1]))
+    g.lut = d.bytes(64,64).astype(np.float32)/255-.5
     x = weather(x, STREET_WEATHER, st, s, g)
     x,y,g.z = (x[:,::2,::2]+x[:,1::2,::2]+x[:,::2,1::2]+x[:,1::2,1::2])*.25, y[::2,::2], z[::2,::2]
     x = weather(x, LENS_WEATHER, st, s, g)
@@ -549,7 +584,7 @@ def scene(
 # %% ../nbs/11_minicity.ipynb #ec895663
 FIRST = dict(train=0, val=1_000_000)
 
-def fingerprint(st, n=6, size=(32,64)):
+def style_id(st, n=6, size=(32,64)):
     "A short name of what the renderer draws now: it changes with a style, an object or a weather"
     m = hashlib.sha256()
     for i in range(n):
@@ -590,7 +625,7 @@ def cache(
     if domain not in STYLES: raise ValueError(f'There is no domain {domain!r}: take one of {list(STYLES)}.')
     if split not in FIRST: raise ValueError(f'There is no split {split!r}: take one of {list(FIRST)}.')
     n,st = dict(train=400, val=100)[split] if n is None else n, STYLES[domain]
-    home = Path(root)/'minicity'/f'{size[0]}x{size[1]}'/f'{domain}-{fingerprint(st)}'/split
+    home = Path(root)/'minicity'/f'{size[0]}x{size[1]}'/f'{domain}-{style_id(st)}'/split
     target = domain!='game' and split=='train'
     dirs = home/'images', home/('oracle_masks' if target else 'masks') if oracle or not target else None
     for p in dirs:

@@ -124,7 +124,7 @@ def _shuffled(x, ops):
 def _draw(*strength): return [s*(2*u-1) for s,u in zip(strength, torch.rand(len(strength)).tolist())]
 
 def jitter(x:Tensor, # One image in [0,1], `3×H×W`
-           strength:float=.2 # Largest change of brightness, contrast, saturation (share) and hue (turns, ≤ .5) (DAFormer)
+           strength:float=.2 # Largest change of brightness, contrast, saturation (share), hue (turns, ≤ .5) (DAFormer)
 )->Tensor: # Like `x`
     "Colour jitter as published: additive brightness, contrast as a factor, HSV saturation and hue, in random order"
     b,c,s,h = _draw(*[strength]*4)
@@ -270,7 +270,7 @@ def two_crops(x:Tensor, # Images, `B×C×H×W`
 def _slices(f, x, box, flip, stride):
     if f.shape[-2]*stride != x.shape[-2] or f.shape[-1]*stride != x.shape[-1] or (box % stride).any():
         raise ValueError(f"maps of {tuple(f.shape[-2:])} aren't at stride {stride} of crops of {tuple(x.shape[-2:])}"
-                         f" cut with whole cells: pass the maps' own `stride`, and the same or a multiple to `two_crops`")
+                         f" cut with whole cells: pass the maps' own `stride`, and a multiple of it to `two_crops`")
     f = unflip(f, flip)
     f = f.movedim(1,-1) if f.ndim==4 else f
     return torch.cat([o[t:b,l:r].flatten(0,1) for o,(t,l,b,r) in zip(f, (box//stride).tolist())])
@@ -290,7 +290,7 @@ def crop_augment(x:Tensor, # Normalised images, `B×3×H×W`
                  p_blur:float=.5, # Probability of blur, 5 taps, σ 1.1 px (CAC)
                  p_jitter:float=.8, # Probability of colour jitter (CAC)
                  p_gray:float=.2, # Probability of grey (CAC)
-                 strength:tuple=(.4,.4,.4,.1), # Largest change of brightness, contrast, saturation (share), hue (turns) (CAC)
+                 strength:tuple=(.4,.4,.4,.1), # Largest change of brightness, contrast, saturation (share), hue (turns)
                  mean:tuple=imagenet_mean, # Mean that the images were normalised with
                  std:tuple=imagenet_std, # Standard deviation that they were normalised with
                  of:tuple=(0,1) # These are images `of[0]::of[1]` of a batch, and draws are made for all of it

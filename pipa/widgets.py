@@ -15,14 +15,14 @@ from .mix import pseudo_label, class_mask, class_mix, strong_augment, block_mask
 from .look.patch_explorer import PatchConsistency
 from .look.pixel_explorer import PixelEmbeddingExplorer
 from .draw import Fig, grid, denorm, paint
-from .look.surface import Page, Surface, rgba, colored, img_tag, on_dark, control_row, pick, slide, width
+from .look.surface import Page, Surface, rgba, colored, img_tag, on_dark, control_row, pick, slider, width
 
 _own_pages = PixelEmbeddingExplorer,PatchConsistency
 _all_ = ['PixelEmbeddingExplorer', 'PatchConsistency']
 
 # %% auto #0
 __all__ = ['Step', 'step_batch', 'trust_explorer', 'trust_curve', 'mix_explorer', 'augment_explorer', 'mask_explorer',
-           'rare_class_explorer', 'ema_explorer', 'PixelEmbeddingExplorer', 'PatchConsistency']
+           'rare_class_explorer', 'ema_figure', 'ema_explorer', 'PixelEmbeddingExplorer', 'PatchConsistency']
 
 # %% ../nbs/30_widgets.ipynb #e4da3b7f
 class Step(Page):
@@ -48,7 +48,9 @@ def seen(self:Step): # What the function draws now
     return self.f(**{k:getattr(self, k) for k in self.names})
 
 @patch
-def _theme(self:Step, ev): self.dark = ev['dark']; self.show()
+def _theme(self:Step, ev):
+    self.dark = ev['dark']
+    self.show()
 
 def _parts(seen): # Pictures and figures, apart
     return [{k:v for k,v in seen.items() if isinstance(v, Fig)==fig} for fig in (False,True)]
@@ -62,6 +64,7 @@ def show(self:Step):
         self.surface.base = rgba(pics.values())
     self.below.value = ''.join(img_tag(on_dark(v) if self.dark else v, k) for k,v in figs.items())
 
+# %% ../nbs/30_widgets.ipynb #step0b02
 @patch
 def turn(self:Step, **values): # Values of controls, by name
     "Turn several controls, and return the step"
@@ -104,12 +107,14 @@ def trust_explorer(
     p,lab = z.float().softmax(1).max(1)
     def f(thresh, trust, image):
         y_t,w = pseudo_label(z, thresh, trust)
-        pics = {'image': denorm(x[image]), 'pseudo-label': colored(y_t[image], space.palette)[...,:3],
+        y_p,on = colored(y_t[image], space.palette)[...,:3],(w[image]>0).numpy()[...,None]
+        pics = {'image': denorm(x[image]), 'pseudo-label': y_p,
                 f'trust, mean {float(w[image].mean()):.2f}': _grey(w[image]),
-                'sure labels': np.where((w[image]>0).numpy()[...,None], colored(y_t[image], space.palette)[...,:3], 0).astype(np.uint8)}
+                'sure labels': np.where(on, y_p, 0).astype(np.uint8)}
         return pics | {'sure and right': trust_curve(p, lab, y, thresh)}
-    return Step(f, 'Pseudo-labels', thresh=slide('thresh', 0, 1, step=.002), trust=pick('trust', ['batch', 'pixel'], 130),
-                image=_which(x)).turn(thresh=thresh, trust=trust)
+    kinds = pick('trust', ['batch', 'pixel'], 130)
+    step = Step(f, 'Pseudo-labels', thresh=slider('thresh', 0, 1, step=.002), trust=kinds, image=_which(x))
+    return step.turn(thresh=thresh, trust=trust)
 
 def _which(x): return pick('image', [(str(i+1), i) for i in range(len(x))], 110)
 
@@ -126,12 +131,15 @@ def trust_curve(
     "Share of sure pixels, and how many of them are right, over the threshold"
     ts = np.linspace(0, 1, 51)
     p,known = p.cpu(),None if y is None else y.cpu()!=255
-    fig = Fig(figsize=(6,2.3)); ax = fig.subplots()
+    fig = Fig(figsize=(6,2.3))
+    ax = fig.subplots()
     ax.plot(ts, [float((p>=t).float().mean()) for t in ts], c='#0072b2', label='sure')
     if y is not None:
         right = (lab==y).cpu()
         ax.plot(ts, [float(right[known & (p>=t)].float().mean()) for t in ts], c='#e69f00', label='right, of the sure')
-    ax.axvline(thresh, c='#808080', ls='--', lw=1); ax.set(xlabel='threshold', ylim=(0,1.02), xlim=(0,1)); ax.legend(frameon=False, fontsize=8)
+    ax.axvline(thresh, c='#808080', ls='--', lw=1)
+    ax.set(xlabel='threshold', ylabel='share of pixels', ylim=(0,1.02), xlim=(0,1))
+    ax.legend(frameon=False, fontsize=8)
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
@@ -151,12 +159,15 @@ def mix_explorer(
         i = slice(image, image+1)
         if classes: m = torch.isin(y_s[i], torch.tensor([space.codes.index(c) for c in classes]))
         else:
-            with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); m = class_mask(y_s[i], classes='image', ignore=255)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                m = class_mask(y_s[i], classes='image', ignore=255)
         x,y,w = class_mix(x_s[i], y_s[i], x_t[i], y_t[i], w_t[i], m)
-        return dict(source=denorm(x_s[image]), target=denorm(x_t[image]), mixed=denorm(x[0]), label=paint(x[0], y[0], space, 1.))
+        pics = dict(source=denorm(x_s[image]), target=denorm(x_t[image]), mixed=denorm(x[0]))
+        return pics | dict(label=paint(x[0], y[0], space, 1.))
     there = [space.codes[c] for c in sorted(y_s.unique().tolist()) if c<space.n]
-    return Step(f, 'ClassMix', image=_which(x_s), seed=slide('seed', 0, 99, 200, step=1),
-                classes=W.SelectMultiple(options=there, rows=min(6, len(there)), description='classes', layout=W.Layout(width='220px')))
+    classes = W.SelectMultiple(options=there, rows=min(6, len(there)), description='classes', layout=width(220))
+    return Step(f, 'ClassMix', image=_which(x_s), seed=slider('seed', 0, 99, 200, step=1), classes=classes)
 
 # %% ../nbs/30_widgets.ipynb #6f4922f4
 def augment_explorer(
@@ -168,10 +179,12 @@ def augment_explorer(
     def f(image, strength, sigma, seed):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            out = strong_augment(x[image][None].expand(3, -1, -1, -1), 1., strength, float(sigma>0), (min(.15, sigma),sigma), per_image=True)
+            three,p_blur = x[image][None].expand(3, -1, -1, -1),float(sigma>0)
+            out = strong_augment(three, 1., strength, p_blur, (min(.15, sigma),sigma), per_image=True)
         return {'image': denorm(x[image]), **{f'draw {i+1}': denorm(o) for i,o in enumerate(out)}}
-    return Step(f, 'Strong augmentation', image=_which(x), strength=slide('strength', 0, .5), sigma=slide('blur, px', 0, 4),
-                seed=slide('seed', 0, 99, 200, step=1)).turn(strength=strength, sigma=sigma)
+    sliders = dict(strength=slider('strength', 0, .5), sigma=slider('blur, px', 0, 4),
+                   seed=slider('seed', 0, 99, 200, step=1))
+    return Step(f, 'Strong augmentation', image=_which(x), **sliders).turn(strength=strength, sigma=sigma)
 
 
 # %% ../nbs/30_widgets.ipynb #mask0002
@@ -185,9 +198,11 @@ def mask_explorer(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             m = block_mask(x[:1].shape, ratio, block)[0]
-        return {'image': denorm(x[image]), f'hidden {1-float(m.mean()):.0%}': (denorm(x[image])*m.numpy().astype(np.uint8)[0,...,None])}
-    return Step(f, 'Masked image', image=_which(x), ratio=slide('ratio', 0, 1), seed=slide('seed', 0, 99, 200, step=1),
-                block=slide('block, px', 4, 128, step=4)).turn(ratio=ratio, block=block)
+        img,on = denorm(x[image]),m.numpy().astype(np.uint8)[0,...,None]
+        return {'image': img, f'hidden {1-float(m.mean()):.0%}': img*on}
+    sliders = dict(ratio=slider('ratio', 0, 1), seed=slider('seed', 0, 99, 200, step=1),
+                   block=slider('block, px', 4, 128, step=4))
+    return Step(f, 'Masked image', image=_which(x), **sliders).turn(ratio=ratio, block=block)
 
 
 # %% ../nbs/30_widgets.ipynb #b6d767d2
@@ -197,12 +212,17 @@ def rare_class_explorer(
     temp:float=.01 # Where to start (DAFormer)
 )->Step:
     "Turn the temperature of rare class sampling"
-    c = np.asarray(counts); c = c.sum(0) if c.ndim==2 else c
+    c = np.asarray(counts)
+    c = c.sum(0) if c.ndim==2 else c
     def f(temp):
         p,share = rare_class_probs(c, temp),c/c.sum()
-        fig = Fig(figsize=(7,2.6)); ax = fig.subplots(); i = np.arange(len(c))
-        ax.bar(i-.2, share, .4, label='share of pixels', color='#999999'); ax.bar(i+.2, p, .4, label='probability to be asked for', color='#0072b2')
-        ax.set_title(f'temperature {temp:.3g}', loc='left', fontsize=9); ax.set_xticks(i, codes, rotation=35, ha='right')
+        fig,i = Fig(figsize=(7,2.6)),np.arange(len(c))
+        ax = fig.subplots()
+        ax.bar(i-.2, share, .4, label='share of pixels', color='#999999')
+        ax.bar(i+.2, p, .4, label='probability to be asked for', color='#0072b2')
+        ax.set_title(f'temperature {temp:.3g}', loc='left', fontsize=9)
+        ax.set_xticks(i, codes, rotation=35, ha='right')
+        ax.set_ylabel('share')
         ax.legend(frameon=False, fontsize=8, ncols=2, loc='lower right', bbox_to_anchor=(1,1))
         ax.spines[['top', 'right']].set_visible(False)
         return {'probabilities': fig}
@@ -212,19 +232,30 @@ def rare_class_explorer(
 
 
 # %% ../nbs/30_widgets.ipynb #ema00001
+def ema_figure(
+    alpha:float, # Decay of the teacher, its largest
+    steps:int # Steps so far
+)->Fig:
+    "How much of itself a teacher keeps in each step, and which students it is made of"
+    t,a = np.arange(1, steps+1),np.array([ema_decay(t, alpha) for t in range(1, steps+1)])
+    past = np.append(np.cumprod(a[::-1])[::-1][1:], 1)*(1-a)
+    age,first = float((past*(steps-t)).sum()),float(np.prod(a))
+    fig = Fig(figsize=(9,2.4))
+    ax,bx = fig.subplots(1, 2)
+    ax.plot(t, a, color='#0072b2')
+    ax.set(title='share of the old teacher that is kept', xlabel='step', ylabel='share')
+    bx.fill_between(t, past, color='#0072b2', alpha=.4, lw=0)
+    bx.set(title=f'what the teacher of step {steps} is made of', xlabel='student of step', ylabel='share')
+    bx.set_ylim(bottom=0)
+    bx.text(.02, .9, f'mean age {age:.0f} steps, first weights {first:.1%}', transform=bx.transAxes, fontsize=8)
+    for o in (ax, bx): o.spines[['top', 'right']].set_visible(False)
+    return fig
+
 def ema_explorer(
     alpha:float=.999 # Where to start (DAFormer)
 )->Step:
     "Turn the decay of the teacher"
-    def f(alpha, steps):
-        a = np.array([ema_decay(t, alpha) for t in range(1, steps+1)])
-        past = np.append(np.cumprod(a[::-1])[::-1][1:], 1)*(1-a)
-        fig = Fig(figsize=(9,2.4)); ax,bx = fig.subplots(1, 2); t = np.arange(1, steps+1)
-        ax.plot(t, a, color='#0072b2'); ax.set(title='share of the old teacher that is kept', xlabel='step')
-        bx.fill_between(t, past, color='#0072b2', alpha=.4, lw=0); bx.set(title=f'what the teacher of step {steps} is made of', xlabel='student of step', ylim=(0, None))
-        bx.text(.02, .9, f'mean age {float((past*(steps-t)).sum()):.0f} steps, first weights {float(np.prod(a)):.1%}', transform=bx.transAxes, fontsize=8)
-        for o in (ax, bx): o.spines[['top', 'right']].set_visible(False)
-        return {'teacher': fig}
-    s = slide('steps', 10, 5000, 300, step=10); s.continuous_update = False
-    return Step(f, 'The memory of the teacher', alpha=slide('alpha', .9, .9999, 300, step=.0001), steps=s).turn(alpha=alpha, steps=1000)
-
+    s,a = slider('steps', 10, 5000, 300, step=10),slider('alpha', .9, .9999, 300, step=.0001)
+    s.continuous_update = False
+    def f(alpha, steps): return {'teacher': ema_figure(alpha, steps)}
+    return Step(f, 'The memory of the teacher', alpha=a, steps=s).turn(alpha=alpha, steps=1000)

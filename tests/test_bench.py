@@ -1,7 +1,7 @@
 "The benchmark says what it measured; plain parts are oracles for ours"
 import json, sys
 import pandas as pd, pytest, torch
-import pipa.bench.parts as B
+from pipa.bench import parts as B, plain as P, profile as G
 from pipa.models import add_heads
 from pipa.hrda import hrda
 from pipa.models import daformer, light, segformer
@@ -26,7 +26,7 @@ def test_a_missing_package_is_a_sentence(monkeypatch):
 
 def test_median_of_turns_in_turns(monkeypatch):
     t,log = [0.],[]
-    monkeypatch.setattr(B, '_now', lambda: t[0])
+    monkeypatch.setattr(B, 'now', lambda: t[0])
     def way(k, *costs):
         it = iter(costs)
         def f(): log.append(k); t[0] += next(it)
@@ -40,8 +40,8 @@ def test_plain_nets_agree_forward_and_backward(make):
     net = add_heads(make('mit_b0', n_out=3, dim=16, drop_path=0.) if make is not light else make('mit_b0', n_out=3, drop_path=0.), hidden=8)
     for m in net.modules():
         if isinstance(m, torch.nn.Dropout2d): m.p = 0.
-    p,x = B.plain(net),torch.randn(2, 3, 64, 96)
-    assert any(isinstance(m, B.PlainAttention) for m in p.modules()) and not any(isinstance(m, B.PlainAttention) for m in net.modules())
+    p,x = P.plain_net(net),torch.randn(2, 3, 64, 96)
+    assert any(isinstance(m, P.PlainAttention) for m in p.modules()) and not any(isinstance(m, P.PlainAttention) for m in net.modules())
     def run(m):
         torch.manual_seed(1); z,f = m(x); (z.pow(2).mean()+(m.proj_head(f.maps)[:,0]).mean()).backward()
         return z.detach(),{k:q.grad for k,q in m.named_parameters() if q.grad is not None}
@@ -63,11 +63,11 @@ def test_command_prints_a_table_or_json_and_adds_rows(tmp_path, monkeypatch, cap
 
 def test_growth_finds_exponents(monkeypatch):
     t = [0.]
-    monkeypatch.setattr(B, '_now', lambda: t[0])
+    monkeypatch.setattr(B, 'now', lambda: t[0])
     def made_ways(o):
         def go(k): t[0] += o.samples**k
         return dict(plain=lambda: go(2), ours=lambda: go(1), other='needs luck')
-    e = B.exponents(B.growth('samples', (2,4,8), made_ways, 1)).set_index('way').exponent
+    e = G.exponents(G.growth('samples', (2,4,8), made_ways, 1)).set_index('way').exponent
     assert abs(e['plain']-2)<1e-9 and abs(e['ours']-1)<1e-9 and set(e.index)=={'plain','ours'}
 
 def test_results_say_where_they_come_from():
@@ -84,7 +84,7 @@ def test_a_whole_step_asks_for_no_number(method, monkeypatch):
     adamw = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, 'AdamW', lambda *a, fused=None, **kw: adamw(*a, **kw))   # no fused kernel without numbers
     with torch.device('meta'):
-        net,batch = add_heads(light('mit_b0', n_out=5), hidden=16),B.block_pairs(2, (64,64), 5)
-        learn,step = B.our_step(net, batch, (32,64), 0., method=method, guard=None, pixel=dict(min_pixels=1), things=(1,))
+        net,batch = add_heads(light('mit_b0', n_out=5), hidden=16),P.block_pairs(2, (64,64), 5)
+        learn,step = P.our_step(net, batch, (32,64), 0., method=method, guard=None, pixel=dict(min_pixels=1), things=(1,))
     step()
     assert all(p.grad is None and p.is_meta for p in learn.model.parameters()) and learn.loss.is_meta

@@ -100,7 +100,7 @@ def test_umap_stays_in_place():
 def test_measures_against_loops():
     rng = np.random.default_rng(0)
     e,y,dom = E.unit(rng.normal(size=(60,5))+1),rng.integers(0, 3, 60),np.where(rng.random(60)<.5, 's', 't')
-    d = E.class_table(e, pd.DataFrame(dict(cls=y, domain=dom)), ['a','b','c','d']).set_index('class')
+    d = E.cluster_table(e, pd.DataFrame(dict(cls=y, domain=dom)), ['a','b','c','d']).set_index('class')
     mu = {c: (m:=e[y==c].mean(0))/np.linalg.norm(m) for c in range(3)}
     for c,k in enumerate('abc'):
         tight = np.mean([o@mu[c] for o in e[y==c]]); near = min(1-mu[c]@mu[o] for o in range(3) if o!=c)
@@ -118,7 +118,7 @@ def test_lasso_is_that_of_matplotlib():
 
 def test_figures():
     v = some(); t = E.sample(v, 4); e = E.embeddings_of(v, t)
-    assert len(E.class_lines({'a': (d:=E.class_table(e, t, sp.codes)), 'b': d}, sp).axes)==4
+    assert len(E.class_lines({'a': (d:=E.cluster_table(e, t, sp.codes)), 'b': d}, sp).axes)==4
     assert E.cosine_matrix(E.class_cosines(e, t.cls.values, 3), sp.codes)._repr_png_()[1:4]==b'PNG'
     assert len(E.scatter(E.project([e,e])[0], t, sp, ['x','y']).axes)==2
 

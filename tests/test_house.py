@@ -187,11 +187,47 @@ def test_anatomy(nb):
     assert 'widgets' not in json.loads(nb.read_text(encoding='utf8'))['metadata']
     if any(map(has_default, cs)): assert 'nbdev_export()' in source(cs[-1]), 'the last cell exports'
 
+not_yet = set("""00_basics 02_losses 07_models 08_hrda 09_fast 10_ranks 15_callbacks 16_baselines 17_distrib 18_guard 19_lean 20_learner 22_show
+    23_check 31_cli look/00_views runs/02_resume runs/06_study tutorials/scale""".split())   # pages that the three rules below don't hold for yet
+
+def exported(nb): return [source(c) for c in cells(nb) if c['cell_type']=='code' and re.match(r'#\| *exporti?s?\b', source(c))]
+def styled(nb): return pytest.skip('not yet') if page(nb) in not_yet else exported(nb)
+
+def counts(line):
+    "Is it code? Not if it is blank, a comment, or a parameter (or field) with its docment"
+    line = line.strip()
+    return line!='' and line[0]!='#' and not re.match(r'\*{0,2}\w+(:[^#]*)?(=[^#]*)?,?\s*#', line)
+
+def joined(code):
+    "Statements on one line, `;` between them, but for short pairs of assignments"
+    for o in ast.walk(ast.parse(code)):
+        for body in (getattr(o, k, None) for k in ('body', 'orelse', 'finalbody')):
+            if not isinstance(body, list): continue
+            for i,j in zip(body, body[1:]):
+                one = i.end_lineno==j.lineno
+                pair = all(isinstance(k, (ast.Assign, ast.AugAssign, ast.AnnAssign)) for k in (i, j)) and j.end_col_offset-i.col_offset<=60
+                alone = [k.lineno for k in body].count(j.lineno)==2
+                if one and not (pair and alone and i.lineno==j.end_lineno): yield code.splitlines()[j.lineno-1].strip()
+
 @every_nb
 def test_exported_cells_are_short(nb):
-    ls = [s.splitlines() for s in map(source, (c for c in cells(nb) if c['cell_type']=='code')) if re.match(r'#\| *exports?\b', s)]
-    ns = [sum(bool(l.strip()) and l.strip()[0]!='#' for l in o) for o in ls]
-    assert max(ns, default=0)<=40, f'lines of exported cells: {ns}'
+    long = [f'{n} lines: {s.splitlines()[1]}' for s in styled(nb) if (n := sum(map(counts, s.splitlines())))>25]
+    assert not long, 'cut along ideas (`@patch` for methods):\n' + '\n'.join(long)
+
+@every_nb
+def test_exported_lines_are_short(nb):
+    long = [l for s in styled(nb) for l in s.splitlines() if len(l)>120]
+    assert not long, 'more than 120 characters:\n' + '\n'.join(long)
+
+@every_nb
+def test_one_statement_a_line(nb):
+    bad = [l for s in styled(nb) for l in joined(s)]
+    assert not bad, '`;` is for short pairs of assignments:\n' + '\n'.join(bad)
+
+def test_the_rules_see_what_they_should():
+    assert [counts(o) for o in ('', '# why', '    x:int=3, # Side, px', '    *xs # Others', '  n:int # Field', ')->int: # Sum', 'x = f(3) # why', 'def f(x, # Doc')]==[False]*5+[True]*3
+    assert {*joined('a = 1; b = 2\nfor i in x: f(i); g(i)\nif x: a = 1; f()\na = 1; b = 2; c = 3\nx += 1; y = x')}=={
+        'for i in x: f(i); g(i)', 'if x: a = 1; f()', 'a = 1; b = 2; c = 3'}
 
 # Docments are aligned under their function, and small things stand side by side: these rules of chkstyle aren't ours.
 not_ours = 'continuation-indent semicolon lhs-assignment-annotation inefficient-multiline-expression single-statement-body'.split()
@@ -217,6 +253,33 @@ def test_public_names_are_documented(mod):
             vague = [k for k,v in docments(o, full=True).items() if k in named and not v['docment']]
             if vague: bad.append(f'{n}: {", ".join(vague)}')
     assert not bad, 'parameters without a comment:\n' + '\n'.join(bad)
+
+# One public name has one meaning in all modules, and what begins with `_` stays in its module. The cases that are known and will go:
+private_yet = {('baselines', 'callbacks'), ('guard', 'callbacks'), ('runs.study', 'show')}
+double_yet = set("""adapt block_mask class_mask class_table crop_augment feat_dist patch_contrast pixel_contrast project pseudo_label strong_augment
+    two_crops whole""".split())
+
+def defined(mod):
+    "Public names that a module defines at its top, but for methods added by `@patch`"
+    for o in ast.parse((root/f'pipa/{mod.replace(".", "/")}.py').read_text(encoding='utf8')).body:
+        added = isinstance(o, ast.FunctionDef) and any('patch' in ast.dump(d) for d in o.decorator_list)
+        if isinstance(o, (ast.FunctionDef, ast.ClassDef)) and not added: yield o.name
+        for t in o.targets if isinstance(o, ast.Assign) else ():
+            yield from (e.id for e in (t.elts if isinstance(t, ast.Tuple) else [t]) if isinstance(e, ast.Name))
+
+def test_a_public_name_has_one_meaning():
+    homes = {}
+    for m in stems:
+        for n in {*defined(m)}: homes.setdefault(n, []).append(m)
+    double = {n:ms for n,ms in homes.items() if len(ms)>1 and n[0]!='_' and n not in double_yet}
+    assert not double, f'one name, two meanings: {double}'
+
+@every_module
+def test_private_names_stay_at_home(mod):
+    for o in ast.walk(ast.parse((root/f'pipa/{mod.replace(".", "/")}.py').read_text(encoding='utf8'))):
+        if not isinstance(o, ast.ImportFrom) or not o.level or (mod, o.module) in private_yet: continue
+        private = [a.name for a in o.names if a.name[0]=='_' and a.name!='__version__']
+        assert not private, f'{mod} takes {", ".join(private)} of {o.module}: give it a public name'
 
 # --- nothing of one machine -------------------------------------------------------------------------------------------------------------
 hosts = set('''arxiv.org www.apache.org github.com doi.org docs.fast.ai nbdev.fast.ai pytorch.org huggingface.co

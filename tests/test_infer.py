@@ -299,7 +299,7 @@ def test_tables_are_sklearn():
     have = [i for i in range(19) if i not in (9,14,16)]
     y = rng.choice(have, 4000); p = np.where(rng.random(4000)<.6, y, rng.choice(have, 4000)); y[y==18] = 17
     cm = torch.from_numpy(confusion_matrix(y, p, labels=range(19)))
-    t,m = I.class_table(cm, sp),I.mean_table(cm, sp).set_index('mean')
+    t,m = I.score_table(cm, sp),I.mean_table(cm, sp).set_index('mean')
     iou = jaccard_score(y, p, labels=have, average=None, zero_division=0); acc = recall_score(y, p, labels=have[:-1], average=None)
     np.testing.assert_allclose(t.iou[have], iou); np.testing.assert_allclose(t.acc[have[:-1]], acc)
     assert t['class'].tolist()==sp.codes and t.pixels.tolist()==np.bincount(y, minlength=19).tolist() and t.predicted.tolist()==np.bincount(p, minlength=19).tolist()
@@ -312,7 +312,7 @@ def test_tables_are_sklearn():
 
 def test_tables_of_nothing():
     sp = label_space(['a','b'])
-    t,m = I.class_table(torch.zeros(2,2).long(), sp),I.mean_table(torch.zeros(2,2).long(), sp)
+    t,m = I.score_table(torch.zeros(2,2).long(), sp),I.mean_table(torch.zeros(2,2).long(), sp)
     assert t.iou.isna().all() and t.pixels.sum()==0 and m.classes[0]==0 and np.isnan(m.iou[0]) and m.absent[0]=='a, b'
 
 def test_confusion_picture_of_nineteen():

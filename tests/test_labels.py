@@ -5,7 +5,7 @@ from PIL import Image
 import pipa.labels as L
 from pipa.labels import *
 
-spaces = [cityscapes, gta, synthia, camvid, minicity]
+spaces = [cityscapes19, gta19, synthia19, camvid11, minicity11]
 
 def slow_encode(s, m):
     "The dictionary, one pixel at a time"
@@ -17,28 +17,28 @@ def test_cityscapes_table():
          'pole':(17,(153,153,153)), 'traffic light':(19,(250,170,30)), 'traffic sign':(20,(220,220,0)), 'vegetation':(21,(107,142,35)),
          'terrain':(22,(152,251,152)), 'sky':(23,(70,130,180)), 'person':(24,(220,20,60)), 'rider':(25,(255,0,0)), 'car':(26,(0,0,142)),
          'truck':(27,(0,0,70)), 'bus':(28,(0,60,100)), 'train':(31,(0,80,100)), 'motorcycle':(32,(0,0,230)), 'bicycle':(33,(119,11,32))}
-    assert cityscapes.codes == gta.codes == synthia.codes == list(t)
+    assert cityscapes19.codes == gta19.codes == synthia19.codes == list(t)
     for i,(k,(raw,rgb)) in enumerate(t.items()):
-        for s in (cityscapes, gta): assert s.encode(np.array([raw]))[0] == i and s.idx(k) == [i]
-        assert tuple(cityscapes.color(i)) == rgb
-    assert (cityscapes.encode(np.arange(-1, 300))!=255).sum() == 19
+        for s in (cityscapes19, gta19): assert s.encode(np.array([raw]))[0] == i and s.idx(k) == [i]
+        assert tuple(cityscapes19.color(i)) == rgb
+    assert (cityscapes19.encode(np.arange(-1, 300))!=255).sum() == 19
 
 def test_synthia_table():
     raw = dict(sky=1, building=2, road=3, sidewalk=4, fence=5, vegetation=6, pole=7, car=8, rider=17, person=10, bicycle=11, motorcycle=12)
     raw |= {'traffic sign':9, 'traffic light':15, 'terrain':16, 'truck':18, 'bus':19, 'train':20, 'wall':21}
-    for k,v in raw.items(): assert synthia.codes[synthia.encode(np.array([v], np.uint16))[0]] == k
-    assert (synthia.encode(np.array([0,13,14,22,255,65535], np.uint16))==255).all()
-    assert synthia.idx('miou16') == [0,1,2,3,4,5,6,7,8,10,11,12,13,15,17,18]
-    assert synthia.idx('miou13') == [0,1,2,6,7,8,10,11,12,13,15,17,18]
+    for k,v in raw.items(): assert synthia19.codes[synthia19.encode(np.array([v], np.uint16))[0]] == k
+    assert (synthia19.encode(np.array([0,13,14,22,255,65535], np.uint16))==255).all()
+    assert synthia19.idx('miou16') == [0,1,2,3,4,5,6,7,8,10,11,12,13,15,17,18]
+    assert synthia19.idx('miou13') == [0,1,2,6,7,8,10,11,12,13,15,17,18]
 
 def test_things():
-    for s in (cityscapes, gta, synthia): assert s.things == (6,7,11,12,13,14,15,16,17,18)
-    for s in (camvid, minicity): assert [s.codes[i] for i in s.things] == ['sign','car','pedestrian','bicyclist']
+    for s in (cityscapes19, gta19, synthia19): assert s.things == (6,7,11,12,13,14,15,16,17,18)
+    for s in (camvid11, minicity11): assert [s.codes[i] for i in s.things] == ['sign','car','pedestrian','bicyclist']
 
 def test_eleven():
-    assert camvid.codes == minicity.codes == 'sky building pole road pavement tree sign fence car pedestrian bicyclist'.split()
-    assert (camvid.palette==minicity.palette).all() and camvid.palette.dtype==np.uint8
-    assert camvid.encode(np.arange(256, dtype=np.uint8)).tolist() == [*range(11), *[255]*245]
+    assert camvid11.codes == minicity11.codes == 'sky building pole road pavement tree sign fence car pedestrian bicyclist'.split()
+    assert (camvid11.palette==minicity11.palette).all() and camvid11.palette.dtype==np.uint8
+    assert camvid11.encode(np.arange(256, dtype=np.uint8)).tolist() == [*range(11), *[255]*245]
 
 @pytest.mark.parametrize('s', spaces, ids=lambda s: s.name)
 @pytest.mark.parametrize('dt', [np.uint8,np.int8,np.uint16,np.int16,np.int32,np.uint32,np.int64,np.uint64])
@@ -51,13 +51,13 @@ def test_encode(s, dt):
 
 def test_encode_inputs():
     m = np.array([[7,26],[255,0]], np.uint8)
-    want = cityscapes.encode(m)
-    for o in (m.tolist(), torch.as_tensor(m), Image.fromarray(m), np.asfortranarray(m)): assert (cityscapes.encode(o)==want).all()
+    want = cityscapes19.encode(m)
+    for o in (m.tolist(), torch.as_tensor(m), Image.fromarray(m), np.asfortranarray(m)): assert (cityscapes19.encode(o)==want).all()
     assert (label_space(['a','b']).encode(np.array([True,False]))==[1,0]).all()
-    assert cityscapes.encode(np.zeros((0,5), np.int32)).shape == (0,5)
-    assert cityscapes.encode(np.int32(26)) == 13
+    assert cityscapes19.encode(np.zeros((0,5), np.int32)).shape == (0,5)
+    assert cityscapes19.encode(np.int32(26)) == 13
     for o in (np.zeros(3), np.array(['a']), torch.zeros(2)):
-        with pytest.raises(TypeError, match='integers'): cityscapes.encode(o)
+        with pytest.raises(TypeError, match='integers'): cityscapes19.encode(o)
 
 def test_negative_and_many_to_one():
     s = label_space(['a','b'], ids={-1:0, -5:1, 7:1, 3:255})
@@ -73,16 +73,16 @@ def test_as_train():
 
 def test_color():
     y = np.array([[0,18],[255,19]])
-    c = cityscapes.color(y)
-    assert c.dtype==np.uint8 and c.shape==(2,2,3) and c[1].max()==0 and (cityscapes.color(-1)==0).all()
-    assert (cityscapes.color(torch.as_tensor(y))==c).all() and (cityscapes.color(y.astype(np.uint8))==c).all()
-    back = {tuple(p):i for i,p in enumerate(cityscapes.palette)}
+    c = cityscapes19.color(y)
+    assert c.dtype==np.uint8 and c.shape==(2,2,3) and c[1].max()==0 and (cityscapes19.color(-1)==0).all()
+    assert (cityscapes19.color(torch.as_tensor(y))==c).all() and (cityscapes19.color(y.astype(np.uint8))==c).all()
+    back = {tuple(p):i for i,p in enumerate(cityscapes19.palette)}
     assert len(back)==19 and back[tuple(c[0,1])]==18
 
 def test_idx():
-    assert cityscapes.idx(['car','road']) == [13,0] and cityscapes.idx([]) == [] and cityscapes.idx(('bus',)) == [15]
-    with pytest.raises(KeyError, match="'car'"): cityscapes.idx('cars')
-    with pytest.raises(KeyError, match='no class'): cityscapes.idx(['zzz'])
+    assert cityscapes19.idx(['car','road']) == [13,0] and cityscapes19.idx([]) == [] and cityscapes19.idx(('bus',)) == [15]
+    with pytest.raises(KeyError, match="'car'"): cityscapes19.idx('cars')
+    with pytest.raises(KeyError, match='no class'): cityscapes19.idx(['zzz'])
 
 @pytest.mark.parametrize('kw,match', [
     (dict(codes=['a','b','a']), 'a appears more than once'), (dict(codes=[]), '0 classes'), (dict(codes=range(256)), '256 classes'),
@@ -117,7 +117,7 @@ def test_distinct_colors():
     assert c.dtype==np.uint8 and len({tuple(o) for o in c})==60
     for n in (0,1,2,11,19): assert (distinct_colors(n)==c[:n]).all()
     d = lambda p: (color_distances(p, p)+9*np.eye(len(p))).min()
-    assert d(c[:19])>.1 and d(camvid.palette)>.1 and color_distances(c, [[0,0,0]]).min()>.05
+    assert d(c[:19])>.1 and d(camvid11.palette)>.1 and color_distances(c, [[0,0,0]]).min()>.05
     assert len({tuple(o) for o in distinct_colors(255)})==255
 
 def test_imports_nothing_of_pipa():

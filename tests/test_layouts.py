@@ -6,7 +6,7 @@ from PIL import Image
 from scipy.io import savemat
 from pipa.data import *
 from pipa.sets.domains import read_numbers
-from pipa.labels import cityscapes as cs, mapillary_space, space
+from pipa.labels import cityscapes19 as cs, mapillary_space, space
 from pipa.sets.rare import complaints, look
 from pipa.learner import uda_learner
 from tiny import fit, seed

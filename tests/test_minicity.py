@@ -146,7 +146,7 @@ def test_cache_holds_the_scenes(tmp_path):
         for i,(p,q) in enumerate(zip(xs, ys)):
             x,y = scene(first+i, dom, (16,32))
             assert (np.array(Image.open(p))==x).all() and (np.array(Image.open(q))==y).all()
-            assert p.name==q.name==f'{i:05d}.png' and p.parts[-5:-1]==('16x32',f'{dom}-{mc.fingerprint(STYLES[dom])}',split,'images')
+            assert p.name==q.name==f'{i:05d}.png' and p.parts[-5:-1]==('16x32',f'{dom}-{mc.style_id(STYLES[dom])}',split,'images')
 
 def test_target_labels_only_for_the_oracle(tmp_path):
     xs,ys = tiny(tmp_path, 'real')
@@ -180,9 +180,9 @@ def test_runs_that_start_at_once_draw_once_and_lose_nothing(tmp_path):
     assert [p.exitcode for p in ps]==[0]*4 and len(list(tmp_path.rglob('*.png')))==12
 
 def test_a_new_weather_renews(monkeypatch):
-    was = mc.fingerprint(REAL)
+    was = mc.style_id(REAL)
     monkeypatch.setitem(mc.LENS_WEATHER, 'haze', lambda x,a,g: x*.5)
-    assert mc.fingerprint(REAL) != was
+    assert mc.style_id(REAL) != was
 
 def test_a_broken_write_leaves_no_image(tmp_path, monkeypatch):
     def fail(*a): raise OSError('disk full')

@@ -26,7 +26,7 @@ def test_the_loss_is_that_of_the_callback():
     cb = PatchContrast(size=(32,32), thresh=.3, n_neg=10_000)
     learn = fit(toy([Pair(), MeanTeacher(alpha=.5), cb], bs=2))
     c = P.crops_at(x[:2,:,:64,:64], [(0,8)]*2, [(16,24)]*2, (32,32))
-    l = P.look(learn.model, c, learn.mean_teacher.teacher)
+    l = P.pair_looks(learn.model, c, learn.mean_teacher.teacher)
     cb.bank,cb.crops = [],c
     with torch.no_grad(): p = F.avg_pool2d(cb.mean_teacher.logits(torch.cat([c.x_1, c.x_2])).softmax(1), 8)
     cb.conf,cb.lab = p.max(1)
@@ -40,7 +40,7 @@ def test_the_loss_is_that_of_the_callback():
     assert n==got[1]>0 and np.isclose(float(v), got[0], rtol=1e-4)
 
 def test_scores_by_hand():
-    c = P.crops_at(x, [(0,0)]*3, [(16,24)]*3, (32,48)); l = P.look(plain, c)
+    c = P.crops_at(x, [(0,0)]*3, [(16,24)]*3, (32,48)); l = P.pair_looks(plain, c)
     for i in range(3):
         a,b = x[i,:,16:32,24:48].softmax(0),x[i,:,16:32,24:48].softmax(0)
         s = P.pair_scores(l, c, i)
@@ -65,7 +65,7 @@ def test_class_agreement_is_iou():
     assert np.isnan(got[4]) and np.isnan(P.class_agreement(a[:0], b[:0], 2)).all()
 
 def test_nothing_shared():
-    c = P.crops_at(x, [(0,0)]*3, [(32,48)]*3, (32,48)); l = P.look(plain, c)
+    c = P.crops_at(x, [(0,0)]*3, [(32,48)]*3, (32,48)); l = P.pair_looks(plain, c)
     assert P.patch_loss(l, c)==(0,0) and np.isnan(P.pair_scores(l, c)['agreement']) and P.pair_scores(l, c)['iou']==0
 
 def test_sweep_repeats_itself_and_leaves_chance_alone():
@@ -77,5 +77,5 @@ def test_sweep_repeats_itself_and_leaves_chance_alone():
 
 def test_a_net_sees_the_same_whatever_mode_it_is_in():
     net = add_heads(light('mit_b0', n_out=3), hidden=16).train(); c = P.crops_at(x[:,:,:64,:64], [(0,0)]*3, [(8,8)]*3, (32,32))
-    a = P.look(net, c); assert net.training and net.backbone.training
-    for u,v in zip(a, P.look(net.eval(), c)): assert torch.equal(u, v)
+    a = P.pair_looks(net, c); assert net.training and net.backbone.training
+    for u,v in zip(a, P.pair_looks(net.eval(), c)): assert torch.equal(u, v)

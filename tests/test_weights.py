@@ -289,8 +289,8 @@ def test_torchvision_resnet_into_deeplab(tmp_path):
 
 def test_deeplab_net_needs_its_stem():
     net = deeplabv2(3); s = {k:v for k,v in net.state_dict().items() if 'stem.0' not in k}
-    with pytest.raises(ValueError, match='backbone.stem.0.weight'): wt.load_state(net, s)
-    assert wt.load_state(net, dict(net.state_dict(), **{'decode_head.conv_seg.weight':torch.ones(1), 'decode_head.conv_seg.bias':torch.ones(1)})).ok
+    with pytest.raises(ValueError, match='backbone.stem.0.weight'): wt.load_named(net, s)
+    assert wt.load_named(net, dict(net.state_dict(), **{'decode_head.conv_seg.weight':torch.ones(1), 'decode_head.conv_seg.bias':torch.ones(1)})).ok
 
 def test_adapted_net_takes_its_own(tmp_path):
     def own(): return adapt(nn.Sequential(nn.Conv2d(3,8,3,padding=1), nn.ReLU(), nn.Conv2d(8,3,1)), '1')

@@ -147,7 +147,7 @@ def test_pair_is_scored_as_in_training():
     assert s['cells']==0 and np.isnan(s['loss']) and s['agreement']==1 and 'loss of the training' in p.side.value
     learn = fit(toy([Pair(), MeanTeacher(), PatchContrast(size=(32,32), thresh=.3), E.Snapshots()], n=4), 2)
     p = X.PatchConsistency(learn, n_images=2, size=(32,32), at_1=(0,0), at_2=(16,16), conf=.3)
-    c = P.crops_at(p.nets.x[:1], (0,0), (16,16), (32,32)); l = P.look(learn.model, c, learn.mean_teacher.teacher)
+    c = P.crops_at(p.nets.x[:1], (0,0), (16,16), (32,32)); l = P.pair_looks(learn.model, c, learn.mean_teacher.teacher)
     assert p.scores()['loss']==pytest.approx(P.patch_loss(l, c, thresh=.3)[0], rel=1e-4)
     assert len(p.history())==6 and set(p.sweeps(k=6))=={'student','teacher'}
     p.go(0); assert p.scores()['agreement']==pytest.approx(p.hardest().agreement[0], abs=1e-3)

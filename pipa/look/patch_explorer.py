@@ -16,7 +16,8 @@ from ..labels import label_space, distinct_colors
 from ..mix import crop_corners
 from .patches import *
 from ..draw import Fig, denorm
-from .surface import Page, Surface, rgba, palette, css, colored, img_tag, on_dark, control_row, pick, slide, tick, width
+from .surface import Page, Surface, rgba, palette, css, colored, img_tag, on_dark
+from .surface import control_row, pick, slider, tick, width
 
 # %% auto #0
 __all__ = ['history_figure', 'PatchConsistency']
@@ -72,9 +73,10 @@ def start(self:_PairState, what, images=None, y=None, space=None, n_images=4, st
 def _numbered(self:_PairState):
     size = tuple(min(n, 64)//8*8 for n in self.hw)
     one = crops_at(self.nets.x[:1], (0,0), (0,0), size, self.stride)
-    n = look(self.nets(self.nets.names[-1]), one, stride=self.stride).p_1.shape[1]
+    n = pair_looks(self.nets(self.nets.names[-1]), one, stride=self.stride).p_1.shape[1]
     return label_space([f'class {i}' for i in range(n)], palette=distinct_colors(n+1)[1:])
 
+# %% ../../nbs/look/05_patch_explorer.ipynb #6512bd4b
 @patch
 def looks(self:_PairState, checkpoint=None, who=None): # Both default to those of the state
     "`Looks` and `Crops` of the pair"
@@ -85,7 +87,8 @@ def looks(self:_PairState, checkpoint=None, who=None): # Both default to those o
         crops = crops_at(self.nets.x[self.image][None], self.at_1, self.at_2, self.size, self.stride)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            self.cache[k] = look(self.nets(name, who), crops, self.nets.teacher(name), self.stride, self.augment),crops
+            net,teacher = self.nets(name, who),self.nets.teacher(name)
+            self.cache[k] = pair_looks(net, crops, teacher, self.stride, self.augment),crops
     return self.cache[k]
 
 # %% ../../nbs/look/05_patch_explorer.ipynb #scor0002
@@ -109,7 +112,8 @@ def class_scores(self:_PairState):
 @patch
 def history(self:_PairState):
     "Scores of this pair at all checkpoints and of all roles, as a table"
-    return pd.DataFrame([dict(checkpoint=k, net=w, **self.scores(i, w)) for i,k in enumerate(self.nets.names) for w in self.nets.who])
+    names,who = self.nets.names,self.nets.who
+    return pd.DataFrame([dict(checkpoint=k, net=w, **self.scores(i, w)) for i,k in enumerate(names) for w in who])
 
 # %% ../../nbs/look/05_patch_explorer.ipynb #c51ce410
 @patch
@@ -127,7 +131,8 @@ def place(self:_PairState, which, at, size=None): # 1 or 2; top and left, px; he
     c = self.stride
     size = tuple(int(min(max(round(n/c)*c, min(32, N)), N//c*c)) for n,N in zip(size or self.size, self.hw))
     other = self.at_2 if which==1 else self.at_1
-    if size!=self.size: other = tuple(min(o, N-n) for o,n,N in zip(other, size, self.hw)) # both grow: the other gives way
+    # both grow: the other gives way
+    if size!=self.size: other = tuple(min(o, N-n) for o,n,N in zip(other, size, self.hw))
     new = snap(at, other, size, self.hw, c)
     a,b = (new,other) if which==1 else (other,new)
     with self.hold_trait_notifications(): self.size,self.at_1,self.at_2 = size,a,b
@@ -146,18 +151,21 @@ def pictures(self:_PairState):
     def paint(y): return colored(y.numpy(), pal)[...,:3]
     d = {'1 predicts': paint(l.p_1[0].argmax(0)), '2 predicts': paint(l.p_2[0].argmax(0))}
     if not m['same'].numel(): return d
+    same = np.where(m['same'].numpy()[...,None], _blue, _orange)
     return d | {'overlap in 1': paint(m['y_1']), 'overlap in 2': paint(m['y_2']),
-                'same class?': np.where(m['same'].numpy()[...,None], _blue, _orange), 'disagreement (JS)': _bright(m['js']),
+                'same class?': same, 'disagreement (JS)': _bright(m['js']),
                 '1 − cosine': _large(_bright((1-m['cosine']).numpy()), tuple(m['same'].shape)),
                 'less sure of both': _bright(torch.minimum(m['c_1'], m['c_2']))}
 
 # %% ../../nbs/look/05_patch_explorer.ipynb #tabl0002
-_words = dict(agreement='same class', confident='same, where both are sure', js='divergence (JS)', cosine='cosine of embeddings', iou='overlap (IoU)')
+_words = dict(agreement='same class', confident='same, where both are sure', js='divergence (JS)',
+              cosine='cosine of embeddings', iou='overlap (IoU)')
 
 def _row(name, v, note='', color='#56b4e9'):
     n = 0 if v!=v else 60*max(v, 0)
     bar = f'<i style="display:inline-block;height:9px;width:{n:.0f}px;background:{color}"></i>'
-    return f'<tr><td>{name}</td><td>{"–" if v!=v else f"{v:.2f}"}</td><td style="text-align:left!important;width:70px">{bar}</td><td>{note}</td></tr>'
+    cell = f'<td style="text-align:left!important;width:70px">{bar}</td>'
+    return f'<tr><td>{name}</td><td>{"–" if v!=v else f"{v:.2f}"}</td>{cell}<td>{note}</td></tr>'
 
 @patch
 def _numbers_html(self:_PairState):
@@ -166,7 +174,9 @@ def _numbers_html(self:_PairState):
     notes = dict(confident=f"{s['share']:.0%} sure" if s['share']==s['share'] else '')
     rows += [_row(v, s[k], notes.get(k, ''), '#e69f00' if k=='js' else '#56b4e9') for k,v in _words.items()]
     loss = f'{s["loss"]:.3f}' if s['cells'] else '–'
-    rows.append(f'<tr><td><b>loss of the training</b></td><td><b>{loss}</b></td><td></td><td>{s["cells"]} cells</td></tr><tr><td colspan="4">&nbsp;</td></tr>')
+    cells = f'<td><b>{loss}</b></td><td></td><td>{s["cells"]} cells</td>'
+    rows.append(f'<tr><td><b>loss of the training</b></td>{cells}</tr>')
+    rows.append('<tr><td colspan="4">&nbsp;</td></tr>')
     for r in self.class_scores().sort_values('pixels', ascending=False).to_dict('records'):
         dot = f'<span style="color:{css(pal[self.space.codes.index(r["class"])])}">■</span>'
         rows.append(_row(f'{dot} {r["class"]}', r['agreement'], f"{r['pixels']} px"))
@@ -200,10 +210,15 @@ def history_figure(
     what:tuple=('agreement', 'js', 'cosine', 'loss') # A panel for each
 )->Fig:
     "Scores of one pair over checkpoints"
+    unit = dict(agreement='share of pixels', js='divergence, bits')
     fig = Fig(figsize=(2.6*len(what), 2.4))
     for ax,k in zip(fig.subplots(1, len(what), squeeze=False)[0], what):
-        for (w,d),c in zip(df.groupby('net', sort=False), ('#0072b2', '#e69f00')): ax.plot(d.checkpoint, d[k], marker='o', ms=4, label=w, color=c)
-        ax.set_title(k, fontsize=9); ax.tick_params(axis='x', rotation=35, labelsize=7); ax.spines[['top', 'right']].set_visible(False)
+        for (w,d),c in zip(df.groupby('net', sort=False), ('#0072b2', '#e69f00')):
+            ax.plot(d.checkpoint, d[k], marker='o', ms=4, label=w, color=c)
+        ax.set_title(k, fontsize=9)
+        ax.set_ylabel(unit.get(k, k), fontsize=8)
+        ax.tick_params(axis='x', rotation=35, labelsize=7)
+        ax.spines[['top', 'right']].set_visible(False)
     fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=8, frameon=False)
     return fig
 
@@ -212,8 +227,8 @@ class PatchConsistency(Page, _PairState):
     "Two crops to drag, and how much the net agrees with itself about what both see"
     title = 'Consistency of two crops'
     def __init__(self,
-        what, # A learner, a net of `pipa.models`, a function (see `pipa.look.patches.look`), or a dict of these by checkpoint
-        images=None, # Images to look at: a normalised batch, or a list of pictures; of a learner: validation images of the target
+        what, # A learner, a net of `pipa.models`, a function (see `pair_looks`), or a dict of these by checkpoint
+        images=None, # A normalised batch, or a list of pictures; of a learner: validation images of the target
         y=None, # Their labels, only shown
         space=None, # `LabelSpace`; defaults to the learner's, or to numbers
         n_images=4, # How many, from a learner
@@ -236,10 +251,11 @@ class PatchConsistency(Page, _PairState):
 @patch
 def _handles(self:PatchConsistency):
     N,short = self.nets,dict(description_width='initial')
+    steps = [(k, i) for i,k in enumerate(N.names)]
     return dict(
         image=pick('image', [(str(i+1), i) for i in range(len(N.x))], 110), who=pick('net', N.who, 120),
-        checkpoint=W.SelectionSlider(options=[(k, i) for i,k in enumerate(N.names)], layout=width(260), description='checkpoint'),
-        min_iou=slide('overlap from', 0, .95, 230), conf=slide('sure from', 0, 1, 220),
+        checkpoint=W.SelectionSlider(options=steps, layout=width(260), description='checkpoint'),
+        min_iou=slider('overlap from', 0, .95, 230), conf=slider('sure from', 0, 1, 220),
         seed=W.BoundedIntText(min=0, max=10**6, description='seed', layout=width(110), style=short),
         augment=tick('augment', 'Augmented crops, as in training'), live=tick('live', 'Answer while a crop is dragged'),
         blind=tick('colour-blind', 'Colours for all eyes'))
@@ -248,8 +264,10 @@ def _handles(self:PatchConsistency):
 def _controls(self:PatchConsistency):
     N,h = self.nets,self._handles()
     self.bind(**h)
-    play = W.Play(min=0, max=len(N.names)-1, interval=1200, layout=width(130)); T.link((self, 'checkpoint'), (play, 'value'))
-    again = W.Button(description='random pair', icon='random', layout=W.Layout(width='auto')); again.add_class('pipa-random')
+    play = W.Play(min=0, max=len(N.names)-1, interval=1200, layout=width(130))
+    T.link((self, 'checkpoint'), (play, 'value'))
+    again = W.Button(description='random pair', icon='random', layout=W.Layout(width='auto'))
+    again.add_class('pipa-random')
     again.on_click(lambda _: self.set_trait('seed', self.seed+1))
     def row(*ks): return [h[k] for k in ks]
     top = row('image')*(len(N.x)>1) + row('who')*(len(N.who)>1) + (row('checkpoint') + [play])*(len(N.names)>1)
@@ -272,16 +290,17 @@ def _moved(self:PatchConsistency, change=None):
     now = self.image,self.size,self.at_1,self.at_2
     if now==self.drawn or change and now!=was: return
     self.drawn = now
-    self._show_boxes(); self._show_maps(); self._show_tab()
+    for f in (self._show_boxes, self._show_maps, self._show_tab): f()
 
 # %% ../../nbs/look/05_patch_explorer.ipynb #5h0w0002
 @patch
 def _show_boxes(self:PatchConsistency):
     x,s,(h,w) = denorm(self.nets.x[self.image]),self.surface,self.size
+    two = ('1', '#56b4e9', self.at_1),('2', '#e69f00', self.at_2)
     with s.hold_sync():
         s.panels = [dict(title=f'image {self.image+1}', w=self.hw[1], h=self.hw[0])]
         s.base = rgba([x])
-        s.boxes = [dict(panel=0, x=l, y=t, w=w, h=h, text=k, color=c) for k,c,(t,l) in (('1', '#56b4e9', self.at_1), ('2', '#e69f00', self.at_2))]
+        s.boxes = [dict(panel=0, x=l, y=t, w=w, h=h, text=k, color=c) for k,c,(t,l) in two]
 
 @patch
 def _show_maps(self:PatchConsistency):
@@ -291,6 +310,7 @@ def _show_maps(self:PatchConsistency):
         s.base = rgba(ps.values())
     self.side.value = self._numbers_html()
 
+# %% ../../nbs/look/05_patch_explorer.ipynb #5h0w000b
 @patch
 def _reactions(self:PatchConsistency):
     def box(ev):
@@ -299,17 +319,21 @@ def _reactions(self:PatchConsistency):
         b = ev['boxes'][i]
         self.place(i+1, (b['y'], b['x']), (b['h'], b['w']))
         if ev.get('final'): self._show_boxes()
-    def theme(ev): self.dark = ev['dark']; self._show_tab()
+    def theme(ev):
+        self.dark = ev['dark']
+        self._show_tab()
     return dict(box=box, theme=theme)
 
 # %% ../../nbs/look/05_patch_explorer.ipynb #7a8s0002
 _pair_tabs = ['pair', 'over overlap', 'hardest pairs', 'over checkpoints']
+_drag = ('Drag the crops and their corners, or draw a random pair. Keys: arrows move a crop, with shift they change '
+         'its size, B takes the other one. The other tabs look at many pairs, and at the past.')
 
 @patch
 def _tabs(self:PatchConsistency):
     self.panes = [W.VBox() for _ in _pair_tabs]
     self.tabs = W.Tab(self.panes, titles=_pair_tabs)
-    self.panes[0].children = [W.HTML('Drag the crops and their corners, or draw a random pair. Keys: arrows move a crop, with shift they change its size, B takes the other one. The other tabs look at many pairs, and at the past.')]
+    self.panes[0].children = [W.HTML(_drag)]
     self.tabs.observe(lambda _: self._show_tab(), 'selected_index')
     return self.tabs
 
@@ -318,20 +342,24 @@ def _tab(self:PatchConsistency, i):
     if i==1: return [sweep_figure(self.sweeps())]
     if i==3: return [history_figure(self.history())]
     df = self.hardest()
-    if len(self.gallery.options)!=len(df)+1: self.gallery.options = [('–', None), *((str(k+1), k) for k in range(len(df)))]
+    options = [('–', None), *((str(k+1), k) for k in range(len(df)))]
+    if len(self.gallery.options)!=len(options): self.gallery.options = options
     return [hardest_figure(self.nets.x, df, self.size), self.gallery]
 
 @patch
 def _show_tab(self:PatchConsistency):
     i = self.tabs.selected_index
     if not i: return
-    def widget(o): return o if isinstance(o, W.Widget) else W.HTML(img_tag(on_dark(o) if self.dark else o, _pair_tabs[i]))
+    def widget(o):
+        return o if isinstance(o, W.Widget) else W.HTML(img_tag(on_dark(o) if self.dark else o, _pair_tabs[i]))
     self.panes[i].children = [widget(o) for o in self._tab(i)]
 
 # %% ../../nbs/look/05_patch_explorer.ipynb #3c59dc04
 @patch
 def _watch(self:PatchConsistency):
-    def maps(_): self._show_maps(); self._show_tab()
+    def maps(_):
+        self._show_maps()
+        self._show_tab()
     self.observe(lambda c: self.draw() if abs(c['new']-c['old'])>1e-6 else None, ['seed', 'min_iou'])
     self.observe(self._moved, ['image', 'at_1', 'at_2', 'size'])
     self.observe(maps, ['checkpoint', 'who', 'conf', 'augment', 'blind'])
@@ -350,11 +378,17 @@ def picture(self:PatchConsistency):
     ps,s,(h,w) = self.pictures(),self.scores(),self.size
     fig = Fig(figsize=(10.5, 3.6))
     left,right = fig.subfigures(1, 2, width_ratios=[4,6.5])
-    ax = left.subplots(); ax.imshow(denorm(self.nets.x[self.image])); ax.set_axis_off()
+    ax = left.subplots()
+    ax.imshow(denorm(self.nets.x[self.image]))
+    ax.set_axis_off()
     for (t,l),c,k in ((self.at_1, '#56b4e9', '1'), (self.at_2, '#e69f00', '2')):
-        ax.plot([l,l+w,l+w,l,l], [t,t,t+h,t+h,t], c=c, lw=2); ax.text(l+2, t+2, k, c=c, weight='bold', va='top', bbox=dict(fc='k', lw=0, pad=1))
-    ax.set_title(f"same class {s['agreement']:.0%} · cosine {s['cosine']:.2f} · loss {s['loss']:.3f}" if s['iou'] else 'no overlap', fontsize=9)
+        ax.plot([l,l+w,l+w,l,l], [t,t,t+h,t+h,t], c=c, lw=2)
+        ax.text(l+2, t+2, k, c=c, weight='bold', va='top', bbox=dict(fc='k', lw=0, pad=1))
+    says = f"same class {s['agreement']:.0%} · cosine {s['cosine']:.2f} · loss {s['loss']:.3f}"
+    ax.set_title(says if s['iou'] else 'no overlap', fontsize=9)
     axs = right.subplots(2, 4).ravel()
     for ax in axs: ax.set_axis_off()
-    for ax,(k,a) in zip(axs, ps.items()): ax.imshow(a, interpolation='nearest'); ax.set_title(k, fontsize=8, pad=2)
+    for ax,(k,a) in zip(axs, ps.items()):
+        ax.imshow(a, interpolation='nearest')
+        ax.set_title(k, fontsize=8, pad=2)
     return fig

@@ -16,8 +16,8 @@ from .views import features
 from ..draw import Fig, grid, denorm
 
 # %% auto #0
-__all__ = ['snap', 'crops_at', 'Looks', 'look', 'patch_loss', 'js_divergence', 'class_agreement', 'overlap_maps', 'pair_scores',
-           'sweep', 'sweep_figure', 'hardest_figure']
+__all__ = ['snap', 'crops_at', 'Looks', 'pair_looks', 'patch_loss', 'js_divergence', 'class_agreement', 'overlap_maps',
+           'pair_scores', 'sweep', 'sweep_figure', 'hardest_figure']
 
 # %% ../../nbs/look/02_patches.ipynb #e4da3b7f
 def snap(
@@ -44,13 +44,16 @@ def crops_at(
     at_1,at_2 = (torch.as_tensor(o).reshape(-1, 2) for o in (at_1, at_2))
     hw = torch.tensor(x.shape[-2:])
     for at in (at_1, at_2):
-        if (at<0).any() or (at+torch.tensor(size)>hw).any(): raise ValueError(
-            f'a crop of {tuple(size)} at {at.tolist()} leaves the image of {tuple(hw.tolist())}: move it or make it smaller')
-    if ((at_2-at_1)%stride).any() or any(n%stride for n in size): raise ValueError(
-        f'crops of {tuple(size)} at {at_1.tolist()} and {at_2.tolist()} are no whole cells of {stride} apart: use `snap`')
+        if (at<0).any() or (at+torch.tensor(size)>hw).any():
+            raise ValueError(f'a crop of {tuple(size)} at {at.tolist()} leaves the image of {tuple(hw.tolist())}: '
+                             'move it or make it smaller')
+    if ((at_2-at_1)%stride).any() or any(n%stride for n in size):
+        raise ValueError(f'crops of {tuple(size)} at {at_1.tolist()} and {at_2.tolist()} '
+                         f'are no whole cells of {stride} apart: use `snap`')
     cut = lambda at: torch.stack([o[:, t:t+size[0], l:l+size[1]] for o,(t,l) in zip(x, at.tolist())])
     no = torch.zeros(len(x), dtype=torch.bool)
-    return Crops(cut(at_1), cut(at_2), *overlap(at_1, at_2, size, hw.expand(len(x), 2), stride), no, no, at_1, at_2, torch.ones(len(x)))
+    boxes = overlap(at_1, at_2, size, hw.expand(len(x), 2), stride)
+    return Crops(cut(at_1), cut(at_2), *boxes, no, no, at_1, at_2, torch.ones(len(x)))
 
 # %% ../../nbs/look/02_patches.ipynb #c9f0f895
 class Looks(NamedTuple):
@@ -74,9 +77,10 @@ def _answer(net, x, stride):
     with evaluating(net): e = net.project(f) if hasattr(net, 'project') else F.normalize(f, dim=1)
     return resize(z.float(), x.shape[-2:]).softmax(1), e.float()
 
+# %% ../../nbs/look/02_patches.ipynb #c9f0f89b
 @torch.no_grad()
-def look(
-    net, # A net of `pipa.models`, or a function of images `B×3×h×w` to probabilities `B×K×h×w` and embeddings at stride `stride`
+def pair_looks(
+    net, # A net of `pipa.models`, or a function of images to probabilities `B×K×h×w` and embeddings at stride `stride`
     crops:Crops, # From `crops_at` or `pipa.mix.two_crops`
     teacher=None, # The net that gives labels and confidence; `None`: `net` itself
     stride:int=8, # Side of a feature cell, px
@@ -95,7 +99,7 @@ def look(
 
 # %% ../../nbs/look/02_patches.ipynb #6512bd43
 def patch_loss(
-    l:Looks, # From `look`
+    l:Looks, # From `pair_looks`
     crops:Crops, # The crops it was made from
     stride:int=8, # Side of a feature cell, px
     temp:float=.1, # See `pipa.losses.patch_contrast`
@@ -131,20 +135,22 @@ def class_agreement(
 
 # %% ../../nbs/look/02_patches.ipynb #6f4922f4
 def overlap_maps(
-    l:Looks, # From `look`
+    l:Looks, # From `pair_looks`
     crops:Crops, # The crops it was made from
     i:int=0, # Which pair
     stride:int=8 # Side of a feature cell, px
-)->dict: # Maps of the overlap: y_1, y_2, c_1, c_2 (class, confidence), same (bool), js, `h×w`; cosine, `h/stride×w/stride`
+)->dict: # Maps of the overlap: y_1, y_2 (class), c_1, c_2 (confidence), same (bool), js; cosine, a cell each
     "What both views say about the places they share"
-    def part(o, box, s): t,u,b,r = (box//s).tolist(); return o[i][..., t:b, u:r]
+    def part(o, box, s):
+        t,u,b,r = (box//s).tolist()
+        return o[i][..., t:b, u:r]
     p,q = part(l.p_1, crops.box_1[i], 1),part(l.p_2, crops.box_2[i], 1)
     f,g = part(l.f_1, crops.box_1[i], stride),part(l.f_2, crops.box_2[i], stride)
     (c_1,y_1),(c_2,y_2) = p.max(0),q.max(0)
     return dict(y_1=y_1, y_2=y_2, c_1=c_1, c_2=c_2, same=y_1==y_2, js=js_divergence(p, q), cosine=(f*g).sum(0))
 
 def pair_scores(
-    l:Looks, # From `look`; not mirrored
+    l:Looks, # From `pair_looks`; not mirrored
     crops:Crops, # The crops it was made from
     i:int=0, # Which pair
     conf:float=.9, # Both views must be surer than this to count as confident
@@ -155,16 +161,17 @@ def pair_scores(
     sure = (m['c_1']>conf) & (m['c_2']>conf)
     mean = lambda o: float(o.float().mean())
     iou = crop_iou(crops.at_2[i]-crops.at_1[i], tuple(crops.x_1.shape[-2:]))
-    return dict(iou=float(iou), agreement=mean(m['same']), confident=mean(m['same'][sure]), share=mean(sure), js=mean(m['js']), cosine=mean(m['cosine']))
+    return dict(iou=float(iou), agreement=mean(m['same']), confident=mean(m['same'][sure]), share=mean(sure),
+                js=mean(m['js']), cosine=mean(m['cosine']))
 
 # %% ../../nbs/look/02_patches.ipynb #3c59dc04
 def sweep(
-    net, # See `look`
+    net, # See `pair_looks`
     x:Tensor, # Images to draw pairs from, `n×3×H×W`
     k:int=32, # Pairs
     size:tuple=(64,128), # Height and width of a crop
     iou:tuple=(.1,1.), # Least and largest overlap (CAC)
-    teacher=None, # See `look`
+    teacher=None, # See `pair_looks`
     conf:float=.9, # See `pair_scores`
     stride:int=8, # Side of a feature cell, px
     seed:int=0, # The same seed draws the same pairs
@@ -178,7 +185,7 @@ def sweep(
         todo = [*torch.randint(len(x), (k,)).split(bs)]
         for i in progress_bar(todo, leave=False) if progress else todo:
             crops = two_crops(x[i], size, stride, iou, flip=0.)
-            l = look(net, crops, teacher, stride)
+            l = pair_looks(net, crops, teacher, stride)
             rows += [dict(image=int(o), at_1=tuple(crops.at_1[j].tolist()), at_2=tuple(crops.at_2[j].tolist()),
                           **pair_scores(l, crops, j, conf, stride)) for j,o in enumerate(i)]
     return pd.DataFrame(rows)
@@ -193,12 +200,18 @@ def sweep_figure(
     df['bin'] = (df.iou*5).clip(upper=4.99).astype(int)/5+.1
     fig = Fig(figsize=(3*len(what), 2.5))
     kw = dict(data=df, hue='net', palette='colorblind')
+    unit = dict(agreement='share of pixels', confident='share of pixels', js='divergence, bits', cosine='cosine')
     for i,(ax,k) in enumerate(zip(fig.subplots(1, len(what), squeeze=False)[0], what)):
-        sns.scatterplot(x='iou', y=k, ax=ax, s=18, alpha=.5, legend=i==0 and len(dfs)>1, **kw)
+        sns.scatterplot(x='iou', y=k, ax=ax, s=18, alpha=.5, legend=i==0, **kw)
         sns.lineplot(x='bin', y=k, ax=ax, errorbar=None, legend=False, marker='o', **kw)
-        ax.set(xlabel='overlap of the crops, IoU', ylabel='', title=k, xlim=(0,1.02)); sns.despine(ax=ax)
+        ax.set(xlabel='overlap of the crops, IoU', ylabel=unit.get(k, ''), title=k, xlim=(0,1.02))
+        sns.despine(ax=ax)
+        if i==0: keys = ax.get_legend_handles_labels()
+        if ax.get_legend(): ax.get_legend().remove()
+    if len(dfs)>1: fig.legend(*keys, loc='outside lower center', ncols=len(dfs), fontsize=8, frameon=False)
     return fig
 
+# %% ../../nbs/look/02_patches.ipynb #37693cfb
 def hardest_figure(
     x:Tensor, # The images, `n×3×H×W`
     df:pd.DataFrame, # From `sweep`, its first rows are shown

@@ -11,10 +11,10 @@ from .views import *
 from ..labels import label_space, distinct_colors
 from ..draw import Fig
 from .surface import Page, Surface, rgba, heat_bytes, lut, f32, palette, css, colored
-from .surface import img_tag, on_dark, control_row, pick, slide, tick, width
+from .surface import img_tag, on_dark, control_row, pick, slider, tick, width
 
 # %% auto #0
-__all__ = ['point_colors', 'color_keys', 'PixelEmbeddingExplorer', 'counts_figure']
+__all__ = ['point_colors', 'color_keys', 'PixelEmbeddingExplorer', 'counts_figure', 'spread_boxes']
 
 # %% ../../nbs/look/04_pixel_explorer.ipynb #e4da3b7f
 class _Looks:
@@ -37,7 +37,8 @@ class _Looks:
         return self.seen[k]
 
 # %% ../../nbs/look/04_pixel_explorer.ipynb #45c48cce
-_colors,_overs = ['class', 'prediction', 'domain', 'confidence', 'correct'],['nothing', 'labels', 'prediction', 'errors']
+_colors = ['class', 'prediction', 'domain', 'confidence', 'correct']
+_overs = ['nothing', 'labels', 'prediction', 'errors']
 
 def _numbered(v):
     ids = np.concatenate([v.y.ravel(), v.pred.ravel()])
@@ -68,8 +69,9 @@ class _State(T.HasTraits):
 @patch
 def start(self:_State, what, space=None, n_images=4, seed=0):
     "Say what is looked at, see `PixelEmbeddingExplorer`"
-    self.looks,self.cache = _Looks(what, n_images, seed),{}
-    self.space = space or getattr(getattr(self.looks.learn, 'dls', None), 'space', None) or _numbered(self.looks(self.looks.names[0]))
+    looks,self.cache = _Looks(what, n_images, seed),{}
+    self.looks = looks
+    self.space = space or getattr(getattr(looks.learn, 'dls', None), 'space', None) or _numbered(looks(looks.names[0]))
     return self
 
 @patch(as_prop=True)
@@ -85,7 +87,8 @@ def _kept(self:_State, name, f):
 @patch(as_prop=True)
 def table(self:_State): # The sampled pixels as a table, with what the present checkpoint says about them
     names = self.looks.names
-    t = self._kept('sample', lambda: sample(self.looks(names[-1], self.who, self.layer), self.n, None, self.pure, self.seed))
+    def draw(): return sample(self.looks(names[-1], self.who, self.layer), self.n, None, self.pure, self.seed)
+    t = self._kept('sample', draw)
     if self.checkpoint==len(names)-1: return t
     v,at = self.views,(t.image, t.y, t.x)
     pred = v.pred[at]
@@ -100,7 +103,8 @@ def _in_square(zs):
 @patch
 def _vectors(self:_State):
     "Embeddings of the sampled pixels at all checkpoints"
-    return self._kept('vectors', lambda: [embeddings_of(self.looks(k, self.who, self.layer), self.table) for k in self.looks.names])
+    def f(): return [embeddings_of(self.looks(k, self.who, self.layer), self.table) for k in self.looks.names]
+    return self._kept('vectors', f)
 
 @patch
 def _projection(self:_State):
@@ -138,9 +142,10 @@ def color_keys(
 )->list: # Dicts with text and color; empty where classes have the colours
     "What the colours of `point_colors` mean"
     def of(texts, rgb): return [dict(text=str(t), color=css(c)) for t,c in zip(texts, rgb)]
+    scale = [255*np.array(colormaps['cividis'](v)[:3]) for v in (0., .5, 1.)]
     match by:
         case 'domain': return of(sorted(set(domains)), _domain_colors)
-        case 'confidence': return of(('0', '0.5', '1'), [255*np.array(colormaps['cividis'](v)[:3]) for v in (0., .5, 1.)])
+        case 'confidence': return of(('0', '0.5', '1'), scale)
         case 'correct': return of(('right', 'wrong', 'unknown'), (_right, _wrong, _grey))
     return []
 
@@ -153,16 +158,17 @@ def _visible(self:_State): return np.isin(self.table.cls, self.shown) | (not sel
 @patch
 def _points(self:_State):
     "Colours, shapes, who is there and who is lit; the legend, and a line about each point"
-    t,space,ok = self.table,self.space,self._visible()
+    t,space,shown,ok = self.table,self.space,self.shown,self._visible()
     state = ok.astype(np.uint8)
     lit = [i for i in self.lit if i<len(t) and ok[i]]
     state[lit] = 2
     pal,shape = palette(space, self.blind),pd.factorize(t.domain, sort=True)[0].clip(max=1)
     keys = color_keys(self.color_by, t.domain)
-    def dot(c): return '' if keys else css(pal[c])
-    return dict(swatches=keys, rgb=point_colors(t, self.color_by, space, self.blind).tobytes(), state=state.tobytes(), shape=shape.astype(np.uint8).tobytes(),
-                legend=[dict(text=space.codes[c], color=dot(c), on=not self.shown or c in self.shown) for c in sorted(set(t.cls))],
-                tips=[f'{_name(space, r.cls)} · {r.domain}\nsays {_name(space, r.pred)} {r.conf:.2f}' for r in t.itertuples()])
+    rgb = point_colors(t, self.color_by, space, self.blind)
+    def chip(c): return dict(text=space.codes[c], color='' if keys else css(pal[c]), on=not shown or c in shown)
+    def tip(r): return f'{_name(space, r.cls)} · {r.domain}\nsays {_name(space, r.pred)} {r.conf:.2f}'
+    return dict(swatches=keys, rgb=rgb.tobytes(), state=state.tobytes(), shape=shape.astype(np.uint8).tobytes(),
+                legend=[chip(c) for c in sorted(set(t.cls))], tips=[tip(r) for r in t.itertuples()])
 
 # %% ../../nbs/look/04_pixel_explorer.ipynb #sc00001d
 _methods = dict(pca='PCA', tsne='t-SNE', umap='UMAP')
@@ -176,10 +182,11 @@ def _plot(self:_State):
     mid = {c:[np.median(z[(t.cls==c).values], 0).tolist() for z in zs] for c in sorted(set(t.cls[self._visible()]))}
     axes = '' if share is None else f', explained {share[0]:.0%} + {share[1]:.0%}'
     shapes = ', '.join(f'{k} {d}' for k,d in zip('●▲', sorted(set(t.domain))) if d)
+    says = f'{_methods[self.method]}{axes} · {len(t)} pixels, seed {self.seed}'
     return dict(xy=f32(zs[self.checkpoint]), at=f32(t[['image','x','y']]),
                 texts=[dict(zip(('text','x','y'), (self.space.codes[c], *m[self.checkpoint]))) for c,m in mid.items()],
                 trails=[dict(xy=m, color=css(pal[c])) for c,m in mid.items()] if self.trails and len(zs)>1 else [],
-                caption=f'{_methods[self.method]}{axes} · {len(t)} pixels, seed {self.seed}' + (f' · {shapes}' if shapes else ''))
+                caption=f'{says} · {shapes}' if shapes else says)
 
 # %% ../../nbs/look/04_pixel_explorer.ipynb #sc00002b
 @patch
@@ -193,7 +200,8 @@ def _images(self:_State):
         case 'prediction': top = colored(v.pred, pal)
         case 'errors': top = colored(np.where((v.y==255)|(v.pred==255), 2, v.y==v.pred), np.array([_wrong, _right]))
         case _: top = ()
-    panels = [dict(title=f'{d or "image"} {v.domain[:i].count(d)+1}', w=w, h=h, dot=dots[d] if d else '') for i,d in enumerate(v.domain)]
+    def title(i, d): return f'{d or "image"} {v.domain[:i].count(d)+1}'
+    panels = [dict(title=title(i, d), w=w, h=h, dot=dots[d] if d else '') for i,d in enumerate(v.domain)]
     return dict(panels=panels, base=rgba(v.images), over=rgba(top), cols=1 if len(v.images)<2 else 2)
 
 # %% ../../nbs/look/04_pixel_explorer.ipynb #sc00003b
@@ -208,8 +216,10 @@ def _heat(self:_State, sim):
     "Similarities, and a mark for each example"
     (n,h,w),(H,W_) = self.views.emb.shape[:3],self.views.images.shape[1:3]
     top = 1 if sim is None else float(sim.max())
-    return dict(heat=b'' if sim is None else heat_bytes(sim), heat_size=[w, h], heat_range=[self.threshold, max(top, self.threshold+.02)],
-                marks=[dict(panel=i, x=(c+.5)*W_/w, y=(r+.5)*H/h, sign=g) for i,r,c,g in ((*o, 1)[:4] for o in self.queries)])
+    asked = [(*o, 1)[:4] for o in self.queries]
+    return dict(heat=b'' if sim is None else heat_bytes(sim), heat_size=[w, h],
+                heat_range=[self.threshold, max(top, self.threshold+.02)],
+                marks=[dict(panel=i, x=(c+.5)*W_/w, y=(r+.5)*H/h, sign=g) for i,r,c,g in asked])
 
 # %% ../../nbs/look/04_pixel_explorer.ipynb #w0rds001
 @patch
@@ -237,7 +247,8 @@ def selection(self:_State): # The lit pixels as a table; all sampled ones if non
 def _say_lit(self:_State):
     t = self.selection
     def count(s): return ', '.join(f'{k} {n}' for k,n in s.value_counts().items())
-    return f'{len(t)} pixels: {count(t.cls.map(lambda c: _name(self.space, c)))} · {count(t.domain)}' if self.lit else ''
+    classes = t.cls.map(lambda c: _name(self.space, c))
+    return f'{len(t)} pixels: {count(classes)} · {count(t.domain)}' if self.lit else ''
 
 # %% ../../nbs/look/04_pixel_explorer.ipynb #6512bd43
 class PixelEmbeddingExplorer(Page, _State):
@@ -265,30 +276,37 @@ class PixelEmbeddingExplorer(Page, _State):
 @patch
 def _handles(self:PixelEmbeddingExplorer):
     L,short = self.looks,dict(description_width='initial')
+    late = dict(style=short, continuous_update=False)
+    steps,methods = [(k, i) for i,k in enumerate(L.names)],[(v, k) for k,v in _methods.items()]
     return dict(
-        checkpoint=W.SelectionSlider(options=[(k, i) for i,k in enumerate(L.names)], layout=width(260), description='checkpoint'),
-        who=pick('net', L.who, 120), layer=pick('layer', L.layers, 165), method=pick('projection', [(v, k) for k,v in _methods.items()], 155),
-        color_by=pick('colour', _colors, 155), over=pick('show', _overs, 145), over_alpha=slide('opacity', 0, 1, 190),
-        heat_alpha=slide('heat', 0, 1, 180), threshold=slide('similar from', -1, 1, 230), hover=tick('hover', 'Ask while the mouse moves'),
-        n=W.IntSlider(description='pixels a class', min=5, max=200, layout=width(240), style=short, continuous_update=False),
+        checkpoint=W.SelectionSlider(options=steps, layout=width(260), description='checkpoint'),
+        who=pick('net', L.who, 120), layer=pick('layer', L.layers, 165), method=pick('projection', methods, 155),
+        color_by=pick('colour', _colors, 155), over=pick('show', _overs, 145), over_alpha=slider('opacity', 0, 1, 190),
+        heat_alpha=slider('heat', 0, 1, 180), threshold=slider('similar from', -1, 1, 230),
+        hover=tick('hover', 'Ask while the mouse moves'),
+        n=W.IntSlider(description='pixels a class', min=5, max=200, layout=width(240), **late),
         seed=W.BoundedIntText(min=0, max=9999, description='seed', layout=width(100), style=short),
         pure=tick('pure', 'Only cells whose pixels have one label'), blind=tick('colour-blind', 'Colours for all eyes'),
         trails=tick('trails', 'Ways of the class means over the checkpoints'))
 
+# %% ../../nbs/look/04_pixel_explorer.ipynb #c2ntr0lb
 @patch
 def _controls(self:PixelEmbeddingExplorer):
     L,h = self.looks,self._handles()
-    self.handles = h; self.bind(**h)
+    self.handles = h
+    self.bind(**h)
     play = W.Play(min=0, max=len(L.names)-1, interval=1200, layout=width(130))
     T.link((self, 'checkpoint'), (play, 'value'))
     def row(*ks): return [h[k] for k in ks]
-    top = row('layer')*(len(L.layers)>1) + row('who')*(len(L.who)>1) + (row('checkpoint') + [play] + row('trails'))*(len(L.names)>1)
-    rows = top,row('over', 'over_alpha', 'heat_alpha', 'threshold', 'hover', 'blind'),row('method', 'color_by', 'n', 'pure', 'seed')
-    return [control_row(o) for o in rows if o]
+    top = row('layer')*(len(L.layers)>1) + row('who')*(len(L.who)>1)
+    top += (row('checkpoint') + [play] + row('trails'))*(len(L.names)>1)
+    images = row('over', 'over_alpha', 'heat_alpha', 'threshold', 'hover', 'blind')
+    return [control_row(o) for o in (top, images, row('method', 'color_by', 'n', 'pure', 'seed')) if o]
 
 # %% ../../nbs/look/04_pixel_explorer.ipynb #3c59dc04
 @patch
-def _reactions(self:PixelEmbeddingExplorer):
+def _asked(self:PixelEmbeddingExplorer)->dict:
+    "What a click, a hover and the mouse on a point do"
     def click(ev):
         q = (*self._cell(ev), -1 if ev.get('neg') else 1)
         self.queries = [*self.queries, q] if ev.get('add') or ev.get('neg') else [q]
@@ -297,16 +315,21 @@ def _reactions(self:PixelEmbeddingExplorer):
         sim = self.sim if self.queries else self.similarities([(*self._cell(ev), 1)])
         if not self.queries: self._draw(self._heat(sim))
         self.surface.said = self.read_out(ev['panel'], ev['x'], ev['y'], sim)
-    def leave(ev): self._draw(self._heat(self.sim)); self.surface.said = self._say_lit()
-    def point(ev): r = self.table.loc[ev['i']]; click(ev | dict(panel=r.image, x=r.x, y=r.y))
-    def light(mask, ev): self.lit = sorted((set(self.lit) if ev.get('add') else set()) | set(np.flatnonzero(mask & self._visible()).tolist()))
-    def lasso(ev): light(in_lasso(self._projection()[0][self.checkpoint], ev['poly']), ev)
-    def area(ev): light(in_box(self.table, ev['panel'], [ev[k] for k in 'xywh']), ev)
-    def clear(ev): self.set_trait('lit' if self.lit else 'queries', [])
+    def leave(ev):
+        self._draw(self._heat(self.sim))
+        self.surface.said = self._say_lit()
+    def point(ev):
+        r = self.table.loc[ev['i']]
+        click(ev | dict(panel=r.image, x=r.x, y=r.y))
     def undo(ev): self.queries = self.queries[:-1]
-    def theme(ev): self.dark = ev['dark']; self._show_tab()
-    def legend(ev): self._toggle(self.space.codes.index(ev['text']))
-    return dict(click=click, hover=hover, leave=leave, point=point, lasso=lasso, area=area, clear=clear, undo=undo, legend=legend, theme=theme)
+    return dict(click=click, hover=hover, leave=leave, point=point, undo=undo)
+
+# %% ../../nbs/look/04_pixel_explorer.ipynb #a5kd0003
+@patch
+def _light(self:PixelEmbeddingExplorer, mask, add=False):
+    "Select the visible points of `mask`"
+    more = set(np.flatnonzero(mask & self._visible()).tolist())
+    self.lit = sorted((set(self.lit) if add else set()) | more)
 
 @patch
 def _toggle(self:PixelEmbeddingExplorer, c):
@@ -315,11 +338,23 @@ def _toggle(self:PixelEmbeddingExplorer, c):
     on = set(self.shown or there) ^ {c}
     self.shown = [] if on>=there else sorted(on)
 
+@patch
+def _reactions(self:PixelEmbeddingExplorer):
+    def lasso(ev): self._light(in_lasso(self._projection()[0][self.checkpoint], ev['poly']), ev.get('add'))
+    def area(ev): self._light(in_box(self.table, ev['panel'], [ev[k] for k in 'xywh']), ev.get('add'))
+    def clear(ev): self.set_trait('lit' if self.lit else 'queries', [])
+    def legend(ev): self._toggle(self.space.codes.index(ev['text']))
+    def theme(ev):
+        self.dark = ev['dark']
+        self._show_tab()
+    return self._asked() | dict(lasso=lasso, area=area, clear=clear, legend=legend, theme=theme)
+
 # %% ../../nbs/look/04_pixel_explorer.ipynb #37693cfc
 _all = 'images plot points heat tab'
-_touches = dict(checkpoint=_all, who=_all, layer=_all, method='plot', n='plot points tab', pure='plot points tab', seed='plot points tab',
-                color_by='points', shown='plot points', lit='points lit selection', over='images', blind='images plot points tab',
-                trails='plot', queries='heat neighbours')
+_sample = 'plot points tab'
+_touches = dict(checkpoint=_all, who=_all, layer=_all, method='plot', n=_sample, pure=_sample, seed=_sample,
+                color_by='points', shown='plot points', lit='points lit selection', over='images',
+                blind='images '+_sample, trails='plot', queries='heat neighbours')
 _slow = 'checkpoint', 'who', 'layer', 'method', 'n', 'pure', 'seed'
 
 @patch
@@ -349,7 +384,8 @@ def _changed(self:PixelEmbeddingExplorer, c):
     why = ''
     try: self._show(*_touches[k].split())
     except Exception as e:
-        why = str(e); self.set_trait(k, c['old'])
+        why = str(e)
+        self.set_trait(k, c['old'])
         if k in self.handles: self.handles[k].value = c['old']
         raise
     finally:
@@ -359,7 +395,8 @@ def _changed(self:PixelEmbeddingExplorer, c):
 def _watch(self:PixelEmbeddingExplorer):
     for k in ('over_alpha', 'heat_alpha', 'hover'): T.dlink((self, k), (self.surface, k))
     self.observe(self._changed, [*_touches])
-    self.observe(lambda c: setattr(self.surface, 'heat_range', [c['new'], max(self.surface.heat_range[1], c['new']+.02)]), 'threshold')
+    def veil(c): self.surface.heat_range = [c['new'], max(self.surface.heat_range[1], c['new']+.02)]
+    self.observe(veil, 'threshold')
     self._show(*_all.split())
     self.surface.said = self.surface.said or _hint
 
@@ -368,9 +405,10 @@ _tab_names = ['measures', 'cosines', 'selection', 'neighbours']
 
 @patch
 def measures(self:_State):
-    "`class_table` of each checkpoint, by name"
+    "`cluster_table` of each checkpoint, by name"
     t = self.table
-    return self._kept('measures', lambda: {k: class_table(e, t, self.space.codes) for k,e in zip(self.looks.names, self._vectors())})
+    def f(): return {k: cluster_table(e, t, self.space.codes) for k,e in zip(self.looks.names, self._vectors())}
+    return self._kept('measures', f)
 
 @patch
 def _tabs(self:PixelEmbeddingExplorer):
@@ -392,15 +430,17 @@ def _tab(self:_State, name):
     "What a tab has: figures and pieces of HTML"
     t,names,m,e = self.table,self.looks.names,self.measures(),self._vectors()[self.checkpoint]
     if name=='measures':
-        table = m[names[self.checkpoint]].to_html(index=False, float_format='%.2f', na_rep='–', border=0, classes='pipa-table')
+        table = m[names[self.checkpoint]].to_html(index=False, na_rep='–', **_html)
         return [table] + ([class_lines(m, self.space)] if len(names)>1 else [])
     if name=='cosines': return [cosine_matrix(class_cosines(e, t.cls.values, self.space.n), self.space.codes)]
     if name=='selection': return [counts_figure(self.selection, self.space), _short(self.selection)]
     if not self.queries: return ['Click a pixel to see which sampled pixels are nearest to it.']
     return [_short(neighbours(e, t, query(self.views.emb, self.queries), 12))]
 
-def _short(t): return t.head(12).to_html(float_format='%.2f', border=0, classes='pipa-table')
+_html = dict(float_format='%.2f', border=0, classes='pipa-table')
+def _short(t): return t.head(12).to_html(**_html)
 
+# %% ../../nbs/look/04_pixel_explorer.ipynb #4e732ceb
 def counts_figure(
     t:pd.DataFrame, # Rows of a table from `pipa.look.views.sample`
     space # `LabelSpace`
@@ -408,9 +448,12 @@ def counts_figure(
     "How many pixels of each class and domain there are in a table"
     t = t.assign(**{'class': [space.codes[c] for c in t.cls]})
     by = dict(hue='domain', palette='colorblind') if t.domain.any() else {}
-    fig = Fig(figsize=(7, 2.4)); ax = fig.subplots()
+    fig = Fig(figsize=(7, 2.4))
+    ax = fig.subplots()
     sns.countplot(t, x='class', ax=ax, order=[c for c in space.codes if c in set(t['class'])], **by)
-    ax.set(xlabel='', ylabel='pixels'); ax.tick_params(axis='x', rotation=35); sns.despine(ax=ax)
+    ax.set(xlabel='', ylabel='pixels')
+    ax.tick_params(axis='x', rotation=35)
+    sns.despine(ax=ax)
     if by: sns.move_legend(ax, 'upper left', bbox_to_anchor=(1,1), frameon=False)
     return fig
 
@@ -421,45 +464,67 @@ def _draw_heat(ax, s, hw, lo, hi, alpha):
     c[...,3] *= alpha
     ax.imshow(c, extent=(-.5, hw[1]-.5, hw[0]-.5, -.5), interpolation='bilinear')
 
-def _apart(texts): # Names that would lie on each other move down
-    placed = []
-    for o in texts:
-        x,y,w = o['x'],o['y'],.022*len(o['text'])
-        while any(abs(x-a)<w+b and abs(y-c)<.1 for a,c,b in placed): y -= .05
-        placed.append((x, y, w))
-    return placed
-
 @patch
 def _draw_points(self:PixelEmbeddingExplorer, ax):
-    t,z,rgb = self.table,self._projection()[0][self.checkpoint],point_colors(self.table, self.color_by, self.space, self.blind)/255
+    t,z = self.table,self._projection()[0][self.checkpoint]
+    rgb = point_colors(t, self.color_by, self.space, self.blind)/255
     ok,lit = self._visible(),np.isin(np.arange(len(t)), self.lit)
     for d,m in zip(sorted(set(t.domain)), 'o^sD'):
         for k,a in ((ok & ~lit, .15 if lit.any() else .85), (ok & lit, 1)):
             k = k & (t.domain==d).values
             ax.scatter(*z[k].T, c=rgb[k], marker=m, s=14, alpha=a, linewidths=.3, edgecolors='k')
-    for o,(x,y,_) in zip(self.surface.texts, _apart(self.surface.texts)):
-        ax.text(x, y, o['text'], fontsize=7.5, weight='bold', ha='center', bbox=dict(fc='w', alpha=.65, lw=0, pad=.8))
     for o in self.surface.trails: ax.plot(*np.transpose(o['xy']), c=o['color'], lw=1.5)
     for o in self.surface.swatches: ax.scatter([], [], c=o['color'], marker='s', s=20, label=o['text'])
     if self.surface.swatches: ax.legend(fontsize=7, ncols=4, frameon=False, loc='lower right')
-    ax.set(xticks=[], yticks=[]); ax.set_title(self.surface.caption, fontsize=7.5); sns.despine(ax=ax, left=True, bottom=True)
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(self.surface.caption, fontsize=7.5)
+    sns.despine(ax=ax, left=True, bottom=True)
+
+# %% ../../nbs/look/04_pixel_explorer.ipynb #n4m35002
+def spread_boxes(
+    boxes # Middle, width and height of each: x, y, w, h
+)->list: # New middles, x and y
+    "Move boxes, each as little as possible, until none lies on one before it"
+    placed = []
+    for x,y,w,h in boxes:
+        ways = sorted(((i*w/4, j*h/2) for i in range(-8, 9) for j in range(-16, 17)), key=lambda o: np.hypot(*o))
+        def free(dx, dy): return all(abs(x+dx-a)>=(w+b)/2 or abs(y+dy-c)>=(h+d)/2 for a,c,b,d in placed)
+        dx,dy = next((o for o in ways if free(*o)), (0, 0))
+        placed.append((x+dx, y+dy, w, h))
+    return [o[:2] for o in placed]
+
+@patch
+def _draw_names(self:PixelEmbeddingExplorer, fig, ax):
+    box = dict(fc='w', alpha=.65, lw=0, pad=.8)
+    kw = dict(fontsize=7.5, weight='bold', ha='center', va='center', bbox=box, in_layout=False)
+    texts = [ax.text(o['x'], o['y'], o['text'], **kw) for o in self.surface.texts]
+    fig.draw_without_rendering()   # only now is known how large a name is
+    bs = [o.get_window_extent() for o in texts]
+    at = spread_boxes([(b.x0+b.width/2, b.y0+b.height/2, b.width+4, b.height+2) for b in bs])
+    for o,p in zip(texts, at): o.set_position(ax.transData.inverted().transform(p))
 
 # %% ../../nbs/look/04_pixel_explorer.ipynb #p1cture1
 @patch
 def picture(self:PixelEmbeddingExplorer):
     "Images with their similarities beside the plot, as a figure"
     v,sim,n = self.views,self.sim,len(self.views.images)
-    cols = 1 if n<2 else 2; rows = -(-n//cols)
+    cols = 1 if n<2 else 2
+    rows = -(-n//cols)
     fig = Fig(figsize=(9.5, max(2.8, 2.7*v.images.shape[1]/v.images.shape[2]*rows+.4)))
     left,right = fig.subfigures(1, 2, width_ratios=[5.4,4.1])
     axs = left.subplots(rows, cols, squeeze=False).ravel()
     for ax in axs: ax.set_axis_off()
     for i,ax in enumerate(axs[:n]):
-        ax.imshow(v.images[i]); ax.set_title(self.surface.panels[i]['title'], fontsize=8, pad=2)
+        ax.imshow(v.images[i])
+        ax.set_title(self.surface.panels[i]['title'], fontsize=8, pad=2)
         if sim is not None: _draw_heat(ax, sim[i], v.images.shape[1:3], self.threshold, sim.max(), self.heat_alpha)
     for m in self.surface.marks:
-        axs[m['panel']].plot(m['x'], m['y'], 'P' if m['sign']>0 else 'X', c='w' if m['sign']>0 else '#d55e00', mec='k', ms=8)
-    if len(self.table): self._draw_points(right.subplots())
+        mark,c = ('P', 'w') if m['sign']>0 else ('X', '#d55e00')
+        axs[m['panel']].plot(m['x'], m['y'], mark, c=c, mec='k', ms=8)
+    if len(self.table):
+        ax = right.subplots()
+        self._draw_points(ax)
+        self._draw_names(fig, ax)
     return fig
 
 @patch

@@ -16,14 +16,14 @@ from ..labels import distinct_colors
 from ..draw import Fig
 
 # %% auto #0
-__all__ = ['Surface', 'rgba', 'heat_bytes', 'lut', 'f32', 'palette', 'css', 'colored', 'width', 'control_row', 'pick', 'slide',
+__all__ = ['Surface', 'rgba', 'heat_bytes', 'lut', 'f32', 'palette', 'css', 'colored', 'width', 'control_row', 'pick', 'slider',
            'tick', 'on_dark', 'Page', 'img_tag']
 
 # %% ../../nbs/look/03_surface.ipynb #e4da3b7f
 def _trait(t): return t.tag(sync=True)
 
 class _Images(T.HasTraits):
-    panels = _trait(T.List())           # A dict for each image: title, w, h; dot: a colour before the title; crisp: keep pixels square
+    panels = _trait(T.List())           # A dict for each image: title, w, h; dot: a colour; crisp: keep pixels square
     base = _trait(T.Bytes(b''))         # RGBA of all images, one after the other
     over = _trait(T.Bytes(b''))         # The same size again: what lies on them, for instance labels
     over_alpha = _trait(T.Float(0.))    # Opacity of `over`
@@ -67,10 +67,12 @@ class Surface(_Images, _Points, anywidget.AnyWidget):
         self.react = react or {}
         super().__init__(**kwargs)
         self.on_msg(lambda _,ev,bufs: self.event(ev))
-    def event(self, ev): # What the browser sends: a dict with its type, answered by the function of that name in `react`
+    def event(self, ev): # From the browser: a dict with its type, answered by the function of that name in `react`
         with self.hold_sync():
             try: self.react.get(ev.get('type'), lambda ev: None)(ev)
-            except Exception as e: self.said = f'{type(e).__name__}: {e}'; raise
+            except Exception as e:
+                self.said = f'{type(e).__name__}: {e}'
+                raise
             finally: self.busy,self.done = False,max(self.done, ev.get('n', 0))
 
 # %% ../../nbs/look/03_surface.ipynb #c20ad4d7
@@ -141,7 +143,7 @@ def pick(label, # Before the list
     return W.Dropdown(description=label, options=options, layout=width(px), style=dict(description_width='initial'))
 
 # %% ../../nbs/look/03_surface.ipynb #1f0e3dad
-def slide(label, # Before the slider
+def slider(label, # Before the slider
           lo, # Left end
           hi, # Right end
           px=220, # Width
@@ -164,10 +166,12 @@ def on_dark(
 )->Fig:
     "The same figure for a dark page"
     for ax in fig.axes:
-        ax.set_facecolor('none'); ax.tick_params(colors='#cfd6de', which='both')
+        ax.set_facecolor('none')
+        ax.tick_params(colors='#cfd6de', which='both')
         for o in (ax.title, ax.xaxis.label, ax.yaxis.label): o.set_color('#e4e8ee')
         for o in ax.spines.values(): o.set_edgecolor('#7b8794')
-        for o in [l for l in ax.lines if l.get_label()=='mean'] + [t for t in ax.texts if t.get_color()=='black']: o.set_color('#f5f7fa')
+        black = [l for l in ax.lines if l.get_label()=='mean'] + [t for t in ax.texts if t.get_color()=='black']
+        for o in black: o.set_color('#f5f7fa')
     for l in [*fig.legends, *[ax.get_legend() for ax in fig.axes if ax.get_legend()]]:
         l.get_frame().set_alpha(0)
         for o in l.get_texts(): o.set_color('#e4e8ee')
@@ -189,22 +193,26 @@ class Page(W.VBox):
         return list(controls.values())
 
     def to_png(self, file=None, dpi=100): # Bytes of a PNG, also written to `file`
-        f = io.BytesIO(); self.picture().savefig(f, format='png', dpi=dpi, bbox_inches='tight')
+        f = io.BytesIO()
+        self.picture().savefig(f, format='png', dpi=dpi, bbox_inches='tight')
         if file: write_file(file, lambda o: o.write(f.getvalue()))
         return f.getvalue()
 
-    def still(self): return Still(_few_colours(self.to_png(dpi=75))) # What is shown now, for a cell; a widget shows its latest state everywhere
+    def still(self): # What is shown now, for a cell; a widget shows its latest state everywhere
+        return Still(_few_colours(self.to_png(dpi=75)))
 
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
         return bundle and {**bundle, 'image/png': base64.b64encode(self.still().data).decode()}
 
 def _few_colours(png): # A quarter of the bytes, and hardly a difference: a notebook may hold many
-    f = io.BytesIO(); Image.open(io.BytesIO(png)).convert('RGB').quantize(200, method=Image.Quantize.MAXCOVERAGE).save(f, 'png', optimize=True)
+    f,few = io.BytesIO(),Image.open(io.BytesIO(png)).convert('RGB').quantize(200, method=Image.Quantize.MAXCOVERAGE)
+    few.save(f, 'png', optimize=True)
     return f.getvalue()
 
 # %% ../../nbs/look/03_surface.ipynb #4e732ced
-_model = """const model = s => { const on = {}; return { get: k => s[k], on: (k, f) => (on[k] ??= []).push(f), off() {}, save_changes() {},
+_model = """const model = s => { const on = {}; return {
+  get: k => s[k], on: (k, f) => (on[k] ??= []).push(f), off() {}, save_changes() {},
   set(k, v) { s[k] = v; (on['change:' + k] || []).forEach(f => f()); }, send(m) { this.set('done', m.n); } }; };
 const bytes = v => v && v.b64 !== undefined ? Uint8Array.from(atob(v.b64), c => c.charCodeAt(0)) : v;
 for (const e of document.querySelectorAll('.state')) surface.render({ el: e.parentElement,
@@ -220,16 +228,20 @@ def img_tag(
     alt:str='' # What it shows, in words
 )->str: # HTML
     "A figure as an image that needs no file"
-    return f'<img alt="{html.escape(alt)}" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(fig._repr_png_()).decode()}">'
+    data = base64.b64encode(fig._repr_png_()).decode()
+    return f'<img alt="{html.escape(alt)}" style="max-width:100%" src="data:image/png;base64,{data}">'
 
+# %% ../../nbs/look/03_surface.ipynb #4e732ceb
 @patch
 def to_html(self:Page, file=None):
     "A page of its own that needs neither Python nor the network, also written to `file`"
     parts = [f'<div><script type="application/json" class="state">{_state(s)}</script></div>' for s in self.surfaces()]
-    parts += [f'<h2>{html.escape(k)}</h2>{img_tag(f, k) if isinstance(f, Fig) else f}' for k,f in self.figures().items()]
+    figs = {k:img_tag(f, k) if isinstance(f, Fig) else f for k,f in self.figures().items()}
+    parts += [f'<h2>{html.escape(k)}</h2>{f}' for k,f in figs.items()]
     page = f"""<!doctype html><meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{Surface._css}
-:root {{ color-scheme: light dark; }} body {{ max-width: 1100px; margin: 24px auto; font: 14px/1.5 system-ui, sans-serif; }} img {{ max-width: 100%; }}
-.pipa-chip {{ pointer-events: none; }} h1, h2 {{ font-size: 1.1em; }} img {{ background: #fff; }}</style>
+:root {{ color-scheme: light dark; }} body {{ max-width: 1100px; margin: 24px auto;
+font: 14px/1.5 system-ui, sans-serif; }} img {{ max-width: 100%; background: #fff; }}
+.pipa-chip {{ pointer-events: none; }} h1, h2 {{ font-size: 1.1em; }}</style>
 <h1>{html.escape(self.title)}</h1>{"".join(parts)}
 <script type="module">{Surface._esm.replace("export default", "const surface =")}
 {_model}</script>"""

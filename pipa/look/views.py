@@ -22,8 +22,8 @@ from ..show import result_picture
 # %% auto #0
 __all__ = ['Views', 'unit', 'views', 'features', 'embedding', 'map_layers', 'see', 'scenes', 'nets_of', 'Snapshots', 'moments',
            'at_snapshot', 'query', 'similarity', 'cell_labels', 'sample', 'embeddings_of', 'pca', 'procrustes',
-           'project', 'scatter', 'centroids', 'class_cosines', 'class_table', 'class_sums', 'tightness', 'class_lines',
-           'cosine_matrix', 'in_lasso', 'in_box', 'neighbours']
+           'project', 'scatter', 'centroids', 'class_cosines', 'cluster_table', 'class_sums', 'tightness',
+           'class_lines', 'cosine_matrix', 'in_lasso', 'in_box', 'neighbours']
 
 # %% ../../nbs/look/00_views.ipynb #e4da3b7f
 class Views(NamedTuple):
@@ -370,7 +370,7 @@ def class_cosines(
     return mu@mu.T
 
 # %% ../../nbs/look/00_views.ipynb #642e92ef
-def class_table(
+def cluster_table(
     e:np.ndarray, # Vectors of length 1, `N×D`
     t:pd.DataFrame, # Their table, from `sample`
     codes:list # Names of the classes
@@ -419,7 +419,7 @@ def tightness(
 
 # %% ../../nbs/look/00_views.ipynb #9a115815
 def class_lines(
-    tables:dict, # Name of a checkpoint → its `class_table`
+    tables:dict, # Name of a checkpoint → its `cluster_table`
     space, # `LabelSpace`: colours
     columns:tuple=('compactness', 'separability', 'ratio', 'gap') # A panel for each
 )->Fig:

@@ -13,7 +13,7 @@ from .. import __version__
 from ..sets.domains import Domain
 
 # %% auto #0
-__all__ = ['seed_all', 'data_stamp', 'revision', 'revisions', 'read_config', 'repeat', 'differences', 'versions', 'made_of',
+__all__ = ['seed_all', 'data_stamp', 'revision', 'revisions', 'read_config', 'repeat', 'changes', 'versions', 'made_of',
            'origins']
 
 # %% ../../nbs/runs/00_record.ipynb #rec00006
@@ -34,15 +34,16 @@ def data_stamp(
     files = [os.path.abspath(o) for o in (*domain.images, *(domain.masks or ()))]
     home = os.path.commonpath([os.path.dirname(o) for o in files])
     seen = [(os.path.relpath(o, home).replace(os.sep, '/'), os.stat(o).st_size) for o in files]
-    text = json.dumps([seen, domain.space.codes])
-    return dict(name=domain.name, files=len(files), bytes=sum(n for _,n in seen), hash=hashlib.sha256(text.encode()).hexdigest()[:16])
+    code = hashlib.sha256(json.dumps([seen, domain.space.codes]).encode()).hexdigest()
+    return dict(name=domain.name, files=len(files), bytes=sum(n for _,n in seen), hash=code[:16])
 
 # %% ../../nbs/runs/00_record.ipynb #rec00013
 def revision(
     folder:str|Path='.' # Folder in a repository
 )->str|None: # The commit, with a `+` if tracked files were changed; None where there's no repository or no git
     "The state of the code in a folder"
-    def git(*args): return subprocess.run(['git', '-C', str(folder), *args], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    kw = dict(capture_output=True, text=True, timeout=20, check=True)
+    def git(*args): return subprocess.run(['git', '-C', str(folder), *args], **kw).stdout.strip()
     try: return git('rev-parse', 'HEAD') + '+'*bool(git('status', '--porcelain', '--untracked-files=no'))
     except (OSError, subprocess.SubprocessError): return None
 
@@ -58,10 +59,13 @@ def read_config(
 )->dict: # Raises `ValueError` or `FileNotFoundError`
     "What a run folder says of its run"
     file = Path(file)/'config.json' if Path(file).is_dir() else Path(file)
-    if not file.is_file(): raise FileNotFoundError(f"There is no file `{file}`: name the `config.json` of a run, or its folder.")
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file `{file}`: name the `config.json` of a run, or its folder.")
     try: was = json.loads(file.read_text(encoding='utf8'))
-    except ValueError as e: raise ValueError(f"`{file}` is no JSON ({e}): is it whole, and the `config.json` of a run?") from None
-    if not isinstance(was, dict) or 'method' not in was: raise ValueError(f"`{file}` holds no options of a run: name the `config.json` that pipa_train wrote.")
+    except ValueError as e:
+        raise ValueError(f"`{file}` is no JSON ({e}): is it whole, and the `config.json` of a run?") from None
+    if not isinstance(was, dict) or 'method' not in was:
+        raise ValueError(f"`{file}` holds no options of a run: name the `config.json` that pipa_train wrote.")
     return was
 
 # %% ../../nbs/runs/00_record.ipynb #rec00021
@@ -79,22 +83,23 @@ def repeat(
     if not o.get('config'): return o
     was = read_config(o['config'])
     odd = [k for k in was if k not in usual and k not in _record]
-    if odd: raise ValueError(f"`{o['config']}` has the option `{odd[0]}`, which pipa_train doesn't know: was it written by another version? Delete it there if it doesn't matter.")
+    if odd: raise ValueError(f"`{o['config']}` has the option `{odd[0]}`, which pipa_train doesn't know: "
+                             "was it written by another version? Delete it there if it doesn't matter.")
     if was.get('preset'): was = dict(was, size=_asked_size(was))
     if threads := was.get('versions', {}).get('threads'): was = dict(was, threads=threads)
     mine = {k for k in o if o[k]!=usual.get(k)} | {*given, *_not_taken}
     return {k: v if k in mine else was.get(k, v) for k,v in o.items()}
 
-def differences(
+def changes(
     was:dict, # `config.json` of a run
     now:dict # What a new one would write
 ): # Yields sentences
     "Why a run might not give the numbers of another"
+    def said(o): return 'hash' in o and f"{o['files']} files, {o['hash']}" if isinstance(o, dict) else o
     for what in ('versions', 'data_stamps', 'git'):
         a,b = (o.get(what) or {} for o in (was, now))
         for k in (k for k in a if a[k]!=b.get(k) and (what, k)!=('git', 'here')):
-            said = ('hash' in o and f"{o['files']} files, {o['hash']}" if isinstance(o, dict) else o for o in (a[k], b.get(k)))
-            yield '{} {}: was {}, is {}; numbers may differ.'.format(what, k, *said)
+            yield f'{what} {k}: was {said(a[k])}, is {said(b.get(k))}; numbers may differ.'
 
 # %% ../../nbs/runs/00_record.ipynb #rcd00002
 def versions()->dict:
@@ -121,5 +126,5 @@ def origins(
     stamps = {k: data_stamp(d) for k,d in dict(source=src, target=tgt, valid=val).items() if d}
     now = dict(versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]]), data_stamps=stamps, git=revisions())
     if o.get('config'):
-        for l in differences(read_config(o.config), now): print(f'pipa: {l}', file=sys.stderr)
+        for l in changes(read_config(o.config), now): print(f'pipa: {l}', file=sys.stderr)
     return now

@@ -65,7 +65,7 @@ def write_scores(
     row:dict # What else the row of the score should say
 )->str: # Table and means, for people
     "Write tables and picture of a score"
-    t,means = infer.class_table(cm, space),infer.mean_table(cm, space)
+    t,means = infer.score_table(cm, space),infer.mean_table(cm, space)
     matrix = pd.DataFrame(cm.numpy(), space.codes, space.codes).rename_axis('truth')
     write_file(out/'classes.csv', lambda f: t.to_csv(f, index=False)); write_file(out/'confusion.csv', matrix.to_csv)
     show.confusion_picture(cm, space).to_png(out/'confusion.png')

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from PIL import Image
 from torchvision.io import decode_image
-from ..labels import LabelSpace, label_space, pack, space
+from ..labels import LabelSpace, label_space, rgb_ids, space
 
 # %% auto #0
-__all__ = ['Domain', 'codes_space', 'pair', 'folder', 'read_image', 'image_size', 'whole', 'read_numbers', 'complaint',
-           'class_numbers', 'fractions', 'read_mask', '_exts']
+__all__ = ['image_exts', 'Domain', 'pictures', 'codes_space', 'pair', 'folder', 'read_image', 'image_size', 'intact',
+           'read_numbers', 'complaint', 'class_numbers', 'fractions', 'read_mask']
 
 # %% ../../nbs/sets/00_domains.ipynb #2b9b6952
 @dataclass
@@ -31,22 +31,26 @@ class Domain:
                                          masks=self.masks and [self.masks[i] for i in idxs])
 
 # %% ../../nbs/sets/00_domains.ipynb #149e84aa
-_all_ = ['_exts']
-_exts = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff'}
+image_exts = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff'}
 
-def _pictures(path):
+def pictures(
+    path # Folder
+)->dict: # Path of each picture by its *key*, the path below the folder without the ending
+    "Find the pictures of a folder and of those in it"
     path = Path(path).expanduser()
     if not path.is_dir(): raise FileNotFoundError(f"`{path}` is not a folder: give the folder that holds the pictures.")
     files = {p.relative_to(path).with_suffix('').as_posix(): p for p in sorted(path.rglob('*'))
-             if p.suffix.lower() in _exts and not p.name.startswith('.') and not p.is_dir()}
-    if not files: raise FileNotFoundError(f"No picture ({', '.join(sorted(_exts))}) in `{path}`: is it the right folder?")
+             if p.suffix.lower() in image_exts and not p.name.startswith('.') and not p.is_dir()}
+    if not files:
+        raise FileNotFoundError(f"No picture ({', '.join(sorted(image_exts))}) in `{path}`: is it the right folder?")
     return files
 
 # %% ../../nbs/sets/00_domains.ipynb #36c265e6
 def _lines(file):
     "The lines of a text file that hold something"
     try: text = Path(file).read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError: raise ValueError(f"`{file}` is no text in UTF-8: save the class names in that encoding, one a line.") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"`{file}` is no text in UTF-8: save the class names in that encoding, one a line.") from None
     return [l.strip() for l in text.splitlines() if l.strip()]
 
 def codes_space(
@@ -54,14 +58,17 @@ def codes_space(
 )->LabelSpace: # Raises `ValueError`, or `KeyError` for a name that isn't known
     "The label space that `codes` means; a file may also hold nothing but the name of a known one"
     if isinstance(codes, LabelSpace): return codes
-    if isinstance(codes, Path) and not codes.is_file(): raise FileNotFoundError(f"There is no file `{codes}`: write the class names in it, one a line.")
+    if isinstance(codes, Path) and not codes.is_file():
+        raise FileNotFoundError(f"There is no file `{codes}`: write the class names in it, one a line.")
     file = codes if isinstance(codes, (str, Path)) and Path(codes).is_file() else None
-    if file:
-        codes = _lines(file)
-        if not codes: raise ValueError(f"`{file}` is empty: write the class names in it, one a line, in the order of the numbers in the masks.")
-        if len(codes)==1: codes = codes[0]
+    if file: codes = _lines(file)
+    if file and not codes:
+        raise ValueError(f"`{file}` is empty: write the class names in it, one a line, "
+                         "in the order of the numbers in the masks.")
+    if file and len(codes)==1: codes = codes[0]
     known = next((o for o in map(space, ('camvid', 'cityscapes')) if o.codes==[*codes]), None)
-    try: return space(codes) if isinstance(codes, str) else label_space(codes, known and known.palette, things=known.things if known else ())
+    kw = dict(palette=known.palette, things=known.things) if known else {}
+    try: return space(codes) if isinstance(codes, str) else label_space(codes, **kw)
     except (KeyError, ValueError) as e:
         if not file: raise
         more = ' A list of classes has two lines or more.' if isinstance(codes, str) else ''
@@ -86,15 +93,18 @@ def folder(
     name:str|None=None # Defaults to the name of the image folder's parent
 )->Domain: # Raises `FileNotFoundError` for a folder without pictures or an image without mask
     "The domain made of a folder of images and, for a source, a folder of masks"
-    xs,sp,name = _pictures(images),codes_space(codes),name or Path(images).resolve().parent.name
-    return Domain([*xs.values()], None if masks is None else pair(xs, _pictures(masks), masks), sp, name)
+    xs,sp,name = pictures(images),codes_space(codes),name or Path(images).resolve().parent.name
+    return Domain([*xs.values()], None if masks is None else pair(xs, pictures(masks), masks), sp, name)
 
 # %% ../../nbs/sets/00_domains.ipynb #33d06d4f
 def _unreadable(path, what, e):
-    if isinstance(e, FileNotFoundError): return FileNotFoundError(f"There is no file `{path}`: was it moved or deleted?")
-    if isinstance(e, Image.DecompressionBombError): return ValueError(f"`{path}` says that it has more pixels than Pillow "
-        "opens unasked: if you trust it, cut it into pieces.")
-    why = 'it is a folder' if isinstance(e, IsADirectoryError) else str(e).splitlines()[0] if str(e) else type(e).__name__
+    if isinstance(e, FileNotFoundError):
+        return FileNotFoundError(f"There is no file `{path}`: was it moved or deleted?")
+    if isinstance(e, Image.DecompressionBombError):
+        return ValueError(f"`{path}` says that it has more pixels than Pillow opens unasked: "
+                          "if you trust it, cut it into pieces.")
+    said = str(e).splitlines()[0] if str(e) else type(e).__name__
+    why = 'it is a folder' if isinstance(e, IsADirectoryError) else said
     return ValueError(f"`{path}` can't be read as a {what} ({why}): it may be cut off; copy or make it again.")
 
 def read_image(
@@ -107,7 +117,7 @@ def read_image(
         if least: o.draft('RGB', least[::-1])
         o.load()
         return o if o.mode=='RGB' else o.convert('RGB')
-    except Exception as e: raise _unreadable(path, 'picture', e) from None # decoders of damaged files raise a dozen types
+    except Exception as e: raise _unreadable(path, 'picture', e) from None # damaged files raise a dozen types
 
 def image_size(
     path # Of a picture; raises `ValueError` with its name when it isn't one
@@ -120,7 +130,7 @@ def image_size(
 # %% ../../nbs/sets/00_domains.ipynb #dom00092
 _ends = dict(PNG=b'IEND\xaeB`\x82', JPEG=b'\xff\xd9')
 
-def whole(
+def intact(
     path # Of a picture; raises `ValueError` with its name when it isn't one, or is cut off
 )->tuple: # Height and width
     "The size of a picture that is all there: decoded only if its last bytes aren't the mark of an end"
@@ -150,18 +160,21 @@ def complaint(
     bands:int=1 # Channels of the file
 )->str|None: # What is wrong and what to do, or None
     "Say why the numbers of a mask can't be right"
-    if bands>1: return (f"has {bands} channels, a mask has one: it was saved in colour. Save the class numbers as a grey or palette PNG"
-                        " (of Cityscapes take `*_labelIds.png`, not `*_color.png`)")
+    if bands>1: return (f"has {bands} channels, a mask has one: it was saved in colour. Save the class numbers as a "
+                        "grey or palette PNG (of Cityscapes take `*_labelIds.png`, not `*_color.png`)")
     odd = np.unique(np.asarray(values)[~sp.known(values)])
     if not len(odd): return None
     what = f"classes 0-{sp.n-1}" if sorted(sp.ids)==[*range(sp.n)] else "raw ids " + ', '.join(map(str, sorted(sp.ids)))
-    return f"holds the value {odd[0]}, but `{sp.name}` has the {what} and {sp.ignore} for pixels to ignore. {_cure(np.unique(values), odd, sp)}"
+    return (f"holds the value {odd[0]}, but `{sp.name}` has the {what} and {sp.ignore} for pixels to ignore. "
+            + _cure(np.unique(values), odd, sp))
 
 def _cure(values, odd, sp):
     if odd[-1]>=1000: return "These are instance ids: take the file of class ids (`*_labelIds.png`) instead"
-    if sp.codes==space('cityscapes').codes and sorted(sp.ids)==[*range(19)] and odd[-1]<34: return (
-        "These are raw ids of Cityscapes or GTA: use the label space `cityscapes`, which translates them, instead of train ids")
-    if odd.tolist()==[sp.n] and 0 not in values: return "The classes seem to be numbered from 1: subtract 1 (and keep 255)"
+    if sp.codes==space('cityscapes').codes and sorted(sp.ids)==[*range(19)] and odd[-1]<34:
+        return ("These are raw ids of Cityscapes or GTA: use the label space `cityscapes`, which translates them, "
+                "instead of train ids")
+    if odd.tolist()==[sp.n] and 0 not in values:
+        return "The classes seem to be numbered from 1: subtract 1 (and keep 255)"
     if 255 in odd and set(values)<={0,255}: return "It looks like a 0/255 mask: divide it by 255"
     return "List every class in `codes`, or give the label space a translation (`ids`) that sends the others to 255"
 
@@ -172,7 +185,7 @@ def class_numbers(
 )->np.ndarray: # `h x w` if a class number can be had from each pixel, else as it came
     "One number a pixel: a colour where the space is made of colours, the red channel of 16 bits"
     if y.ndim==3 and y.dtype!=np.uint8: return y[...,0]
-    if y.ndim==3 and max(sp.ids, default=0)>0xffff: return pack(y[...,:3])
+    if y.ndim==3 and max(sp.ids, default=0)>0xffff: return rgb_ids(y[...,:3])
     return y
 
 def fractions(
@@ -185,7 +198,7 @@ def fractions(
 def read_mask(
     path, # A picture of class numbers
     space:LabelSpace # Turns its numbers into train ids
-)->np.ndarray: # `h x w`, uint8 train ids, `space.ignore` where there is no class; raises `ValueError` for a mask that can't be right
+)->np.ndarray: # `h x w`, uint8 train ids, `space.ignore` where there is no class; a wrong mask raises `ValueError`
     "Read a mask and translate it to train ids"
     y = class_numbers(read_numbers(path), space)
     if y.dtype.kind not in 'iub': raise ValueError(fractions(path, y))

@@ -7,8 +7,8 @@ from __future__ import annotations
 import json, os
 from pathlib import Path
 from scipy.io import loadmat
-from .domains import Domain, pair, _pictures
-from ..labels import camvid as camvid11, camvid32, camvid_colors, cityscapes as cs, gta as gta19, mapillary_space, synthia as synthia19, space
+from .domains import Domain, pair, pictures
+from ..labels import camvid11, camvid32, camvid_colors, cityscapes19, gta19, mapillary_space, space, synthia19
 from .. import minicity as city
 
 # %% auto #0
@@ -30,8 +30,9 @@ def home_of(
     found = next((home/w for w in wanted if (home/w).is_dir()), None)
     if found: return home,found
     expected = ' or '.join(f'`{w}`' for w in wanted)
-    raise FileNotFoundError(f"`{home}` has no folder {expected}, so it isn't the folder of {name}: give its path, or set PIPA_DATA to the folder "
-                            f"that holds `{name}`. data/README.md tells what to download and how it should lie.")
+    raise FileNotFoundError(f"`{home}` has no folder {expected}, so it isn't the folder of {name}: give its path, "
+                            f"or set PIPA_DATA to the folder that holds `{name}`. "
+                            "data/README.md tells what to download and how it should lie.")
 
 # %% ../../nbs/sets/01_layouts.ipynb #317901cf
 def named(
@@ -53,12 +54,14 @@ def domain(
     labels:bool|None # True: masks are needed; False: not wanted; None: if there are any
 )->Domain:
     "A domain of images and the first complete kind of masks"
-    if not xs: raise FileNotFoundError(f"There is no image of {name} below `{home}`: was everything unpacked? data/README.md tells how it should lie.")
-    best = max(kinds, key=lambda o: len(o[0].keys() & xs.keys()), default=({}, cs))
+    if not xs: raise FileNotFoundError(f"There is no image of {name} below `{home}`: was everything unpacked? "
+                                       "data/README.md tells how it should lie.")
+    best = max(kinds, key=lambda o: len(o[0].keys() & xs.keys()), default=({}, cityscapes19))
     if labels is False or labels is None and not best[0]: return Domain([*xs.values()], None, best[1], name)
     ys,sp = next((o for o in kinds if o[0].keys()>=xs.keys()), best)
     made = 'sample_class_stats.json', 'sample_class_stats_dict.json', 'samples_with_class.json'
-    return Domain([*xs.values()], pair(xs, ys, home), sp, name, next((home/f for f in made if (home/f).is_file()), None))
+    stats = next((home/f for f in made if (home/f).is_file()), None)
+    return Domain([*xs.values()], pair(xs, ys, home), sp, name, stats)
 
 # %% ../../nbs/sets/01_layouts.ipynb #02dc23bb
 def gta(
@@ -70,9 +73,11 @@ def gta(
     home,images = home_of('gta', path, 'images')
     xs,ls = named(images, '.png'),home/'labels'
     if split!='all':
-        if not (home/'split.mat').is_file(): raise FileNotFoundError(f"`split='{split}'` needs the makers' `{home/'split.mat'}`; 'all' doesn't.")
-        lists = loadmat(home/'split.mat')
-        if f'{split}Ids' not in lists: raise ValueError(f"GTA has no split `{split}`: take 'all', 'train', 'val' or 'test'.")
+        file = home/'split.mat'
+        if not file.is_file(): raise FileNotFoundError(f"`split='{split}'` needs the makers' `{file}`; 'all' doesn't.")
+        lists = loadmat(file)
+        if f'{split}Ids' not in lists:
+            raise ValueError(f"GTA has no split `{split}`: take 'all', 'train', 'val' or 'test'.")
         keep = {f'{int(i):05d}' for i in lists[f'{split}Ids'].ravel().tolist()}
         xs = {k:p for k,p in xs.items() if k in keep}
     kinds = [(named(ls, '_labelTrainIds.png'), gta19.as_train()), (named(ls, '.png', no='_labelTrainIds'), gta19)]
@@ -86,15 +91,16 @@ def synthia(
     "SYNTHIA-RAND-CITYSCAPES: a rendered city, 16 of the 19 classes"
     _,images = home_of('synthia', path, 'RGB', 'RAND_CITYSCAPES/RGB')
     home,ls = images.parent,images.parent/'GT/LABELS'
-    kinds = [(named(ls, '_labelTrainIds.png'), synthia19.as_train()), (named(ls, '.png', no='_labelTrainIds'), synthia19)]
+    kinds = [(named(ls, '_labelTrainIds.png'), synthia19.as_train()),
+             (named(ls, '.png', no='_labelTrainIds'), synthia19)]
     return domain('SYNTHIA', named(images, '.png'), kinds, home, labels)
 
 # %% ../../nbs/sets/01_layouts.ipynb #dae6f97b
 def _city_like(name, home, images, gt, split, kind, end, labels, cond=None):
     xs = named(images, f'_{end}.png', split)
     if cond and any(cond in Path(k).parts for k in xs): xs = {k:p for k,p in xs.items() if cond in Path(k).parts}
-    ls = home/gt
-    kinds = [(named(ls, f'_{kind}_{o}.png', split), sp) for o,sp in (('labelTrainIds', cs.as_train()), ('labelIds', cs))] if ls.is_dir() else []
+    ls,both = home/gt,dict(labelTrainIds=cityscapes19.as_train(), labelIds=cityscapes19)
+    kinds = [(named(ls, f'_{kind}_{o}.png', split), sp) for o,sp in both.items()] if ls.is_dir() else []
     return domain(f'{name} {split}', xs, [] if split=='test' else kinds, home, labels)
 
 def cityscapes(
@@ -137,7 +143,7 @@ def bdd100k(
     home,images = home_of('bdd100k', path, 'images/10k', 'seg/images')
     new = images.parent.name=='images'
     ls,end = (home/'labels/sem_seg/masks', '.png') if new else (home/'seg/labels', '_train_id.png')
-    kinds = [(named(ls, end, split), cs.as_train())] if ls.is_dir() else []
+    kinds = [(named(ls, end, split), cityscapes19.as_train())] if ls.is_dir() else []
     return domain(f'BDD100K {split}', named(images, '.jpg', split), [] if split=='test' else kinds, home, labels)
 
 # %% ../../nbs/sets/01_layouts.ipynb #80655fee
@@ -154,10 +160,12 @@ def mapillary(
     version = version or (vs+['1.2'])[0]
     ls = home/part/(f'v{version}/labels' if version in vs else 'labels')
     config = next((home/f for f in (f'config_v{version}.json', 'config.json') if (home/f).is_file()), None)
-    if not ls.is_dir() or labels is False or split=='test': return domain(f'Mapillary {split}', named(images, '.jpg'), [], home, labels)
-    if not config: raise FileNotFoundError(f"`{home}` has no `config.json`, and without the names of the labels the masks mean nothing: unpack it too.")
+    xs,name = named(images, '.jpg'),f'Mapillary {split}'
+    if not ls.is_dir() or labels is False or split=='test': return domain(name, xs, [], home, labels)
+    if not config: raise FileNotFoundError(f"`{home}` has no `config.json`, and without the names of the labels "
+                                           "the masks mean nothing: unpack it too.")
     sp = mapillary_space([o['name'] for o in json.loads(config.read_text(encoding='utf8'))['labels']])
-    return domain(f'Mapillary {split}', named(images, '.jpg'), [(named(ls, '.png'), sp)], home, labels)
+    return domain(name, xs, [(named(ls, '.png'), sp)], home, labels)
 
 # %% ../../nbs/sets/01_layouts.ipynb #1fc095a1
 def camvid(
@@ -167,15 +175,18 @@ def camvid(
 )->Domain:
     "CamVid: a drive through Cambridge, 11 classes"
     home,images = home_of('camvid', path, split, 'images', '701_StillsRaw_full')
-    key = lambda d: {k:p for k,p in _pictures(d).items()} if d.is_dir() else {}
-    if images.name==split: return domain(f'CamVid {split}', _pictures(images), [(key(home/f'{split}annot'), camvid11)], home, labels)
-    xs,ls = _pictures(images),[home/o for o in ('labels', 'LabeledApproved_full')]
+    key = lambda d: {k:p for k,p in pictures(d).items()} if d.is_dir() else {}
+    xs,name = pictures(images),f'CamVid {split}'
+    if images.name==split: return domain(name, xs, [(key(home/f'{split}annot'), camvid11)], home, labels)
+    ls,file = [home/o for o in ('labels', 'LabeledApproved_full')],home/'valid.txt'
     if split!='all':
-        if not (home/'valid.txt').is_file(): raise FileNotFoundError(f"`split='{split}'` needs the list `{home/'valid.txt'}`; 'all' doesn't.")
-        val = {Path(o.strip()).stem for o in (home/'valid.txt').read_text(encoding='utf8').splitlines()}
+        if not file.is_file(): raise FileNotFoundError(f"`split='{split}'` needs the list `{file}`; 'all' doesn't.")
+        val = {Path(o.strip()).stem for o in file.read_text(encoding='utf8').splitlines()}
         xs = {k:p for k,p in xs.items() if (Path(k).stem in val)==(split=='val')}
-    kinds = [({k[:-2]:p for l in ls for k,p in key(l).items() if k.endswith(end)}, sp) for end,sp in (('_P', camvid32), ('_L', camvid_colors))]
-    return domain(f'CamVid {split}', xs, kinds, home, labels)
+    ys = {k:p for l in ls for k,p in key(l).items()}
+    kinds = [({k[:-2]:p for k,p in ys.items() if k.endswith(end)}, sp)
+             for end,sp in (('_P', camvid32), ('_L', camvid_colors))]
+    return domain(name, xs, kinds, home, labels)
 
 # %% ../../nbs/sets/01_layouts.ipynb #3dd5dc58
 def minicity(

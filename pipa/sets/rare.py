@@ -8,8 +8,8 @@ import hashlib, json, os, re, numpy as np
 from pathlib import Path
 from fastcore.basics import defaults
 from fastcore.parallel import parallel
-from .domains import Domain, complaint, fractions, image_size, read_numbers, whole
-from ..labels import pack
+from .domains import Domain, complaint, fractions, image_size, intact, read_numbers
+from ..labels import rgb_ids
 
 # %% auto #0
 __all__ = ['write_file', 'cache_home', 'stamp', 'remember', 'readable', 'check_images', 'look', 'complaints', 'size_complaint',
@@ -21,7 +21,8 @@ def write_file(
     write # Called with an open binary file
 ):
     "Write a file whole or not at all: beside its place first, then renamed"
-    file = Path(file); tmp = file.with_name(f'.{file.name}.{os.getpid()}')
+    file = Path(file)
+    tmp = file.with_name(f'.{file.name}.{os.getpid()}')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, 'wb') as f: write(f)
@@ -67,7 +68,8 @@ def remember(
     todo = [(f, o, home/f'{stamp(o, f.__name__)}.json') for o in parts]
     new = sum(not o[2].exists() for o in todo)
     if n_workers is None: n_workers = 0 if new*size<200 else 16 if threads else defaults.cpus
-    res = parallel(_part, todo, n_workers=n_workers, progress=True, threadpool=threads) if n_workers and new else map(_part, todo)
+    if not (n_workers and new): res = map(_part, todo)
+    else: res = parallel(_part, todo, n_workers=n_workers, progress=True, threadpool=threads)
     return [r for part in res for r in part]
 
 # %% ../../nbs/sets/02_rare.ipynb #rar00102
@@ -75,7 +77,7 @@ def readable(
     image # Path of a picture
 )->dict: # `size`, its height and width, or `error`
     "Whether a picture is all there"
-    try: return dict(size=[*whole(image)])
+    try: return dict(size=[*intact(image)])
     except (ValueError, OSError) as e: return dict(error=str(e))
 
 def check_images(
@@ -84,8 +86,10 @@ def check_images(
     n_workers:int|None=None # Threads; defaults to 16 where there is much to do, 0 for none
 ):
     "Raise a `ValueError` that names the first picture that is cut off or none at all, and says how many there are"
-    bad = [r['error'] for r in remember(readable, [(x,) for x in domain.images], cache, n_workers, threads=True) if 'error' in r]
-    if bad: raise ValueError(bad[0] + f" {len(bad)-1} more of `{domain.name}` can't be read: `pipa_check` lists them."*(len(bad)>1))
+    rs = remember(readable, [(x,) for x in domain.images], cache, n_workers, threads=True)
+    bad = [r['error'] for r in rs if 'error' in r]
+    more = f" {len(bad)-1} more of `{domain.name}` can't be read: `pipa_check` lists them."
+    if bad: raise ValueError(bad[0] + more*(len(bad)>1))
 
 # %% ../../nbs/sets/02_rare.ipynb #5711e3af
 def look(
@@ -98,7 +102,7 @@ def look(
     except (ValueError, OSError) as e: return dict(error=str(e))
     if y.dtype.kind not in 'iub': return dict(error=fractions(mask, y))
     bands = y.shape[2] if y.ndim==3 and y.dtype==np.uint8 else 1
-    if y.ndim==3: y = pack(y[...,:3] if bands>2 else y[...,[0,0,0]]) if bands>1 else y[...,0]
+    if y.ndim==3: y = rgb_ids(y[...,:3] if bands>2 else y[...,[0,0,0]]) if bands>1 else y[...,0]
     if y.dtype in (np.uint8, np.uint16): v = np.flatnonzero(n := np.bincount(y.ravel())); n = n[v]
     else: v,n = np.unique(y, return_counts=True)
     return dict(values=v[:1024].tolist(), counts=n[:1024].tolist(), bands=bands, size=[*y.shape], image=hw)
@@ -110,7 +114,9 @@ def complaints(
 ): # Yields file and sentence
     "All that can't be right with the masks of a domain"
     for x,m,r in zip(domain.images, domain.masks, records):
-        if 'error' in r: yield m,r['error']; continue
+        if 'error' in r:
+            yield m,r['error']
+            continue
         (h,w),(H,W) = r['size'],r['image']
         colours = max(domain.space.ids, default=0)>0xffff
         why = complaint(r['values'], domain.space, 1 if colours else r['bands'])
@@ -138,8 +144,9 @@ def _whole_complaint(domain, records):
         "Write class 1 as 1: divide the masks by 255.")
     raw = len(sp.ids)==19 and min(sp.ids)>6
     if raw and seen and seen<=set(range(19))|{255} and min(seen)<7: return domain.masks[0],(
-        f"The masks of `{name}` hold nothing but {min(seen)}-{max(seen-{255}, default=255)}, `{domain.masks[0]}` for one: these are train ids, "
-        f"but raw ids of `{sp.name}` were expected. Give `codes=space('{sp.name}').as_train()`.")
+        f"The masks of `{name}` hold nothing but {min(seen)}-{max(seen-{255}, default=255)}, `{domain.masks[0]}` "
+        f"for one: these are train ids, but raw ids of `{sp.name}` were expected. "
+        f"Give `codes=space('{sp.name}').as_train()`.")
     if seen and not any(v in sp.ids for v in seen): return domain.masks[0],(
         f"No class has a pixel in the masks of `{name}`: are all masks empty (255), `{domain.masks[0]}` for one?")
 
@@ -161,7 +168,8 @@ def counts_from(
     res = np.zeros((len(domain), n), np.int64)
     for i,m in enumerate(domain.masks):
         for c,k in rows[_base(m)].items():
-            if not 0<=int(c)<n: raise ValueError(f"`{file}` counts class {c}, but `{domain.space.name}` has {n} classes: delete or rename that file.")
+            if not 0<=int(c)<n: raise ValueError(f"`{file}` counts class {c}, but `{domain.space.name}` has {n} "
+                                                 "classes: delete or rename that file.")
             res[i,int(c)] = k
     return res
 
@@ -170,9 +178,10 @@ def class_counts(
     domain:Domain, # A labelled domain
     cache:str|Path|None=None, # Folder of the cache; defaults to `cache_home()`
     n_workers:int|None=None # Processes; defaults to the number of cores, 0 for none
-)->np.ndarray: # `images x classes`, pixels of each class in each image, int64; raises `ValueError` for masks that can't be right
+)->np.ndarray: # `images x classes`, pixels of each class in each image, int64; wrong masks raise `ValueError`
     "Count the pixels of each class in each mask, once"
-    if domain.masks is None: raise ValueError(f"The domain `{domain.name}` has no masks, so its classes can't be counted.")
+    if domain.masks is None:
+        raise ValueError(f"The domain `{domain.name}` has no masks, so its classes can't be counted.")
     if domain.stats and (made := counts_from(domain.stats, domain)) is not None: return made
     rs = remember(look, [*zip(domain.images, domain.masks)], cache, n_workers)
     bad = next(complaints(domain, rs), None)

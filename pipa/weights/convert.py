@@ -14,7 +14,7 @@ from .files import read
 from .names import our_names, one_net, gather, looks_like, as_call
 
 # %% auto #0
-__all__ = ['train_heads', 'Report', 'match', 'load_into', 'convert', 'load_state', 'load_official', 'find_pretrained',
+__all__ = ['train_heads', 'Report', 'match', 'load_into', 'convert', 'load_named', 'load_official', 'find_pretrained',
            'load_pretrained']
 
 # %% ../../nbs/weights/02_convert.ipynb #wei00017
@@ -109,7 +109,7 @@ def convert(
     return new,{k:' + '.join(chosen[o] for o in v) for k,v in names.items()}
 
 # %% ../../nbs/weights/02_convert.ipynb #wei00027
-def load_state(
+def load_named(
     model:nn.Module, # Whole net or encoder, changed in place
     state:dict, # Tensors by the names of a file
     which:str='student', # See `load_official`
@@ -140,7 +140,7 @@ def load_official(
 )->Report: # What went where
     "Load the weights that other people published"
     state,meta = read(path, which)
-    return load_state(model, state, 'student' if 'pipa_format' in meta else which, heads, strict, path)
+    return load_named(model, state, 'student' if 'pipa_format' in meta else which, heads, strict, path)
 
 # %% ../../nbs/weights/02_convert.ipynb #wei00034
 def _from_hub(repo):

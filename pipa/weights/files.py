@@ -47,9 +47,9 @@ def _refusal(file, e):
     if 'torchscript' in str(e).lower():
         return f"`{file}` is a TorchScript program, not weights: save the net's `state_dict()` instead."
     asked = re.search(r'GLOBAL ([\w.]+)', str(e))
-    if asked and asked[1].endswith('.Learner'): return (f"`{file}` is a learner that fastai pickled. Opening it could run any program, "
-        "so it was not opened: take `weights.safetensors` of the run, or, where it was written, "
-        "`pipa.checkpoints.save('weights.safetensors', learn.model, learn.dls.space)`.")
+    if asked and asked[1].endswith('.Learner'): return (f"`{file}` is a learner that fastai pickled. "
+        "Opening it could run any program, so it was not opened: take `weights.safetensors` of the run, "
+        "or, where it was written, `pipa.checkpoints.save('weights.safetensors', learn.model, learn.dls.space)`.")
     if asked: return (f"`{file}` is a pickle that asks for `{asked[1]}`. "
         "To give it that could run any program, so it was not opened. "
         f"If you trust it, keep its weights alone, in the environment that wrote it: {_strip.format(file)}")
@@ -59,6 +59,7 @@ def _refusal(file, e):
     return (f"`{file}` is not a file of weights (safetensors or PyTorch), or is damaged or cut off "
             f"({type(e).__name__}): copy it again.")
 
+# %% ../../nbs/weights/00_files.ipynb #wei0009b
 def _torch_file(file):
     "Tensors and the rest of a file of PyTorch"
     try:

@@ -15,28 +15,36 @@ __all__ = ['names_hf', 'extra_heads', 'rename', 'hf_names', 'flip_maps', 'gather
 
 # %% ../../nbs/weights/01_names.ipynb #nam00005
 names_hf = """
-patch_embed{s}.proj            | encoder.patch_embeddings.{i}.proj               | stages.{i}.patch_embeddings.proj
-patch_embed{s}.norm            | encoder.patch_embeddings.{i}.layer_norm         | stages.{i}.patch_embeddings.layer_norm
-block{s}.{j}.norm1             | encoder.block.{i}.{j}.layer_norm_1              | stages.{i}.blocks.{j}.layernorm_before
-block{s}.{j}.attn.q            | encoder.block.{i}.{j}.attention.self.query      | stages.{i}.blocks.{j}.attention.q_proj
-block{s}.{j}.attn.k            | encoder.block.{i}.{j}.attention.self.key        | stages.{i}.blocks.{j}.attention.k_proj
-block{s}.{j}.attn.v            | encoder.block.{i}.{j}.attention.self.value      | stages.{i}.blocks.{j}.attention.v_proj
-block{s}.{j}.attn.sr           | encoder.block.{i}.{j}.attention.self.sr         | stages.{i}.blocks.{j}.attention.sequence_reduction.sequence_reduction
-block{s}.{j}.attn.norm         | encoder.block.{i}.{j}.attention.self.layer_norm | stages.{i}.blocks.{j}.attention.sequence_reduction.layer_norm
-block{s}.{j}.attn.proj         | encoder.block.{i}.{j}.attention.output.dense    | stages.{i}.blocks.{j}.attention.o_proj
-block{s}.{j}.norm2             | encoder.block.{i}.{j}.layer_norm_2              | stages.{i}.blocks.{j}.layernorm_after
-block{s}.{j}.mlp.fc1           | encoder.block.{i}.{j}.mlp.dense1                | stages.{i}.blocks.{j}.mlp.fc1
-block{s}.{j}.mlp.dwconv.dwconv | encoder.block.{i}.{j}.mlp.dwconv.dwconv         | stages.{i}.blocks.{j}.mlp.dwconv.dwconv
-block{s}.{j}.mlp.fc2           | encoder.block.{i}.{j}.mlp.dense2                | stages.{i}.blocks.{j}.mlp.fc2
-norm{s}                        | encoder.layer_norm.{i}                          | stages.{i}.layer_norm
-decode_head.linear_c.{i}.proj  | decode_head.linear_c.{i}.proj                   | decode_head.linear_projections.{i}.proj
-decode_head.linear_fuse.conv   | decode_head.linear_fuse                         | decode_head.linear_fuse
-decode_head.linear_fuse.bn     | decode_head.batch_norm                          | decode_head.batch_norm
-decode_head.linear_pred        | decode_head.classifier                          | decode_head.classifier
+patch_embed{s}.proj | encoder.patch_embeddings.{i}.proj       | stages.{i}.patch_embeddings.proj
+patch_embed{s}.norm | encoder.patch_embeddings.{i}.layer_norm | stages.{i}.patch_embeddings.layer_norm
+block{s}.{j}        | encoder.block.{i}.{j}                   | stages.{i}.blocks.{j}
+.norm1              | .layer_norm_1                           | .layernorm_before
+.attn.q             | .attention.self.query                   | .attention.q_proj
+.attn.k             | .attention.self.key                     | .attention.k_proj
+.attn.v             | .attention.self.value                   | .attention.v_proj
+.attn.sr            | .attention.self.sr                      | .attention.sequence_reduction.sequence_reduction
+.attn.norm          | .attention.self.layer_norm              | .attention.sequence_reduction.layer_norm
+.attn.proj          | .attention.output.dense                 | .attention.o_proj
+.norm2              | .layer_norm_2                           | .layernorm_after
+.mlp.fc1            | .mlp.dense1                             | .mlp.fc1
+.mlp.dwconv.dwconv  | .mlp.dwconv.dwconv                      | .mlp.dwconv.dwconv
+.mlp.fc2            | .mlp.dense2                             | .mlp.fc2
+norm{s}             | encoder.layer_norm.{i}                  | stages.{i}.layer_norm
+decode_head         | decode_head                             | decode_head
+.linear_c.{i}.proj  | .linear_c.{i}.proj                      | .linear_projections.{i}.proj
+.linear_fuse.conv   | .linear_fuse                            | .linear_fuse
+.linear_fuse.bn     | .batch_norm                             | .batch_norm
+.linear_pred        | .classifier                             | .classifier
 """
 
 # %% ../../nbs/weights/01_names.ipynb #nam00007
-_rows = [[o.strip() for o in l.split('|')] for l in names_hf.strip().splitlines()]
+def _whole(text):
+    "The rows of a table, those that begin with a dot made whole"
+    for row in ([o.strip() for o in l.split('|')] for l in text.strip().splitlines()):
+        if row[0][0]!='.': head = row
+        yield row if row is head else [a+b for a,b in zip(head, row)]
+
+_rows = [*_whole(names_hf)]
 _pattern = {o:re.compile(re.sub(r'\\{(\w)\\}', r'(?P<\1>\\d+)', re.escape(o))) for row in _rows for o in row}
 
 def rename(
@@ -180,6 +188,7 @@ def looks_like(
             return dict(make=make, arch=arch, n_out=len(w), dim=w.shape[1], **dict(classwise=False) if one else {})
     return dict(make=dict(resnet101='ResNetV1c', lite0='lite').get(arch, 'mit'), arch=arch) if arch else {}
 
+# %% ../../nbs/weights/01_names.ipynb #nam0028b
 def as_call(
     spec:dict # From `looks_like`
 )->str: # As `daformer('mit_b5', n_out=19)`
