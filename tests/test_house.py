@@ -187,11 +187,7 @@ def test_anatomy(nb):
     assert 'widgets' not in json.loads(nb.read_text(encoding='utf8'))['metadata']
     if any(map(has_default, cs)): assert 'nbdev_export()' in source(cs[-1]), 'the last cell exports'
 
-not_yet = set("""00_basics 02_losses 07_models 08_hrda 09_fast 10_ranks 15_callbacks 16_baselines 17_distrib 18_guard 19_lean 20_learner 22_show
-    23_check 31_cli look/00_views runs/02_resume runs/06_study tutorials/scale""".split())   # pages that the three rules below don't hold for yet
-
 def exported(nb): return [source(c) for c in cells(nb) if c['cell_type']=='code' and re.match(r'#\| *exporti?s?\b', source(c))]
-def styled(nb): return pytest.skip('not yet') if page(nb) in not_yet else exported(nb)
 
 def counts(line):
     "Is it code? Not if it is blank, a comment, or a parameter (or field) with its docment"
@@ -211,17 +207,17 @@ def joined(code):
 
 @every_nb
 def test_exported_cells_are_short(nb):
-    long = [f'{n} lines: {s.splitlines()[1]}' for s in styled(nb) if (n := sum(map(counts, s.splitlines())))>25]
+    long = [f'{n} lines: {s.splitlines()[1]}' for s in exported(nb) if (n := sum(map(counts, s.splitlines())))>25]
     assert not long, 'cut along ideas (`@patch` for methods):\n' + '\n'.join(long)
 
 @every_nb
 def test_exported_lines_are_short(nb):
-    long = [l for s in styled(nb) for l in s.splitlines() if len(l)>120]
+    long = [l for s in exported(nb) for l in s.splitlines() if len(l)>120]
     assert not long, 'more than 120 characters:\n' + '\n'.join(long)
 
 @every_nb
 def test_one_statement_a_line(nb):
-    bad = [l for s in styled(nb) for l in joined(s)]
+    bad = [l for s in exported(nb) for l in joined(s)]
     assert not bad, '`;` is for short pairs of assignments:\n' + '\n'.join(bad)
 
 def test_the_rules_see_what_they_should():
@@ -254,11 +250,7 @@ def test_public_names_are_documented(mod):
             if vague: bad.append(f'{n}: {", ".join(vague)}')
     assert not bad, 'parameters without a comment:\n' + '\n'.join(bad)
 
-# One public name has one meaning in all modules, and what begins with `_` stays in its module. The cases that are known and will go:
-private_yet = {('baselines', 'callbacks'), ('guard', 'callbacks'), ('runs.study', 'show')}
-double_yet = set("""adapt block_mask class_mask class_table crop_augment feat_dist patch_contrast pixel_contrast project pseudo_label strong_augment
-    two_crops whole""".split())
-
+# One public name has one meaning in all modules, and what begins with `_` stays in its module.
 def defined(mod):
     "Public names that a module defines at its top, but for methods added by `@patch`"
     for o in ast.parse((root/f'pipa/{mod.replace(".", "/")}.py').read_text(encoding='utf8')).body:
@@ -271,13 +263,13 @@ def test_a_public_name_has_one_meaning():
     homes = {}
     for m in stems:
         for n in {*defined(m)}: homes.setdefault(n, []).append(m)
-    double = {n:ms for n,ms in homes.items() if len(ms)>1 and n[0]!='_' and n not in double_yet}
+    double = {n:ms for n,ms in homes.items() if len(ms)>1 and n[0]!='_'}
     assert not double, f'one name, two meanings: {double}'
 
 @every_module
 def test_private_names_stay_at_home(mod):
     for o in ast.walk(ast.parse((root/f'pipa/{mod.replace(".", "/")}.py').read_text(encoding='utf8'))):
-        if not isinstance(o, ast.ImportFrom) or not o.level or (mod, o.module) in private_yet: continue
+        if not isinstance(o, ast.ImportFrom) or not o.level: continue
         private = [a.name for a in o.names if a.name[0]=='_' and a.name!='__version__']
         assert not private, f'{mod} takes {", ".join(private)} of {o.module}: give it a public name'
 
