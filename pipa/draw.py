@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from fastai.vision.core import imagenet_stats
 from .labels import label_space
-from .data import read_image, write_file
+from .basics import write_file
+from .data import read_image
 
 # %% auto #0
 __all__ = ['Fig', 'as_image', 'denorm', 'rgb', 'label_image', 'overlay', 'add_legend', 'grid', 'paint', 'show_seg', 'panels']

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save as to_bytes
 from fastai.torch_basics import *
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.callback.training import GradientAccumulation
-from .basics import one_line, one_of
-from .data import write_file
+from .basics import one_line, one_of, write_file
 from .callbacks import LossTerm, Pair, step_panels, shown_after
 from .metrics import TermColumn
 from .ranks import place, total

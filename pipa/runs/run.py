@@ -11,11 +11,11 @@ import pandas as pd
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
-from ..basics import between, writable
+from ..basics import between, writable, write_file
 from ..ranks import start, place
 from ..sets.domains import image_size
 from ..sets.named import domains
-from ..data import class_counts, uda_dls, write_file
+from ..data import class_counts, uda_dls
 from ..checkpoints import save
 from ..fast import fast
 from ..guard import Guard
