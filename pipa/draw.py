@@ -101,7 +101,7 @@ def add_legend(
     space # `LabelSpace`
 )->Figure: # `fig`
     "Name the classes in some label maps"
-    def key(c): return Patch(facecolor=np.array(space.palette[c])/255, edgecolor='k', linewidth=.3, label=space.codes[c])
+    def key(c): return Patch(fc=np.array(space.palette[c])/255, ec='k', lw=.3, label=space.codes[c])
     hs = [key(c) for c in _present(ys, space)]
     if not hs: return fig
     n_rows = -(-len(hs)//max(2, int(fig.get_figwidth()/1.05)))
@@ -163,7 +163,9 @@ def panels(
     "Tensors in rows and columns: images, labels in the colours of their classes, fractions in grey"
     rows = [[torch.as_tensor(o).as_subclass(Tensor).detach().cpu() for o in row] for row in rows]
     ys = [o.numpy() for row in rows for o in row if o.ndim==2 and not o.is_floating_point()]
-    if space is None: space = label_space([*map(str, range(1+max([int(y[y<255].max(initial=0)) for y in ys], default=0)))])
+    if space is None:
+        top = max([int(y[y<255].max(initial=0)) for y in ys], default=0)
+        space = label_space([str(i) for i in range(top+1)])
     def picture(o):
         if o.ndim==3: return denorm(o) if o.is_floating_point() else o.movedim(0, -1).numpy()
         if not o.is_floating_point(): return space.color(o.numpy())

@@ -190,8 +190,8 @@ def spread(
     "Let the layers of `net` work on a batch that lies on several ranks"
     for m in net.modules():
         if hasattr(m, '_alone'): continue
-        norm = nn.SyncBatchNorm if next(net.parameters()).is_cuda else _Norm
-        norm = norm if sync_bn and isinstance(m, _BatchNorm) else None
+        sync = nn.SyncBatchNorm if next(net.parameters()).is_cuda else _Norm
+        norm = sync if sync_bn and isinstance(m, _BatchNorm) else None
         new = {nn.Dropout2d:_Drop, StochasticDepth:_Depth}.get(type(m), norm)
         if new is None: continue
         m._alone,m.__class__ = m.__class__,new
