@@ -4,6 +4,8 @@
 
 # %% ../nbs/31_cli.ipynb #c81e728d
 from __future__ import annotations
+from .basics import between, one_line, one_of, wait_briefly, writable
+wait_briefly()
 import warnings; warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
 import argparse, json, os, platform, shlex, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -14,6 +16,7 @@ from importlib.metadata import version, PackageNotFoundError
 from inspect import signature
 from pathlib import Path
 import pandas as pd, torch
+from torch.nn.attention import sdpa_kernel, SDPBackend
 from fastcore.script import call_parse, store_true, anno_parser
 from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
@@ -21,10 +24,10 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from .sets.domains import image_size
 from .data import class_counts, minicity, folder, codes_space, uda_dls, write_file
-from .basics import between, one_line, one_of, writable
 from .learner import uda_learner, method_cbs, host_terms, method_name
 from .checkpoints import save, load, space_of, save_hf, save_official, load_official
 from .runs.resume import Checkpoint, checkpoints, claim, same_ranks
+from .callbacks import has_bf16
 from .guard import Guard
 from .runs.record import data_stamp, differences, read_config, repeat, revisions, seed_all
 from .metrics import iou, miou, iou_table, pixel_acc, Validator
@@ -35,9 +38,9 @@ from . import check, data, show, infer, export
 __all__ = ['switches', 'parse_size', 'domains', 'named_domains', 'versions', 'made_of', 'new_folder', 'rank0_first',
            'rank0_folder', 'Before', 'write_run', 'measures', 'sentences', 'valid_bs', 'plain_log', 'parse_range',
            'parse_switches', 'method_args', 'data_args', 'net_args', 'fit_args', 'look_before', 'origins', 'watch',
-           'adapt', 'resumed', 'train', 'pipa_train', 'idle', 'look_for_idle', 'open_net', 'eval_domain',
-           'write_scores', 'pipa_eval', 'pipa_export', 'settings', 'unusual', 'pipa_predict', 'pipa_convert', 'plan',
-           'interrupted', 'add_row', 'pipa_study', 'pipa_check']
+           'arithmetic', 'loaders', 'halved', 'adapt', 'resumed', 'train', 'pipa_train', 'idle', 'look_for_idle',
+           'open_net', 'eval_domain', 'write_scores', 'pipa_eval', 'pipa_export', 'settings', 'unusual', 'pipa_predict',
+           'pipa_convert', 'plan', 'interrupted', 'add_row', 'pipa_study', 'pipa_check']
 
 # %% ../nbs/31_cli.ipynb #e4da3b7f
 def parse_size(
@@ -354,9 +357,37 @@ def _run(o):
     with sentences():
         given,usual = _given(o),_defaults()
         o = repeat(said := o, usual, given)
+        if o['config'] and o['precision']=='auto' and 'precision' not in read_config(o['config']): o['precision'] = 'fp32'
         if not o['resume']: look_for_idle(o, {*given, *(k for k in said if said[k]!=usual[k])})
         out = train(**o)
     if not place()[0]: _tell(out)
+
+# %% ../nbs/31_cli.ipynb #bdccf1a0
+def arithmetic(
+    asked:str, # auto, fp32 or bf16
+)->str: # fp32 or bf16
+    "The numbers that a run computes with"
+    if one_of('--precision', asked, ('auto', 'fp32', 'bf16'))!='auto': return asked
+    return 'bf16' if default_device().type=='cpu' and has_bf16() else 'fp32'
+
+def loaders(
+    asked:int|None, # Processes, or `None`
+    world:int=1, # Trainings on this machine
+    cores:int|None=None # Default those of this machine
+)->int:
+    "How many processes load data: half of the cores, four at most, where the system can fork them"
+    if asked is not None: return asked
+    return min(4, (cores or defaults.cpus)//(2*world)) if sys.platform.startswith('linux') else 0
+
+@contextmanager
+def halved(
+    learn, # Learner
+    precision:str # fp32 or bf16
+):
+    "Train in bf16, if it is asked for"
+    if precision=='fp32': yield; return
+    learn.to_bf16()
+    with sdpa_kernel(SDPBackend.MATH) if learn.dls.device.type=='cpu' else nullcontext(): yield
 
 # %% ../nbs/31_cli.ipynb #6f4922f4
 def adapt(
@@ -367,6 +398,7 @@ def adapt(
     "One run, from data to pictures; on several processes rank 0 writes, and the row of the others is empty"
     o = AttrDict(o)
     size,(host,terms),(rank,world) = parse_size(o.size),host_terms(o.method, o.terms),start()
+    o.workers,o.precision = loaders(o.workers, world),arithmetic(o.get('precision', 'fp32'))
     look_before(o)
     seed_all(o.seed, o.deterministic)
     with rank0_first(): src,tgt,val = domains(o.data, host, size)
@@ -379,11 +411,13 @@ def adapt(
                         cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)], n_unlabelled=o.unlabelled, guard=None, **net_args(o), **method_args(o))
     learn.path = out = Path(out) if o.resume else rank0_folder(out)
     watch(learn, o.get('guard', 'off'), out/'metrics.csv')
+    for m in learn.metrics:
+        if isinstance(m, Validator): m.last = True
     if not rank: held.enter_context(claim(out))
     text = json.dumps(dict(o, ranks=world, **origins(o, src, tgt, val)), indent=1)
     if o.resume: checkpoints(out) and learn.resume()
     elif not rank: write_file(out/'config.json', lambda f: f.write(text.encode()))
-    with nullcontext() if rank or sys.stdout.isatty() else plain_log(learn): learn.fit_poly(o.epochs, **fit_args(o))
+    with nullcontext() if rank or sys.stdout.isatty() else plain_log(learn), halved(learn, o.precision): learn.fit_poly(o.epochs, **fit_args(o))
     if rank: return out,{}
     row = dict(benchmark=o.data, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms)
     row |= write_run(out, learn, before, o) | measures(learn) | (tightness(learn.model, dls) if val else {})
@@ -403,7 +437,7 @@ def resumed(
     rank,_ = start()
     if (out/'row.json').is_file(): rank or print(f'`{out}` is finished, there is nothing to go on with.'); return None,[]
     was = json.loads((out/'config.json').read_text(encoding='utf8'))
-    same_ranks(out, was.get('ranks', 1))
+    same_ranks(out, was.get('ranks', 1)); was.setdefault('precision', 'fp32')   # a run of before there was a choice
     was['threads'] = was['versions']['threads']
     if o.get('preset') or was.get('preset'): was.pop('size', None)   # that of the preset, not what was asked for
     odd = [k for k in o if k in was and k not in _free and o[k]!=usual.get(k) and o[k]!=was[k]]
@@ -466,7 +500,8 @@ def pipa_train(
     rcs:float=.5, # Temperature of rare class sampling; 0 draws source images evenly
     zoom:float=1., # Views are zoomed in by up to this factor
     lean:store_true=False, # Less memory: backpropagate each loss as soon as it is made
-    workers:int=0, # Processes that load data
+    precision:str='auto', # Numbers that the net computes with: fp32, bf16, or auto, which is bf16 where the CPU has it
+    workers:int=None, # Processes that load data; default half of the cores, at most 4
     threads:int=0, # CPU threads; 0 leaves it to torch
     unlabelled:int=32, # Target images for the label-free scores in the table; 0 leaves them out
     out:str=None, # Folder of the run; default runs/DATA_METHOD_seedN
