@@ -7,7 +7,7 @@ from __future__ import annotations
 from .basics import between, one_line, one_of, wait_briefly, writable
 wait_briefly()
 import warnings; warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
-import argparse, json, os, platform, shlex, subprocess, sys
+import argparse, json, math, os, platform, shlex, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -365,10 +365,12 @@ def _run(o):
 # %% ../nbs/31_cli.ipynb #bdccf1a0
 def arithmetic(
     asked:str, # auto, fp32 or bf16
+    pixels:int, # Pixels in a batch
+    least:int=60_000 # With fewer, bf16 takes as long as fp32
 )->str: # fp32 or bf16
     "The numbers that a run computes with"
     if one_of('--precision', asked, ('auto', 'fp32', 'bf16'))!='auto': return asked
-    return 'bf16' if default_device().type=='cpu' and has_bf16() else 'fp32'
+    return 'bf16' if pixels>=least and default_device().type=='cpu' and has_bf16() else 'fp32'
 
 def loaders(
     asked:int|None, # Processes, or `None`
@@ -398,13 +400,13 @@ def adapt(
     "One run, from data to pictures; on several processes rank 0 writes, and the row of the others is empty"
     o = AttrDict(o)
     size,(host,terms),(rank,world) = parse_size(o.size),host_terms(o.method, o.terms),start()
-    o.workers,o.precision = loaders(o.workers, world),arithmetic(o.get('precision', 'fp32'))
-    look_before(o)
+    o.workers = loaders(o.workers, world)
+    look_before(o); one_of('--precision', o.precision, ('auto', 'fp32', 'bf16'))
     seed_all(o.seed, o.deterministic)
     with rank0_first(): src,tgt,val = domains(o.data, host, size)
     look_before(o, val)
     views = data_args(o, src, tgt)
-    o.size = 'x'.join(map(str, views['size']))
+    o.size,o.precision = 'x'.join(map(str, views['size'])),arithmetic(o.precision, views['bs']*math.prod(views['size']))
     dls = uda_dls(src, tgt, val, n=o.steps*views['bs']*world, shard=(rank,world), num_workers=o.workers, bs_valid=valid_bs(val or src, views['bs']), **views)
     before = Before(dls.valid)
     learn = uda_learner(dls, method=o.method, arch=o.arch, pretrained=o.encoder or o.pretrained, lr=o.lr, lean=o.get('lean', False),
@@ -500,7 +502,7 @@ def pipa_train(
     rcs:float=.5, # Temperature of rare class sampling; 0 draws source images evenly
     zoom:float=1., # Views are zoomed in by up to this factor
     lean:store_true=False, # Less memory: backpropagate each loss as soon as it is made
-    precision:str='auto', # Numbers that the net computes with: fp32, bf16, or auto, which is bf16 where the CPU has it
+    precision:str='auto', # Numbers that the net computes with: fp32, bf16, or auto: bf16 for large batches where the CPU has it
     workers:int=None, # Processes that load data; default half of the cores, at most 4
     threads:int=0, # CPU threads; 0 leaves it to torch
     unlabelled:int=32, # Target images for the label-free scores in the table; 0 leaves them out
