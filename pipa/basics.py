@@ -76,7 +76,7 @@ def waiting(
 )->dict: # Variables to set besides
     "How long a thread of OpenMP looks for work before it sleeps, unless the user has said it"
     said = {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'} & {*env}
-    return {} if said else dict(GOMP_SPINCOUNT='10000')
+    return {} if said else dict(GOMP_SPINCOUNT='1000')
 
 def wait_briefly():
     "Set `waiting` for this process and those that it starts; once torch is loaded it is too late, and nothing is set"
