@@ -9,6 +9,7 @@ from pipa.runs import options, plan, record, run as runs, score
 from pipa.sets import named
 from pipa.checkpoints import load, space_of
 from pipa.labels import space
+from apart import python
 from tiny import city
 
 codes = space('minicity').codes
@@ -21,8 +22,8 @@ def script(name):
     if not f.exists(): pytest.skip(f'the command {name} is not installed beside {sys.executable}: pip install -e .')
     return str(f)
 
-def run(name, *args, cwd):
-    return subprocess.run([script(name), *map(str, args)], cwd=cwd, env=dict(env, XDG_CACHE_HOME=str(Path(cwd).parent/'xdg')), capture_output=True, text=True, timeout=300)
+def xdg(cwd): return str(Path(cwd).parent/'xdg')
+def run(name, *args, cwd): return python(script(name), *args, cwd=cwd, OMP_NUM_THREADS=1, MPLBACKEND='agg', XDG_CACHE_HOME=xdg(cwd))
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
@@ -46,7 +47,8 @@ def place(tmp_path, monkeypatch):
 def done(data, tmp_path_factory):
     "The main command, once, as a user calls it"
     cwd = tmp_path_factory.mktemp('run')
-    return run('pipa_train', f'--data={data}', '--seed=3', *small, '--patch=.25', cwd=cwd),cwd/f'runs/{data.name}_pipa_seed3'
+    p = subprocess.run([script('pipa_train'), f'--data={data}', '--seed=3', *small, '--patch=.25'], cwd=cwd, env=dict(env, XDG_CACHE_HOME=xdg(cwd)), capture_output=True, text=True, timeout=300)
+    return p,cwd/f'runs/{data.name}_pipa_seed3'
 
 def files(out): return {p.absolute() for p in Path(out).rglob('*') if p.is_file()}
 
