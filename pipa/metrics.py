@@ -198,7 +198,6 @@ class Validator(Metric):
         self._name,self.dl,self.first,self.last = name,dl,first or self,last
         self.names,self.sums,self.n = [],{},0
         self.first.names.append(name)
-
     @property
     def over_ranks(self): return dict(sums='sum', n='sum') if self.first is self and self.dl is None else {}
     def reset(self): self.sums,self.n = dict.fromkeys(self.names, 0.),0

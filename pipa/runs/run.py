@@ -12,11 +12,11 @@ from torch.nn.attention import sdpa_kernel, SDPBackend
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
-from ..basics import between, writable
+from ..basics import between, writable, write_file
 from ..ranks import place, start
 from ..sets.domains import image_size
 from ..sets.named import domains
-from ..data import class_counts, uda_dls, write_file
+from ..data import class_counts, uda_dls
 from ..checkpoints import save
 from ..fast import fast
 from ..guard import Guard
