@@ -839,7 +839,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'pipa.metrics.Validator.__init__': ('metrics.html#validator.__init__', 'pipa/metrics.py'),
                               'pipa.metrics.Validator.accumulate': ('metrics.html#validator.accumulate', 'pipa/metrics.py'),
                               'pipa.metrics.Validator.add': ('metrics.html#validator.add', 'pipa/metrics.py'),
-                              'pipa.metrics.Validator.name': ('metrics.html#validator.name', 'pipa/metrics.py'),
                               'pipa.metrics.Validator.over_ranks': ('metrics.html#validator.over_ranks', 'pipa/metrics.py'),
                               'pipa.metrics.Validator.reset': ('metrics.html#validator.reset', 'pipa/metrics.py'),
                               'pipa.metrics.Validator.value': ('metrics.html#validator.value', 'pipa/metrics.py'),

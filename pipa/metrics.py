@@ -216,8 +216,7 @@ class Validator(Metric):
         if not self.first.n: return float('nan')
         v = self.first.sums[self._name]/self.first.n
         return float(torch.special.entr(v[:-1]).sum()+v[-1] if self._name=='info_max' else v)
-    @property
-    def name(self): return self._name
+    name = property(lambda self: self._name)
 
 # %% ../nbs/04_metrics.ipynb #8ce60002
 def validators(dl=None, # Loader of target images, such as `dls.test_dl(images)`; None: the validation images
