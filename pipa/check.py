@@ -80,7 +80,9 @@ def check_record(
     except (ValueError, OSError): fit_other = 0.   # its own record says so
     return dict(r, fit=outline_fit(img, y), fit_other=fit_other, key=hashlib.sha256(y.tobytes()).hexdigest()[:12])
 
-def _plane(mask): y = read_numbers(mask); return y[...,0] if y.ndim==3 else y
+def _plane(mask):
+    y = read_numbers(mask)
+    return y[...,0] if y.ndim==3 else y
 
 def inspect(
     domain:Domain, # With or without masks
@@ -107,6 +109,7 @@ def problems(
     out = [('wrong', *o) for o in bad.items()] + [('strange', str(f), s) for f,s in _strange(domain, good)]
     return pd.DataFrame(out, columns=['level', 'file', 'what'])
 
+# %% ../nbs/23_check.ipynb #chk00002
 def _strange(domain, seen):
     yield from _look_of(seen)
     if domain.masks is None or not seen: return
@@ -124,6 +127,11 @@ def _strange(domain, seen):
             yield m,f"The outlines of `{m}` don't follow `{x}`: a mask of another picture?"
         elif (share := _void(domain, r))>.9: yield m,f"{100*share:.0f} % of `{m}` are void"
 
+def _void(domain, r):
+    known = domain.space.encode(np.array(r['values']))!=domain.space.ignore
+    return 1-np.dot(known, r['counts'])/max(1, sum(r['counts']))
+
+# %% ../nbs/23_check.ipynb #chk00004
 def _look_of(seen):
     sizes = pd.Series([tuple(r['image']) for _,_,r in seen]).value_counts()
     if 1<len(sizes)<5: yield next(x for x,_,r in seen if tuple(r['image'])==sizes.index[-1]),(
@@ -132,10 +140,6 @@ def _look_of(seen):
     flat = [x for x,_,r in seen if not r['pixels']]
     if flat: yield flat[0],(f"`{flat[0]}` has one colour all over" + f", and so have {len(flat)-1} more"*(len(flat)>1) +
                             ": nothing can be learned from that. Was it saved empty?")
-
-def _void(domain, r):
-    known = domain.space.encode(np.array(r['values']))!=domain.space.ignore
-    return 1-np.dot(known, r['counts'])/max(1, sum(r['counts']))
 
 # %% ../nbs/23_check.ipynb #ed4d8c49
 def same_pictures(
@@ -178,6 +182,7 @@ def repeats(
     rows = [('strange', str(d.images[j]), s, i) for (i,d,j,_),s in out]
     return pd.DataFrame(rows, columns=['level', 'file', 'what', 'i'])
 
+# %% ../nbs/23_check.ipynb #chk00006
 def _is_valid(domain): return domain.name.lower().endswith(('valid', ' val', ' test'))
 
 def _path(o): return f"`{o[1].images[o[2]]}`"
@@ -215,6 +220,7 @@ def class_table(
     t.loc[sp.n] = domain.name,'(void)',void.sum()/max(total+void.sum(), 1),(void>0).sum()
     return t
 
+# %% ../nbs/23_check.ipynb #chk00008
 def class_picture(
     *tables # From `class_table`, one for each domain or split
 )->Fig:
@@ -225,7 +231,8 @@ def class_picture(
     for ax,col,label in ((a,'share','share of the pixels'), (b,'images','images')):
         sns.barplot(df[df[col]>0], x=col, y='name', hue='domain', order=df.name.unique(),
                     ax=ax, palette='colorblind', legend=ax is b)
-        ax.set(xlabel=label, ylabel=''); ax.grid(axis='x', alpha=.3)
+        ax.set(xlabel=label, ylabel='')
+        ax.grid(axis='x', alpha=.3)
     a.set_xscale('log')
     b.legend(title='', fontsize=8)
     return fig
@@ -309,10 +316,13 @@ def report(
         contact_sheet(d, p.file[:4]).to_png(out/f"sheet_{d.name.replace(' ', '_')}.png")
         found.append(p.assign(domain=d.name))
     def table(df, name): write_file(out/name, lambda f: df.to_csv(f, index=False))
-    if tables: table(pd.concat(tables), 'classes.csv'); class_picture(*tables).to_png(out/'classes.png')
+    if tables:
+        table(pd.concat(tables), 'classes.csv')
+        class_picture(*tables).to_png(out/'classes.png')
     table(res := pd.concat(found), 'problems.csv')
     return res
 
+# %% ../nbs/23_check.ipynb #chk00010
 def _say(d, rs, p, out):
     sizes = pd.Series(['x'.join(map(str, r['image'])) for r in rs if 'image' in r]).value_counts()
     print(f"{d.name}: {len(d)} images, {'masks of '+d.space.name if d.masks else 'no masks'}; "

@@ -6,7 +6,8 @@
 from __future__ import annotations
 from .basics import between, one_line, wait_briefly, writable
 wait_briefly()
-import warnings; warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
+import warnings
+warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
 import os, shlex, sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,8 @@ def sentences():
         sys.exit(f'pipa: {one_line(e)}')
     except torch.OutOfMemoryError as e:
         if os.environ.get('PIPA_DEBUG'): raise
-        sys.exit(f'pipa: The memory of the device is full: try a smaller --bs, --size or --net, or --lean ({one_line(e)}).')
+        sys.exit('pipa: The memory of the device is full: '
+                 f'try a smaller --bs, --size or --net, or --lean ({one_line(e)}).')
     except KeyboardInterrupt as e:
         print(f'pipa: {e.args[0]}' if e.args else 'pipa: stopped', file=sys.stderr)
         sys.exit(130)
@@ -49,13 +51,23 @@ def pipa_train(o):
     with sentences(): run_command(o, sys.argv[1:])
 
 # %% ../nbs/31_cli.ipynb #e4000116
+def _sizes(mode, size, crop, stride, trained):
+    "The size that images get, or None, and the arguments of windows"
+    if mode!='slide':
+        if crop or stride: raise ValueError("`--crop` and `--stride` are for windows: add `--mode slide`.")
+        return parse_size(size) if size else trained,{}
+    crop = parse_size(crop, '--crop') if crop else trained
+    steps = stride and parse_size(stride, '--stride', 1, 1)
+    return parse_size(size) if size else None,dict(crop=crop, stride=steps)
+
+# %% ../nbs/31_cli.ipynb #e4000117
 @call_parse
 def pipa_eval(
     weights:str, # File of weights or an .onnx file, or the folder of a run
-    data:str='minicity', # minicity, a set such as cityscapes (its split val), or a folder with valid/images and valid/masks
+    data:str='minicity', # minicity, a set such as cityscapes (split val), or a folder with valid/images, valid/masks
     images:str=None, # Folder of images, in place of --data
     masks:str=None, # Folder of their masks, with the same names
-    codes:str=None, # What the masks mean: a text file of class names, or a known name; default codes.txt, or what the weights say
+    codes:str=None, # What the masks mean: file of class names, or a known name; default codes.txt, or as in WEIGHTS
     trainids:store_true=False, # The masks hold train ids, whatever the usual numbers are
     mode:str='whole', # whole, or slide for windows
     size:str=None, # Height x width that images are resized to cover; default that of training, with slide their own
@@ -72,16 +84,14 @@ def pipa_eval(
         if out: writable(out)
         net,meta,sp,file = open_net(weights, teacher)
         trained = parse_size(meta.get('size', '128x256'))
-        if mode!='slide' and (crop or stride): raise ValueError("`--crop` and `--stride` are for windows: add `--mode slide`.")
-        steps = stride and parse_size(stride, '--stride', 1, 1)
-        how = dict(crop=parse_size(crop, '--crop') if crop else trained, stride=steps) if mode=='slide' else {}
+        hw,how = _sizes(mode, size, crop, stride, trained)
         dom = eval_domain(data, sp, images, masks, codes, trainids, trained)
-        hw = parse_size(size) if size else None if mode=='slide' else trained
         cm = infer.evaluate(net, dom, hw, progress=sys.stdout.isatty(), mode=mode, bs=bs, flip=flip, amp=amp, **how)
-        if not cm.sum(): raise ValueError("The masks have no labelled pixel, so there is nothing to score: do they hold other numbers?")
+        if not cm.sum(): raise ValueError("The masks have no labelled pixel, so there is nothing to score: "
+                                          "do they hold other numbers?")
         out = new_folder(out or f'runs/eval_{dom.name if images else Path(data).name}_{file.stem}')
-        about = dict(benchmark=str(images or data), weights=str(file), method=meta.get('method'), mode=mode, images=len(dom),
-                     command=shlex.join(['pipa_eval', *sys.argv[1:]]), version=versions()['pipa'])
+        about = dict(benchmark=str(images or data), weights=str(file), method=meta.get('method'), mode=mode,
+                     images=len(dom), command=shlex.join(['pipa_eval', *sys.argv[1:]]), version=versions()['pipa'])
         text = write_scores(out, cm, sp, about)
     print(f'{text}\nIn {out.resolve()}:\n' + '\n'.join(f'  {p.name}' for p in sorted(out.iterdir())))
 
@@ -104,7 +114,8 @@ def pipa_export(
         hw = parse_size(size or meta.get('size', '128x256'))
         export.export_net(dest, net, sp, hw, free, method=meta.get('method'))
         t = export.check_export(dest, net)
-        print(t.to_string(index=False, formatters=dict(max_diff='{:.1e}'.format, largest='{:.3g}'.format, agreement='{:.5f}'.format)))
+        digits = dict(max_diff='{:.1e}', largest='{:.3g}', agreement='{:.5f}')
+        print(t.to_string(index=False, formatters={k:v.format for k,v in digits.items()}))
         print(f'Written: {dest} ({dest.stat().st_size/1e6:.1f} MB)')
         off = (t.max_diff/t.largest.clip(lower=1)).max()
         if off>1e-3: raise ValueError(f"`{dest}` differs from the net by {off:.2g} of its largest logit: don't use it.")
@@ -113,12 +124,12 @@ def pipa_export(
 @call_parse
 def pipa_predict(
     images:str, # An image, or a folder of images
-    weights:str='weights.safetensors', # Weights of a run or of other people (see `pipa_convert`), an .onnx file, or the folder of a run
+    weights:str='weights.safetensors', # File of weights (see also pipa_convert), an .onnx file, or the folder of a run
     out:str='predictions', # Folder for label ids, colours and overlays
     size:str=None, # Height x width that images are resized to cover; default what the net was trained with
     slide:store_true=False, # Slide a window of that size over the image instead of resizing it
     alpha:float=.5, # How strong the colours of an overlay are, 0 to 1
-    ids:str='train', # train for three pictures with train ids; raw for one with the data set's own numbers, for a server
+    ids:str='train', # train: three pictures, with train ids; raw: one with the data set's own numbers, for a server
     flip:store_true=False, # Average with the mirror image
     amp:store_true=False, # Mixed precision
     teacher:store_true=False # The teacher of the run in place of the student
@@ -127,7 +138,8 @@ def pipa_predict(
     with sentences():
         writable(out)
         net,meta,sp,_ = open_net(weights, teacher)
-        if not (size or meta.get('size')): raise ValueError(f'`{weights}` does not say at which size its net is used: give one, such as --size 512x1024.')
+        if not (size or meta.get('size')): raise ValueError(
+            f'`{weights}` does not say at which size its net is used: give one, such as --size 512x1024.')
         hw = parse_size(size or meta['size'])
         where = dict(mode='slide', crop=hw) if slide else dict(size=hw)
         how = dict(where, ids=ids, alpha=alpha, flip=flip, amp=amp, progress=sys.stdout.isatty())
@@ -141,10 +153,10 @@ _endings = dict(safetensors='.safetensors', hf='_hf', official='_official.pth')
 @call_parse
 def pipa_convert(
     file:str, # File of weights, or a folder with one: of pipa, SegFormer, DAFormer, HRDA, MIC, PiPa or Hugging Face
-    to:str='safetensors', # safetensors (for pipa), hf (a folder for transformers) or official (a file for the papers' code)
+    to:str='safetensors', # safetensors (for pipa), hf (folder for transformers) or official (file for the papers' code)
     out:str=None, # Where to; default beside FILE, with the ending .safetensors, _hf or _official.pth
     which:str=None, # student or teacher, of a file or folder that has both; default student
-    classes:str=None, # What the classes are: cityscapes, camvid, or a text file with one name a line; default what FILE says
+    classes:str=None, # The classes: cityscapes, camvid, or a text file with one name a line; default what FILE says
     size:str=None, # Height x width at which the net is to be used, such as 512x1024; default what FILE says
 ):
     "Turn weights of other people into a file for pipa, or ours into theirs, and say what went where"
@@ -152,10 +164,12 @@ def pipa_convert(
         if to not in _endings: raise ValueError(f"`--to {to}`: choose one of {', '.join(_endings)}.")
         net,meta = load(file, which=which)
         dest = Path(out) if out else Path(file).with_name(Path(file).stem+_endings[to])
-        if dest.exists() and dest.samefile(file): raise ValueError(f"`{dest}` is the file that is read: name another one with --out.")
+        if dest.exists() and dest.samefile(file):
+            raise ValueError(f"`{dest}` is the file that is read: name another one with --out.")
         writable(dest, folder=to=='hf')
         sp = codes_space(classes) if classes else space_of(meta)
-        if sp and sp.n!=net.n_out: raise ValueError(f"The net has {net.n_out} classes and `--classes {classes}` names {sp.n}.")
+        if sp and sp.n!=net.n_out:
+            raise ValueError(f"The net has {net.n_out} classes and `--classes {classes}` names {sp.n}.")
         if size: meta['size'] = 'x'.join(map(str, parse_size(size)))
         print(load_official(file, net, which or 'student'))
         rest = {k:v for k,v in meta.items() if k not in ('pipa_format', 'codes', 'palette', 'space', 'versions', 'crc')}
@@ -178,27 +192,32 @@ def pipa_study(
 ):
     "Run methods times terms times seeds, and add a row for each to a table that hasn't got it"
     with sentences():
-        between('--jobs', jobs, 1); parse_size(size); writable(runs); writable(table, folder=False)
+        between('--jobs', jobs, 1)
+        parse_size(size)
+        writable(runs)
+        writable(table, folder=False)
         have,all_ = keys_of(table),plan(methods, seeds, terms, sweep, [f'--size={size}', *words(args)])
         todo = [(n,a) for n,a in all_ if quiet_key(a) not in have]
         for _,a in todo: possible(AttrDict(vars(parser().parse_args(a))))
     print(f'{len(all_)-len(todo)} of {len(all_)} runs are in {table}')
-    if todo and '--data' not in args: [domains('minicity', o, parse_size(size)) for o in ('oracle', 'pipa')]   # drawn once
+    if todo and '--data' not in args:   # MiniCity is drawn once, before the runs
+        for o in ('oracle', 'pipa'): domains('minicity', o, parse_size(size))
     run_all(todo, table, runs, jobs)
 
 # %% ../nbs/31_cli.ipynb #c4ec0002
 @call_parse
 def pipa_check(
-    data:str, # gta, synthia, cityscapes, acdc, dark_zurich, bdd100k, mapillary, camvid (with :val for a split); a folder as for pipa_train; or a folder of images
+    data:str, # A set such as gta or cityscapes:val (split val), a folder as for pipa_train, or a folder of images
     masks:str=None, # Folder of masks, when DATA is a folder of images
     codes:str=None, # What the masks mean: a text file with a class name a line, or the name of a known label space
     root:str=None, # Folder of a published set; default its name in the data root
     out:str='check', # Folder for tables and pictures
     workers:int=None, # Processes; default one a core, 0 for none
 ):
-    "Look at a data set before training: what is wrong, what is strange, how often each class occurs, and a sheet of pictures"
+    "Look at a data set before training: what is wrong or strange, how often classes occur, and a sheet of pictures"
     with sentences():
-        writable(out); between('--workers', workers or 0, 0)
+        writable(out)
+        between('--workers', workers or 0, 0)
         found = check.report(check.domains_of(data, masks, codes, root), out, n_workers=workers)
         print(f'In {Path(out).resolve()}: ' + ', '.join(sorted(p.name for p in Path(out).iterdir())))
         if (found.level=='wrong').any(): sys.exit('pipa: training would refuse this data, see above.')

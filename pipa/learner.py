@@ -58,21 +58,26 @@ def _host(name, method, base, start, things, more):
     more = dict(start=start) | more
     hosts = dict(source=lambda: [], oracle=lambda: [], minent=lambda: [MinEnt(**more)], advseg=lambda: [AdvSeg(**more)],
                  advent=lambda: [AdvEnt(**more)], fda=lambda: _fda(**more), self_training=lambda: base,
-                 daformer=lambda: base+[FeatureDistance(things)], hrda=lambda: base+[FeatureDistance(things)], mic=lambda: base+[MIC(**more)])
+                 daformer=lambda: base+[FeatureDistance(things)], hrda=lambda: base+[FeatureDistance(things)],
+                 mic=lambda: base+[MIC(**more)])
     if name not in hosts:
         raise ValueError(f"There is no method `{method}`: choose one of {', '.join(hosts)}, pixel, patch or pipa,"
                          " join some with +, or give a list of callbacks.")
     return hosts[name]()
 
+# %% ../nbs/20_learner.ipynb #lrn00022
 def _for_each(names, host):
     "Which of the hosts gets which arguments"
-    own = [o for o in names if o in ('minent','advseg','advent','fda','mic')]
-    if {'minent','fda'}<={*own}: raise ValueError("`minent` and `fda` both bring a penalty on entropy: take one of them.")
+    own,name = [o for o in names if o in ('minent','advseg','advent','fda','mic')],'+'.join(names)
+    if {'minent','fda'}<={*own}:
+        raise ValueError("`minent` and `fda` both bring a penalty on entropy: take one of them.")
     if host and all(isinstance(v, dict) for v in host.values()):
-        if bad := [k for k in host if k not in own]: raise ValueError(f"`host` has arguments for `{bad[0]}`, and the terms of `{'+'.join(names)}` are {', '.join(own) or 'none'}.")
+        if bad := [k for k in host if k not in own]: raise ValueError(
+            f"`host` has arguments for `{bad[0]}`, and the terms of `{name}` are {', '.join(own) or 'none'}.")
         return host
     if host and len(own)>1: raise ValueError(
-        f"`{'+'.join(names)}` has {len(own)} terms of its own, {' and '.join(own)}: say in Python whose arguments these are, such as `host=dict({own[-1]}={host})`.")
+        f"`{name}` has {len(own)} terms of its own, {' and '.join(own)}: "
+        f"say in Python whose arguments these are, such as `host=dict({own[-1]}={host})`.")
     return {o:host for o in own}
 
 # %% ../nbs/20_learner.ipynb #lim20002
@@ -81,9 +86,11 @@ def _in_range(alpha, thresh, trust, start, w_pixel, w_patch, host, pixel, patch,
     for k,v in dict(alpha=alpha, thresh=thresh).items(): between(k, v, 0, 1)
     for k,v in dict(start=start, w_pixel=w_pixel, w_patch=w_patch).items(): between(k, v, 0)
     for o in (host, *(v for v in host.values() if isinstance(v, dict))): between('weight', o.get('w', 0), 0)
-    one_of('trust', trust, ('batch', 'pixel')); one_of('buffers', teacher.get('buffers', 'mean'), ('mean', 'copy'))
+    one_of('trust', trust, ('batch', 'pixel'))
+    one_of('buffers', teacher.get('buffers', 'mean'), ('mean', 'copy'))
     for o in (pixel, patch):
-        one_of('form', o.get('form', 'released'), ('released', 'paper')); between('temp', o.get('temp', 1), 0, above=True)
+        one_of('form', o.get('form', 'released'), ('released', 'paper'))
+        between('temp', o.get('temp', 1), 0, above=True)
     between('samples', pixel.get('max_samples', 1024), 2)
     for k in ('n_neg', 'keep'): between(k, patch.get(k, 1), 1)
 
@@ -98,10 +105,10 @@ def method_cbs(
     w_pixel:float=.1, # Weight of pixel contrast (the release)
     w_patch:float=.1, # Weight of patch contrast (the release on DAFormer; 0.01 on HRDA)
     crop:tuple=None, # Height and width of the two crops; `None`: (64, 128), or 720x720 if `released`
-    things:tuple=(), # Train ids of things, for the feature distance of 'daformer' and 'hrda'; `uda_learner` knows them from the data
+    things:tuple=(), # Train ids of things, for the feature distance; `uda_learner` takes them from the data
     released:bool=False, # Released constants for what depends on the images' size or a run's length? See below
     teacher:dict=None, # More arguments for `MeanTeacher`
-    host:dict=None, # More arguments for the host's own term: `MinEnt`, `AdvSeg`, `AdvEnt`, `FDA` or `MIC`; of several by name, `dict(mic=dict(w=.5))`
+    host:dict=None, # More arguments for the host's own term; where several have one by name, `dict(mic=dict(w=.5))`
     pixel:dict=None, # More arguments for `PixelContrast`
     patch:dict=None, # More arguments for `PatchContrast`
     mix:dict=None # More arguments for `Mix`
@@ -125,11 +132,12 @@ def param_groups(
     net:nn.Module # With an encoder called `backbone` or, when adapted, `net`
 )->list: # Parameters of the encoder, of its norms, and of the heads
     "Split the parameters of a net into encoder, encoder norms and heads"
-    norms = {id(p) for m in net.modules() if isinstance(m, (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)) for p in m.parameters()}
+    kinds = nn.LayerNorm,nn.modules.batchnorm._BatchNorm,nn.GroupNorm
+    norms = {id(p) for m in net.modules() if isinstance(m, kinds) for p in m.parameters()}
     def group(k, p): return 2 if not k.startswith(('backbone.', 'net.')) else 1 if id(p) in norms else 0
     res = [[],[],[]]
     for k,p in net.named_parameters():
-        if p.requires_grad: res[group(k.removeprefix('_orig_mod.'), p)].append(p)   # the prefix is that of `torch.compile`
+        if p.requires_grad: res[group(k.removeprefix('_orig_mod.'), p)].append(p)   # the prefix: `torch.compile`
     return [o for o in res if o]
 
 # %% ../nbs/20_learner.ipynb #45c48cce
@@ -195,7 +203,8 @@ def target_dl(
     n:int=32 # Images, evenly spread over the target's training images; at most all of them
 ): # A loader with batches `(x,)`
     "Loader of unlabelled target images, as they are validated"
-    ims = dls.train.dataset.target.images; between('n_unlabelled', n, 0)
+    ims = dls.train.dataset.target.images
+    between('n_unlabelled', n, 0)
     return dls.test_dl([ims[i] for i in np.linspace(0, len(ims)-1, min(n, len(ims))).round().astype(int)])
 
 # %% ../nbs/20_learner.ipynb #b6d767d2
@@ -210,65 +219,81 @@ def make_net(
 )->nn.Module:
     "A net by name, or the net itself"
     if isinstance(model, nn.Module): return load_pretrained(model, pretrained) if pretrained else model
-    if model not in nets: raise ValueError(f"There is no net `{model}`: choose one of {', '.join(nets)}, or give a net of your own (see `pipa.models.adapt`).")
+    if model not in nets: raise ValueError(f"There is no net `{model}`: choose one of {', '.join(nets)}, "
+                                           "or give a net of your own (see `pipa.models.adapt`).")
     if pretrained and arch=='lite0': kwargs = dict(frozen=True) | kwargs
     net = nets[model](arch, n_out=n_out, **kwargs)
     return load_pretrained(net, pretrained) if pretrained else net
 
+# %% ../nbs/20_learner.ipynb #lrn00024
 def _model_of(model, method):
     "What the net is where it isn't said"
     two_scales = isinstance(method, str) and 'hrda' in host_terms(method)[0].split('+')
     if two_scales and isinstance(model, str) and model!='hrda': raise ValueError(
-        f"The host `hrda` is a net of two scales, and `{model}` has one: leave the net out, or take 'hrda' (or a host such as 'daformer').")
+        f"The host `hrda` is a net of two scales, and `{model}` has one: "
+        "leave the net out, or take 'hrda' (or a host such as 'daformer').")
     return model if model is not None else 'hrda' if two_scales else 'light'
 
 def _own_cbs(cbs, lost):
     "Callbacks of one's own behind the pair; options beside them reach nobody"
     if lost:
         method_cbs('source', **lost)   # raises where there is no such option
-        warnings.warn(f"`{', '.join(lost)}`: of no use here, as `method` is made of callbacks: give it to the callback that it is for.")
+        warnings.warn(f"`{', '.join(lost)}`: of no use here, as `method` is made of callbacks: "
+                      "give it to the callback that it is for.")
     return [Pair()] + [cb for cb in L(cbs) if not isinstance(cb, Pair)]
 
 def _warn_of(cbs):
     if any(isinstance(cb, FeatureDistance) and not cb.classes for cb in cbs):
-        warnings.warn('No class of this data is known as a thing, so the feature distance has nothing to do: name some with `things`.')
+        warnings.warn('No class of this data is known as a thing, so the feature distance has nothing to do: '
+                      'name some with `things`.')
+
+# %% ../nbs/20_learner.ipynb #lrn00026
+def _columns(parts, dls, metrics, n_unlabelled):
+    "Losses of all terms, mIoU, more metrics, how much the contrasts scored, and scores without labels"
+    has_teacher = any(isinstance(cb, MeanTeacher) for cb in parts)
+    contrasts = [cb for cb in parts if isinstance(cb, (PixelContrast, PatchContrast))]
+    ms = [TermColumn(cb, cb.name) for cb in parts if isinstance(cb, (Pair, LossTerm))]
+    ms += [MIoU(dls.c)] + ([TeacherMIoU(dls.c)] if has_teacher else []) + L(metrics)
+    ms += [TermColumn(cb, f"{cb.name.removesuffix('_contrast')}_n", 'per_step') for cb in contrasts]
+    if not n_unlabelled: return ms
+    names = [k for k in label_free if has_teacher or k!='agreement']
+    return ms + validators(target_dl(dls, n_unlabelled), names)
 
 # %% ../nbs/20_learner.ipynb #37693cfc
 @delegates(method_cbs)
 def uda_learner(
     dls, # From `uda_dls`
-    model=None, # A name from `nets`, or any net (see `pipa.models.adapt`); `None`: 'light', and 'hrda' for the host of that name
+    model=None, # A name from `nets`, or any net (see `pipa.models.adapt`); `None`: 'light', or what the host brings
     method='pipa', # A name, see `method_cbs`, or a list of callbacks
     arch:str='mit_b0', # Encoder, when `model` is a name
     pretrained:bool|str=False, # Start from ImageNet weights? `True`, or a file, see `load_pretrained`
     lr:float=6e-5, # Rate of the encoder (DAFormer)
     wd:float=.01, # Weight decay (DAFormer)
-    net:dict=None, # More arguments for the net's factory when `model` is a name, such as `dict(crop=(64,128))` for 'hrda'
+    net:dict=None, # More arguments for the factory of a net by name, such as `dict(crop=(64,128))` for 'hrda'
     hidden:int|None=None, # Width of the pixel head, see `add_heads`
     n_unlabelled:int=0, # Target images for columns of label-free scores, see `validators`; 0: no such columns
     metrics=None, # More metrics
     cbs=None, # More callbacks
     path='.', # Where `learn.save` and loggers write
     lean:bool=False, # Backpropagate each loss as soon as it is made? Less memory, see `Lean`
-    guard:str|None='stop', # At a number that isn't finite: 'stop' with a sentence, 'skip' the batch and count, or `None`; see `Guard`
+    guard:str|None='stop', # At a number that isn't finite: 'stop', 'skip' the batch and count, or `None`; see `Guard`
     **kwargs # To `method_cbs`
 )->Learner:
     "A learner that adapts `model` from the source to the target of `dls`"
-    between('lr', lr, 0, above=True); between('wd', wd, 0)
+    between('lr', lr, 0, above=True)
+    between('wd', wd, 0)
     if isinstance(method, str): kwargs = dict(things=dls.space.things if hasattr(dls, 'space') else ()) | kwargs
     net = make_net(_model_of(model, method), dls.c, arch, pretrained, **(net or {})).to(dls.device)
     parts = method_cbs(method, **kwargs) if isinstance(method, str) else _own_cbs(method, kwargs)
     _warn_of(parts)
     if any(isinstance(cb, (PixelContrast, PatchContrast)) for cb in parts): add_heads(net, hidden=hidden)
-    has_teacher = any(isinstance(cb, MeanTeacher) for cb in parts)
-    ms = [TermColumn(cb, cb.name) for cb in parts if isinstance(cb, (Pair, LossTerm))]
-    ms += [MIoU(dls.c)] + ([TeacherMIoU(dls.c)] if has_teacher else []) + L(metrics)
-    ms += [TermColumn(cb, f"{cb.name.removesuffix('_contrast')}_n", 'per_step') for cb in parts if isinstance(cb, (PixelContrast, PatchContrast))]
-    if n_unlabelled: ms += validators(target_dl(dls, n_unlabelled), [k for k in label_free if has_teacher or k!='agreement'])
+    ms = _columns(parts, dls, metrics, n_unlabelled)
     parts += [Lean()]*lean + [Ranks()]*(num_distrib()>1)
-    if guard and not any(isinstance(cb, Guard) for cb in parts+L(cbs)): parts.append(g := Guard(guard)); ms += [g.column]*(guard=='skip')
-    return Learner(dls, net, SegLoss(), partial(adamw, wd=wd), lr=lr, splitter=param_groups, metrics=ms, cbs=parts+L(cbs),
-                   path=path, train_bn=False, wd_bn_bias=True)
+    if guard and not any(isinstance(cb, Guard) for cb in parts+L(cbs)):
+        parts.append(g := Guard(guard))
+        ms += [g.column]*(guard=='skip')
+    return Learner(dls, net, SegLoss(), partial(adamw, wd=wd), lr=lr, splitter=param_groups, metrics=ms,
+                   cbs=parts+L(cbs), path=path, train_bn=False, wd_bn_bias=True)
 
 # %% ../nbs/20_learner.ipynb #e4000002
 from copy import deepcopy

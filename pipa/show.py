@@ -117,7 +117,8 @@ def iou_bars(
     if not len(df): raise ValueError("There is no confusion matrix to draw: `cms` is empty.")
     fig = Fig(figsize=(max(4, .75*len(codes)),2.8))
     ax = sns.barplot(df, x='cls', y='iou', hue='of', ax=fig.subplots(), errorbar=None, palette='colorblind')
-    ax.set(xlabel='', ylabel='IoU, points', ylim=(0,100)); ax.tick_params(axis='x', rotation=35)
+    ax.set(xlabel='', ylabel='IoU, points', ylim=(0,100))
+    ax.tick_params(axis='x', rotation=35)
     ax.legend(title='mean', fontsize=8, ncols=3, loc='lower left', bbox_to_anchor=(0,1), frameon=False)
     sns.despine(ax=ax)
     return fig
@@ -129,7 +130,8 @@ def confusion_picture(
 )->Fig: # K rows of shares in percent of the true class, and the IoU of each in points
     "What was taken for what"
     cm,codes,k = torch.as_tensor(cm).cpu(),space.codes,len(cm)
-    if k!=space.n: raise ValueError(f"The matrix has {k} classes and `{space.name}` {space.n}: they don't belong together.")
+    if k!=space.n:
+        raise ValueError(f"The matrix has {k} classes and `{space.name}` {space.n}: they don't belong together.")
     share,v = 100*(cm/cm.sum(1, keepdim=True)).numpy(),100*iou(cm).numpy()[:,None]
     fig = Fig(figsize=(2.6+.42*k, 1.6+.34*k))
     axs = fig.subplots(1, 2, width_ratios=[k, 1.3])
@@ -137,8 +139,10 @@ def confusion_picture(
     kw = dict(cmap='Blues', vmin=0, vmax=100, cbar=False, fmt='', linewidths=.5, linecolor='w', annot_kws=dict(size=8))
     sns.heatmap(share, annot=text(share, .5), ax=axs[0], xticklabels=codes, yticklabels=codes, **kw)
     sns.heatmap(v, annot=text(v, 0), ax=axs[1], xticklabels=['IoU'], yticklabels=[], **kw|dict(cmap='Greens'))
-    for ax in axs: ax.set_facecolor('.85'); ax.tick_params(length=0, labelsize=9)
-    axs[0].tick_params(axis='x', rotation=90); axs[0].tick_params(axis='y', rotation=0)
+    for ax in axs:
+        ax.set_facecolor('.85')
+        ax.tick_params(length=0, labelsize=9)
+    for o,angle in dict(x=90, y=0).items(): axs[0].tick_params(axis=o, rotation=angle)
     axs[0].set(xlabel='predicted', ylabel='truth', title='percent of the true class')
     axs[1].set_title(f'mean\n{100*miou(cm):.1f}', fontsize=9)
     return fig

@@ -4,7 +4,7 @@ from torch import nn
 from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
 from matplotlib.path import Path as Outline
-from pipa.look import views as E
+from pipa.look import measures as M, views as E
 from pipa.callbacks import MeanTeacher, Mix, Pair
 from pipa.models import add_heads
 from pipa.labels import label_space
@@ -100,14 +100,14 @@ def test_umap_stays_in_place():
 def test_measures_against_loops():
     rng = np.random.default_rng(0)
     e,y,dom = E.unit(rng.normal(size=(60,5))+1),rng.integers(0, 3, 60),np.where(rng.random(60)<.5, 's', 't')
-    d = E.cluster_table(e, pd.DataFrame(dict(cls=y, domain=dom)), ['a','b','c','d']).set_index('class')
+    d = M.cluster_table(e, pd.DataFrame(dict(cls=y, domain=dom)), ['a','b','c','d']).set_index('class')
     mu = {c: (m:=e[y==c].mean(0))/np.linalg.norm(m) for c in range(3)}
     for c,k in enumerate('abc'):
         tight = np.mean([o@mu[c] for o in e[y==c]]); near = min(1-mu[c]@mu[o] for o in range(3) if o!=c)
         s,t = ((m:=e[(y==c)&(dom==o)].mean(0))/np.linalg.norm(m) for o in 'st')
         np.testing.assert_allclose(d.loc[k, ['compactness','separability','ratio','gap']].astype(float), [tight, near, near/(1-tight), 1-s@t], rtol=1e-3)
     assert 'd' not in d.index
-    m = E.class_cosines(e, y, 4)
+    m = M.class_cosines(e, y, 4)
     assert np.isnan(m[3]).all() and np.isclose(m[0,1], mu[0]@mu[1], atol=1e-5)
 
 def test_lasso_is_that_of_matplotlib():
@@ -118,8 +118,8 @@ def test_lasso_is_that_of_matplotlib():
 
 def test_figures():
     v = some(); t = E.sample(v, 4); e = E.embeddings_of(v, t)
-    assert len(E.class_lines({'a': (d:=E.cluster_table(e, t, sp.codes)), 'b': d}, sp).axes)==4
-    assert E.cosine_matrix(E.class_cosines(e, t.cls.values, 3), sp.codes)._repr_png_()[1:4]==b'PNG'
+    assert len(M.class_lines({'a': (d:=M.cluster_table(e, t, sp.codes)), 'b': d}, sp).axes)==4
+    assert M.cosine_matrix(M.class_cosines(e, t.cls.values, 3), sp.codes)._repr_png_()[1:4]==b'PNG'
     assert len(E.scatter(E.project([e,e])[0], t, sp, ['x','y']).axes)==2
 
 # --- nets -------------------------------------------------------------------------------------------------------------------------------

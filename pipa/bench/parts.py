@@ -141,7 +141,8 @@ def pixel_term_ways(
     def pml(t):
         f,i = t.SupConLoss(.1),torch.randint(y.numel(), (o.samples,))
         return lambda: f(emb.flatten(2)[i//s**2, :, i%s**2], y.flatten()[i]).backward()
-    return {'plain':run(plain_pixel), 'ours':run(pixel_contrast), 'ours, fixed shapes':in_same_shapes(run(pixel_contrast)),
+    ours = run(pixel_contrast)
+    return {'plain':run(plain_pixel), 'ours':ours, 'ours, fixed shapes':in_same_shapes(ours),
             'pytorch-metric-learning, loss alone':_try('pytorch_metric_learning.losses', pml)}
 
 # %% ../../nbs/bench/01_parts.ipynb #5beb0022

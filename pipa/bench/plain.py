@@ -55,7 +55,8 @@ class PlainASPP(SepASPP):
     "All branches look at the same stack"
     def forward(self, maps):
         x = stack(maps)
-        return self.bottleneck(torch.cat([ConvBN.forward(m, x) if isinstance(m, MixBN) else m(x) for m in self.aspp_modules], 1))
+        parts = [ConvBN.forward(m, x) if isinstance(m, MixBN) else m(x) for m in self.aspp_modules]
+        return self.bottleneck(torch.cat(parts, 1))
 
 class PlainSegFormerHead(SegFormerHead):
     "Embed, enlarge, stack, fuse"

@@ -8,6 +8,7 @@ import ipywidgets as W, numpy as np, pandas as pd, seaborn as sns, traitlets as 
 from fastcore.basics import patch
 from matplotlib import colormaps
 from .views import *
+from .measures import *
 from ..labels import label_space, distinct_colors
 from ..draw import Fig
 from .surface import Page, Surface, rgba, heat_bytes, lut, f32, palette, css, colored

@@ -22,8 +22,8 @@ __all__ = ['ends_in', 'options', 'taking', 'parser', 'defaults', 'given', 'parse
 
 # %% ../../nbs/runs/03_options.ipynb #opt00006
 def options(
-    method:str='pipa', # source, minent, advseg, advent, fda, self_training, daformer, hrda, mic, pixel, patch, pipa, oracle; or a+b
-    data:str='minicity', # minicity, a pair such as gta:cityscapes, or a folder with codes.txt, source/images, source/masks, target/images, valid/images, valid/masks
+    method:str='pipa', # source oracle minent advseg advent fda self_training daformer hrda mic pixel patch pipa, or a+b
+    data:str='minicity', # minicity, a pair such as gta:cityscapes, or a folder with codes.txt, source, target, valid
     seed:int=0, # Seed of everything random
     epochs:int=5, # Validations; training is cut into so many epochs
     steps:int=260, # Steps in an epoch
@@ -45,11 +45,11 @@ def options(
     crop:str='64x128', # Height x width of the two crops of patch contrast
     temp:float=.1, # Temperature of both contrasts
     form:str='released', # Both contrasts as in the paper's code (released), or as it prints them (paper)
-    preset:str=None, # daformer, pipa_daformer, hrda, pipa_hrda: as published, whatever --size --bs --rcs --zoom --crop say
+    preset:str=None, # daformer, pipa_daformer, hrda, pipa_hrda: as published, overrides --size --bs --rcs --zoom --crop
     rcs:float=.5, # Temperature of rare class sampling; 0 draws source images evenly
     zoom:float=1., # Views are zoomed in by up to this factor
     lean:store_true=False, # Less memory: backpropagate each loss as soon as it is made
-    precision:str='auto', # Numbers that the net computes with: fp32, bf16, or auto: bf16 for large batches where the CPU has it
+    precision:str='auto', # Numbers of the net: fp32, bf16, or auto: bf16 for large batches where the CPU has it
     workers:int=None, # Processes that load data; default half of the cores, at most 4
     threads:int=0, # CPU threads; 0 leaves it to torch
     unlabelled:int=32, # Target images for the label-free scores in the table; 0 leaves them out
@@ -117,10 +117,12 @@ def method_args(
               host={} if o.weight is None else dict(w=o.weight))
     if o.preset:
         scale = tuple(n/preset(o.preset)['resize_t'][1] for n in (.8*2048, 2.*2048))
-        return kw | dict(released=True, pixel=both, patch=dict(both, scale=scale), teacher=dict(margin=(0,0)))   # the loader marks margins
+        margin = dict(margin=(0,0))   # the loader marks margins
+        return kw | dict(released=True, pixel=both, patch=dict(both, scale=scale), teacher=margin)
     crop = parse_size(o.crop, '--crop')
-    if 'size' in o and host_terms(o.method, o.terms)[1] in ('patch','both') and any(a>b for a,b in zip(crop, parse_size(o.size))):
-        raise ValueError(f"`--crop {o.crop}` doesn't fit into `--size {o.size}`: give a smaller crop or a larger size.")
+    if 'size' in o and host_terms(o.method, o.terms)[1] in ('patch','both'):
+        if any(a>b for a,b in zip(crop, parse_size(o.size))): raise ValueError(
+            f"`--crop {o.crop}` doesn't fit into `--size {o.size}`: give a smaller crop or a larger size.")
     return kw | dict(crop=crop, pixel=dict(both, min_pixels=8, max_views=50), patch=dict(both, thresh=.6))
 
 # %% ../../nbs/runs/03_options.ipynb #opt00014
@@ -162,7 +164,9 @@ def possible(
     o # Options, as an `AttrDict`
 ):
     "Raise a `ValueError` where no method, loader or net could be made of the options"
-    method_cbs(o.method, **method_args(o)); data_args(o, None, None); net_args(o)
+    method_cbs(o.method, **method_args(o))
+    data_args(o, None, None)
+    net_args(o)
 
 # %% ../../nbs/runs/03_options.ipynb #bdccf1a0
 def arithmetic(
@@ -201,7 +205,8 @@ def idle(
     if o['preset']: lost |= {*_published}
     if net_args(AttrDict(o, preset='hrda'))['model']=='hrda': lost.add('net')
     usual = defaults()
-    return [k for k in (*_of_terms, *'alpha thresh trust start'.split(), *_published, 'net') if k in lost and o[k]!=usual[k]]
+    some = *_of_terms,*'alpha thresh trust start'.split(),*_published,'net'
+    return [k for k in some if k in lost and o[k]!=usual[k]]
 
 # %% ../../nbs/runs/03_options.ipynb #opt00026
 def look_for_idle(
@@ -212,8 +217,10 @@ def look_for_idle(
     ks = [k for k in idle(o) if k in given]
     own,rest = ([k for k in ks if (k in _of_terms)==mine] for mine in (True, False))
     def said(ks): return ', '.join(f'`--{k} {o[k]}`' for k in ks)
-    if own: raise ValueError(f"{said(own)} would do nothing: the method `{method_name(*host_terms(o['method'], o['terms']))}` "
-                             "has no term for it. Leave it out, or name a method that has.")
+    if own:
+        name = method_name(*host_terms(o['method'], o['terms']))
+        raise ValueError(f"{said(own)} would do nothing: the method `{name}` has no term for it. "
+                         "Leave it out, or name a method that has.")
     by = f"method `{o['method']}`" + (f" and the preset `{o['preset']}`" if o['preset'] else '')
     if rest and not rank_distrib(): print(f"pipa: Of no use to the {by}: {said(rest)}.", file=sys.stderr)
 

@@ -30,21 +30,13 @@ def quiet_key(
     except SystemExit: raise ValueError(f"`{shlex.join(args)}` has an option that there isn't any more.") from None
 
 # %% ../../nbs/runs/06_plan.ipynb #pln00007
-def _useful(args, also=()):
-    "Arguments without options of terms that the method doesn't have, and without those of `also` that do nothing; and their names"
-    p = parser()
-    lost = [k for k in idle(vars(p.parse_args(args))) if k in ('weight', 'pixel', 'patch', 'temp', 'form') or k in also]
-    if not lost: return args,[]
-    for a in p._actions: a.default = argparse.SUPPRESS
-    o = {k:v for k,v in vars(p.parse_args(args)).items() if k not in lost}
-    return [f'--{k}' if v is True else f'--{k}={v}' for k,v in o.items() if v!=''],lost
-
 def words(
     args:str # As one would write them in a shell
 )->list: # Raises `ValueError` where something wasn't closed
     "Take a line of arguments apart"
     try: return shlex.split(args)
-    except ValueError as e: raise ValueError(f"`--args {args}` can't be taken apart ({e}): close what was opened.") from None
+    except ValueError as e:
+        raise ValueError(f"`--args {args}` can't be taken apart ({e}): close what was opened.") from None
 
 def keys_of(
     table # Path of a table of results
@@ -53,13 +45,24 @@ def keys_of(
     if not Path(table).exists(): return set()
     try: df = pd.read_csv(table)
     except ValueError as e: raise ValueError(f"`{table}` can't be read as a table ({e}): name another one.") from None
-    if 'method' not in df: raise ValueError(f"`{table}` has no column `method`, so it is no table of results: name another one.")
+    if 'method' not in df:
+        raise ValueError(f"`{table}` has no column `method`, so it is no table of results: name another one.")
     def key_of(r):
         columns = [f'--{k}={r[k]}' for k in ('method','seed','epochs') if k in r]
         command = r['command'] if isinstance(r.get('command'), str) else ''
         try: return quiet_key([*columns, *shlex.split(command)])
         except ValueError: pass
     return {key_of(r) for r in df.to_dict('records')}
+
+# %% ../../nbs/runs/06_plan.ipynb #pln00015
+def _useful(args, also=()):
+    "Arguments without options of missing terms, and without those of `also` that do nothing; and what was left out"
+    p = parser()
+    lost = [k for k in idle(vars(p.parse_args(args))) if k in ('weight', 'pixel', 'patch', 'temp', 'form') or k in also]
+    if not lost: return args,[]
+    for a in p._actions: a.default = argparse.SUPPRESS
+    o = {k:v for k,v in vars(p.parse_args(args)).items() if k not in lost}
+    return [f'--{k}' if v is True else f'--{k}={v}' for k,v in o.items() if v!=''],lost
 
 # %% ../../nbs/runs/06_plan.ipynb #pln00008
 def plan(
@@ -76,16 +79,20 @@ def plan(
     vary = [f'{k}={v}' for k,_,vs in (o.partition('=') for o in sweep.split()) for v in vs.split(',')] or ['']
     runs,never = {},{}
     if bad := [o for o in seeds.split(',') if not o.strip().isdecimal()]:
-        raise ValueError(f"`--seeds {seeds}`: `{bad[0]}` is no seed: write whole numbers from 0 on, separated by commas.")
-    for s in seeds.split(','):
+        raise ValueError(f"`--seeds {seeds}`: `{bad[0]}` is no seed: "
+                         "write whole numbers from 0 on, separated by commas.")
+    for s in map(int, seeds.split(',')):
         for m in (method_name(*o) for o in pairs):
             for v in vary:
-                args,lost = _useful([f'--method={m}', f'--seed={int(s)}', *more, *[f'--{v}']*bool(v)], [v.split('=')[0]])
-                name = f'{m}_seed{int(s)}' + (f'_{v}' if v and v.split('=')[0] not in lost else '').translate({ord(c): '_' for c in '/\\'})
+                k = v.partition('=')[0]
+                args,lost = _useful([f'--method={m}', f'--seed={s}', *more, *[f'--{v}']*bool(v)], [k])
+                part = f'_{v}' if v and k not in lost else ''
+                name = f'{m}_seed{s}' + part.translate({ord(c): '_' for c in '/\\'})
                 runs.setdefault(key(settings(args)), (name, args))
                 never[v] = never.get(v, {*lost}) & {*lost}
     if bad := sorted(k for ks in never.values() for k in ks): raise ValueError(
-        f"`{bad[0]}` would do nothing with any of {methods.replace(',', ', ')}: leave it out, or add a method or terms that it is for.")
+        f"`{bad[0]}` would do nothing with any of {methods.replace(',', ', ')}: "
+        "leave it out, or add a method or terms that it is for.")
     return list(runs.values())
 
 # %% ../../nbs/runs/06_plan.ipynb #rsm00006
@@ -126,8 +133,8 @@ def run_all(
     def one(job):
         out = (old := interrupted(Path(runs)/job[0], job[1])) or new_folder(Path(runs)/job[0])
         cmd = [exe, *job[1], f'--threads={max(1, defaults.cpus//jobs)}', f'--out={out}', *['--resume']*bool(old)]
-        with open(f'{out}.log', 'a' if old else 'w') as f: code = subprocess.run(cmd, stdout=f, stderr=f, env=env).returncode
-        return job[0],out,code
+        with open(f'{out}.log', 'a' if old else 'w') as f:
+            return job[0],out,subprocess.run(cmd, stdout=f, stderr=f, env=env).returncode
     with ThreadPoolExecutor(jobs) as pool:
         for f in progress_bar(as_completed([pool.submit(one, o) for o in todo]), total=len(todo)):
             name,out,code = f.result()

@@ -124,7 +124,8 @@ def origins(
 )->dict: # What `config.json` says beside the options
     "What a run was made of"
     stamps = {k: data_stamp(d) for k,d in dict(source=src, target=tgt, valid=val).items() if d}
-    now = dict(versions=versions(), command=shlex.join(['pipa_train', *sys.argv[1:]]), data_stamps=stamps, git=revisions())
+    command = shlex.join(['pipa_train', *sys.argv[1:]])
+    now = dict(versions=versions(), command=command, data_stamps=stamps, git=revisions())
     if o.get('config'):
         for l in changes(read_config(o.config), now): print(f'pipa: {l}', file=sys.stderr)
     return now

@@ -4,14 +4,15 @@
 
 # %% ../../nbs/runs/02_resume.ipynb #res00003
 from __future__ import annotations
-import inspect, os, signal, sys, threading, time
+import os, signal, sys, threading, time
 from itertools import islice
 import torch, torch.distributed as dist
 from fastai.torch_basics import *
 from fastai.callback.core import Callback, CancelEpochException, CancelTrainException
 from fastai.learner import Learner
 from ..ranks import place, start, most
-from .state import asked_for, checkpoints, load_state, of_rank, read_state, same_ranks, setting_changes, state_of, write_state
+from .state import asked_for, checkpoints, load_rng, load_state, read_together
+from .state import setting_changes, state_of, write_state
 
 # %% auto #0
 __all__ = ['loyal', 'Checkpoint']
@@ -28,6 +29,7 @@ def loyal():
         os._exit(0)
     threading.Thread(target=listen, daemon=True).start()
 
+# %% ../../nbs/runs/02_resume.ipynb #res00061
 class Checkpoint(Callback):
     "Keep what a fit needs to go on: after each epoch, now and then within one, and when the process is asked to end"
     order = 1000   # after all others have done their work
@@ -35,7 +37,9 @@ class Checkpoint(Callback):
         steps:int=0, # Steps between two checkpoints within an epoch; 0 for none
         minutes:float=0., # Minutes between two checkpoints within an epoch; 0 for none
         signals:bool=True # Save and stop at SIGTERM, SIGHUP and Ctrl-C?
-    ): store_attr(); self.at,self.file,self.asked,self.old,self.going_on = None,None,None,{},None
+    ):
+        store_attr()
+        self.at,self.file,self.asked,self.old,self.going_on = None,None,None,{},None
 
     def before_fit(self): self.at = None
     def before_train(self):
@@ -45,18 +49,27 @@ class Checkpoint(Callback):
     def after_train(self): self.rng = get_random_states()
     def before_validate(self):
         if self.at: self.shared = -int(most(torch.tensor(-len(self.dl))))   # batches that all ranks have
-    def after_batch(self):
-        if self.at is None or not self.training and self.iter>=self.shared: return
-        if self.training: self.at,self.rng = (self.epoch, self.iter+1),None
-        sig,due = self.agree(self.due())
-        if sig: self.stop(sig)
-        elif due: self.save()
-    def after_epoch(self):
-        if self.at is None: return
-        self.at,self.rng = (self.epoch+1, 0),None
-        self.save()
-        if sig := self.agree()[0]: self.stop(sig)
-    def after_fit(self): self.at = None; self.let_go()
+    def after_fit(self):
+        self.at = None
+        self.let_go()
+
+# %% ../../nbs/runs/02_resume.ipynb #res00063
+@patch
+def after_batch(self:Checkpoint):
+    "Move the place by a step; save or stop if it is time"
+    if self.at is None or not self.training and self.iter>=self.shared: return
+    if self.training: self.at,self.rng = (self.epoch, self.iter+1),None
+    sig,due = self.agree(self.due())
+    if sig: self.stop(sig)
+    elif due: self.save()
+
+@patch
+def after_epoch(self:Checkpoint):
+    "Move the place to the next epoch, and save"
+    if self.at is None: return
+    self.at,self.rng = (self.epoch+1, 0),None
+    self.save()
+    if sig := self.agree()[0]: self.stop(sig)
 
 # %% ../../nbs/runs/02_resume.ipynb #res00034
 @patch
@@ -68,7 +81,8 @@ def begin(self:Checkpoint):
     if first and old and self.file is None:
         print(f"`{old[0]}` is of an earlier fit, and the first checkpoint of this one replaces it.")
     if not self.going_on: self.file = None
-    for p in self.path.glob('.checkpoint_*.pt.*') if first else (): p.unlink(missing_ok=True)   # of a process killed as it wrote
+    for p in self.path.glob('.checkpoint_*.pt.*') if first else ():   # of a process killed as it wrote
+        p.unlink(missing_ok=True)
     self.settings,self.going_on = self.going_on or asked_for(self.learn),None
     self.since,self.asked,self.rng = time.monotonic(),None,None
     if self.signals and threading.current_thread() is threading.main_thread():
@@ -82,14 +96,17 @@ def let_go(self:Checkpoint):
     for s,f in self.old.items(): signal.signal(s, f)
     self.old = {}
 
+# %% ../../nbs/runs/02_resume.ipynb #res00066
 @patch
 def mark(self:Checkpoint, sig, frame):
-    "Remember a signal for the end of the step; a second one of one process, or one outside of a fit, means what it did before"
-    if self.asked and place()[1]>1: return
+    "Remember a signal for the end of the step; a second one, or one outside of a fit, means what it did before"
+    if self.asked and place()[1]>1: return   # of several ranks each obeys the first one only
     def ours(f): return f.f_code.co_name=='fit' and f.f_locals.get('self') is self.learn
     while frame is not None and not ours(frame): frame = frame.f_back
-    if frame is not None and self.asked is None: self.asked = sig; return
-    self.let_go(); os.kill(os.getpid(), sig)
+    if frame is not None and self.asked is None: self.asked = sig
+    else:
+        self.let_go()
+        os.kill(os.getpid(), sig)
 
 # %% ../../nbs/runs/02_resume.ipynb #res00035
 @patch
@@ -112,6 +129,7 @@ def within(self:Checkpoint):
     "Can a fit of this learner go on in the middle of an epoch?"
     return getattr(self.dls.train, 'drawn', None) is not None and not self.recorder.train_metrics
 
+# %% ../../nbs/runs/02_resume.ipynb #res00069
 @patch
 def save(self:Checkpoint):
     "Write a checkpoint and keep the one before it; all ranks take part, rank 0 writes"
@@ -154,7 +172,9 @@ def _left(dl, done):
     "Batches of an epoch of pairs, from number `done` on"
     end = dl.drawn
     dl.drawn = end - (dl.n-done*dl.bs)*dl.shard[1]
-    for b in islice(dl, len(dl)-done): dl.drawn = end; yield b
+    for b in islice(dl, len(dl)-done):
+        dl.drawn = end
+        yield b
     dl.drawn = end
 
 def _rest_of_epoch(learn, state):
@@ -165,11 +185,12 @@ def _rest_of_epoch(learn, state):
         load_state(learn, state)
         learn.n_iter = len(learn.dl)
         for i,b in enumerate(_left(learn.dl, done), done):
-            if i==done: _set_rng(state['rng'])
+            if i==done: load_rng(state['rng'])
             learn.one_batch(i, b)
-        if done==learn.n_iter: _set_rng(state['rng'])
+        if done==learn.n_iter: load_rng(state['rng'])
     learn._with_events(batches, 'train', CancelTrainException)
 
+# %% ../../nbs/runs/02_resume.ipynb #res00072
 def _rest_of_fit(learn, state, strict):
     "In place of `learn._do_fit`, once"
     if hasattr(learn, 'lr_finder'): return type(learn)._do_fit(learn)
@@ -179,7 +200,9 @@ def _rest_of_fit(learn, state, strict):
     if done: learn._do_epoch_train = partial(_rest_of_epoch, learn, state)
     else: load_state(learn, state)
     for learn.epoch in range(first, learn.n_epoch): learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
-    if first==learn.n_epoch: learn.recorder.log = L(); learn._do_epoch_validate()   # the measures of the end, once more
+    if first==learn.n_epoch:   # the measures of the end, once more
+        learn.recorder.log = L()
+        learn._do_epoch_validate()
 
 # %% ../../nbs/runs/02_resume.ipynb #res00039
 def _same(learn, state, strict):
@@ -200,17 +223,19 @@ def _take_student(learn, state, file):
                              "Build the one of the interrupted run.")
     get_model(learn.model).load_state_dict(had)
 
+# %% ../../nbs/runs/02_resume.ipynb #res00074
 @patch
 def resume(self:Learner,
     path=None, # A checkpoint, or a folder with some; defaults to `learn.path`
     strict:bool=True # Must the next fit be as the interrupted one? Else differences are said and accepted
 )->tuple: # Epochs that are done, and batches that are done in the next
     "Take weights from a checkpoint, and let the next fit, the same as the interrupted one, go on from there"
-    state,file = _read_together(path or self.path)
+    state,file = read_together(path or self.path)
     _take_student(self, state, file)
     (epoch,step),n,v = state['at'],state['n_epoch'],state['versions']['torch']
+    own = file if file in checkpoints(self.path) else None
     for o in self.cbs:
-        if isinstance(o, Checkpoint): o.file,o.going_on = file if file in checkpoints(self.path) else None,state['asked']
+        if isinstance(o, Checkpoint): o.file,o.going_on = own,state['asked']
     now = str(torch.__version__)
     where = f"epoch {epoch} of {n}, step {step} of {state['n_iter']}." if epoch<n else "all epochs are done."
     if not place()[0]:

@@ -13,7 +13,7 @@ from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from ..basics import between, writable, write_file
-from ..ranks import start, place
+from ..ranks import place, start
 from ..sets.domains import image_size
 from ..sets.named import domains
 from ..data import class_counts, uda_dls
@@ -22,9 +22,8 @@ from ..fast import fast
 from ..guard import Guard
 from ..learner import host_terms, make_net, method_cbs, method_name, uda_learner
 from ..metrics import iou, iou_table, miou, Validator
-from ..look.views import tightness
-from .options import arithmetic, data_args, defaults, fit_args, given, in_range, loaders, look_for_idle, method_args
-from .options import net_args, parse_size, unusual
+from ..look.measures import tightness
+from .options import *
 from .record import made_of, origins, read_config, repeat, seed_all
 from .resume import Checkpoint
 from .state import checkpoints, claim, same_ranks
@@ -139,7 +138,8 @@ def plain_log(
     learn # Learner whose fit is logged
 ):
     "One line an epoch and no bar, for output that goes to a file"
-    def line(o): print(' '.join((f'{x:.4f}' if isinstance(x, float) else str(x)).rjust(max(7, len(n))) for x,n in zip(o, learn.recorder.metric_names)), flush=True)
+    def word(x, name): return (f'{x:.4f}' if isinstance(x, float) else str(x)).rjust(max(7, len(name)))
+    def line(o): print(*map(word, o, learn.recorder.metric_names), flush=True)
     class Header(Callback):
         order = 51
         def before_fit(self): line(self.recorder.metric_names)
@@ -156,7 +156,8 @@ def watch(
     log=None # `metrics.csv` of a run that goes on: it keeps its columns
 ):
     "Have somebody look at numbers that go wrong"
-    column = 'skipped' in Path(log).read_text().partition('\n')[0].split(',') if log and Path(log).is_file() else how=='skip'
+    column = how=='skip'
+    if log and Path(log).is_file(): column = 'skipped' in Path(log).read_text().partition('\n')[0].split(',')
     if how=='off' and not column: return
     learn.add_cb(g := Guard('stop' if how=='off' else how))
     if column: learn.metrics += g.column
@@ -168,9 +169,10 @@ def halved(
     precision:str # fp32 or bf16
 ):
     "Train in bf16, if it is asked for"
-    if precision=='fp32': yield; return
-    learn.to_bf16()
-    with sdpa_kernel(SDPBackend.MATH) if learn.dls.device.type=='cpu' else nullcontext(): yield
+    half = precision!='fp32'
+    if half: learn.to_bf16()
+    plain = half and learn.dls.device.type=='cpu'
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(): yield
 
 # %% ../../nbs/runs/04_run.ipynb #run00014
 def prepare(
@@ -188,9 +190,10 @@ def prepare(
                   bs_valid=valid_bs(val or src, views['bs']), **views)
     before = Before(dls.valid)
     model = fast(make_net(net['model'], dls.c, o.arch, o.encoder or o.pretrained, **net['net']))
-    learn = uda_learner(dls, model, o.method, lr=o.lr, lean=o.get('lean', False), n_unlabelled=o.unlabelled, guard=None, hidden=net['hidden'],
-                        cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)], **method_args(o))
-    for m in learn.metrics.filter(lambda m: isinstance(m, Validator)): m.last = True   # label-free scores once, at the end
+    learn = uda_learner(dls, model, o.method, lr=o.lr, lean=o.get('lean', False), n_unlabelled=o.unlabelled,
+                        guard=None, hidden=net['hidden'], **method_args(o),
+                        cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)])
+    for m in learn.metrics.filter(lambda m: isinstance(m, Validator)): m.last = True # Once, at the end
     return learn,before,(src,tgt,val)
 
 # %% ../../nbs/runs/04_run.ipynb #run00015
@@ -202,7 +205,8 @@ def fit_in_folder(
     "One run, from data to pictures; on several processes rank 0 writes, and the row of the others is empty"
     o,(rank,world) = AttrDict(o),start()
     o.workers = loaders(o.workers, world)
-    in_range(o); seed_all(o.seed, o.deterministic)
+    in_range(o)
+    seed_all(o.seed, o.deterministic)
     learn,before,doms = prepare(o, world)
     learn.path = out = Path(out) if o.resume else rank0_folder(out)
     watch(learn, o.get('guard', 'off'), out/'metrics.csv')
@@ -230,15 +234,18 @@ def resumed(
     if not (out/'config.json').is_file(): raise FileNotFoundError(
         f"`{out}` holds no run that could go on: name its folder with --out, or begin one without --resume.")
     rank,_ = start()
-    if (out/'row.json').is_file(): rank or print(f'`{out}` is finished, there is nothing to go on with.'); return None,[]
+    if (out/'row.json').is_file():
+        if not rank: print(f'`{out}` is finished, there is nothing to go on with.')
+        return None,[]
     was = json.loads((out/'config.json').read_text(encoding='utf8'))
     same_ranks(out, was.get('ranks', 1))
     was.setdefault('precision', 'fp32')   # a run of before there was a choice
     was['threads'] = was['versions']['threads']
     if o.get('preset') or was.get('preset'): was.pop('size', None)   # that of the preset, not what was asked for
     odd = [k for k in o if k in was and k not in _free and o[k]!=usual.get(k) and o[k]!=was[k]]
-    if odd: raise ValueError(f"The run in `{out}` was begun with " + ', '.join(f'--{k}={was[k]} and not {o[k]}' for k in odd)
-        + ": leave out what it knows itself, or begin another run in another folder.")
+    if odd: raise ValueError(
+        f"The run in `{out}` was begun with {', '.join(f'--{k}={was[k]} and not {o[k]}' for k in odd)}: "
+        "leave out what it knows itself, or begin another run in another folder.")
     keep = {k for k in _free if o.get(k)!=usual.get(k)} | {'out', 'resume'}
     return {k: o[k] if k in keep else was.get(k, o[k]) for k in o},shlex.split(was['command'])[1:]
 
@@ -262,7 +269,8 @@ def run(
         out,row = fit_in_folder(out, held, **o)
         if not row: return out
         apart = ' '.join([o for o in (unusual(o), f'ranks={place()[1]}'*(place()[1]>1)) if o])
-        row |= dict(settings=apart, command=shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))]), version=made_of())
+        command = shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))])
+        row |= dict(settings=apart, command=command, version=made_of())
         write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
         for p in checkpoints(out): p.unlink(missing_ok=True)
     return out

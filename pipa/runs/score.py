@@ -27,10 +27,12 @@ def open_net(
     "The net that a command is asked to use"
     file,which = Path(weights),'teacher' if teacher else None
     own = (file if file.is_dir() else file.parent)/f"{which or 'weights'}.safetensors"
-    if teacher and file.suffix=='.safetensors' or file.is_dir() and (own.is_file() or not (file/'config.json').is_file()): file = own
+    of_run = own.is_file() or not (file/'config.json').is_file()   # else a folder for transformers
+    if teacher and file.suffix=='.safetensors' or file.is_dir() and of_run: file = own
     net,meta = export.load_graph(file) if file.suffix=='.onnx' else load(file, default_device(), which=which)
     if space_of(meta) is None:
-        raise ValueError(f"`{file}` doesn't say what its classes are: save it again with `pipa.checkpoints.save` and a `space`.")
+        raise ValueError(f"`{file}` doesn't say what its classes are: "
+                         "save it again with `pipa.checkpoints.save` and a `space`.")
     return net,meta,space_of(meta),file
 
 # %% ../../nbs/runs/05_score.ipynb #e4000112
@@ -68,7 +70,8 @@ def write_scores(
     "Write tables and picture of a score"
     t,means = infer.score_table(cm, space),infer.mean_table(cm, space)
     matrix = pd.DataFrame(cm.numpy(), space.codes, space.codes).rename_axis('truth')
-    write_file(out/'classes.csv', lambda f: t.to_csv(f, index=False)); write_file(out/'confusion.csv', matrix.to_csv)
+    write_file(out/'classes.csv', lambda f: t.to_csv(f, index=False))
+    write_file(out/'confusion.csv', matrix.to_csv)
     show.confusion_picture(cm, space).to_png(out/'confusion.png')
     row = dict(row, **dict(zip(means['mean'], means.iou)), accuracy=pixel_acc(cm), **dict(zip(space.codes, t.iou)))
     write_file(out/'row.json', lambda f: f.write(json.dumps(row, indent=1).encode()))

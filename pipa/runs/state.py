@@ -21,8 +21,9 @@ from ..basics import write_file
 from ..ranks import place, start
 
 # %% auto #0
-__all__ = ['pack', 'cb_state', 'load_cb_state', 'state_of', 'load_state', 'asked_for', 'setting_changes', 'write_state',
-           'checkpoints', 'read_state', 'claim', 'fingerprint', 'apart', 'of_rank', 'gather_apart', 'same_ranks']
+__all__ = ['pack', 'cb_state', 'load_cb_state', 'state_of', 'load_rng', 'load_state', 'asked_for', 'setting_changes',
+           'write_state', 'checkpoints', 'read_state', 'claim', 'fingerprint', 'apart', 'of_rank', 'gather_apart',
+           'same_ranks', 'read_together']
 
 # %% ../../nbs/runs/01_state.ipynb #res00008
 def pack(
@@ -79,6 +80,7 @@ def load_state_dict(self:Recorder, state):
     self.losses,self.values = [*state['losses']],[L(v) for v in state['values']]
     self.smooth_loss.val,self.smooth_loss.count = to_cpu(state['smooth'][0]),state['smooth'][1]
 
+# %% ../../nbs/runs/01_state.ipynb #sta00017
 @patch
 def state_dict(self:CSVLogger):
     "The rows so far; nothing on a rank that writes none"
@@ -90,8 +92,10 @@ def state_dict(self:CSVLogger):
 def load_state_dict(self:CSVLogger, state):
     "Have these rows and no others in the file"
     if not self.run: return
-    self.file.seek(0); self.file.truncate()
-    self.file.write(state['text']); self.file.flush()
+    self.file.seek(0)
+    self.file.truncate()
+    self.file.write(state['text'])
+    self.file.flush()
 
 # %% ../../nbs/runs/01_state.ipynb #res00018
 def state_of(
@@ -106,12 +110,17 @@ def state_of(
         grads={k:p.grad for k,p in net.named_parameters() if p.grad is not None},
         callbacks={o.name:s for o in learn.cbs if (s := cb_state(o))}))
     ranks = gather_apart(own)
-    return own if place()[0] else own | pack(dict(pipa_checkpoint=1, versions=dict(pipa=__version__, torch=str(torch.__version__)),
+    if place()[0]: return own
+    versions = dict(pipa=__version__, torch=str(torch.__version__))
+    return own | pack(dict(pipa_checkpoint=1, versions=versions,
         at=at, n_epoch=learn.n_epoch, n_iter=len(dls.train), train_iter=learn.train_iter, pct_train=learn.pct_train,
         student=net, opt=learn.opt.state_dict(), scaler=scaler.state_dict() if scaler else {},
         pairs={k:getattr(dls.train, k, None) for k in ('seed', 'drawn')}, asked=asked or asked_for(learn), ranks=ranks))
 
-def _set_rng(state):
+def load_rng(
+    state:dict # From fastai's `get_random_states`, with tensors for arrays
+):
+    "Put back the random states; on a machine with fewer GPUs those that it has"
     name,keys,*rest = state['numpy_state']
     cuda = state['torch_cuda_state'][:torch.cuda.device_count()]
     set_random_states(**state | dict(numpy_state=(name, keys.numpy(), *rest), torch_cuda_state=cuda))
@@ -123,7 +132,8 @@ def load_state(
 ):
     "Put everything back"
     net,dls,dev = get_model(learn.model),learn.dls,next(learn.model.parameters()).device
-    net.load_state_dict(state['student']); learn.opt.load_state_dict(state['opt'])
+    net.load_state_dict(state['student'])
+    learn.opt.load_state_dict(state['opt'])
     for k,p in net.named_parameters(): p.grad = state['grads'][k].to(p) if k in state['grads'] else None
     if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
     for o in learn.cbs:
@@ -133,7 +143,7 @@ def load_state(
         dls.train.seed,dls.train.drawn = state['pairs'].values()
         dls.train.pool = None   # workers that were kept know another seed
     learn.train_iter,learn.pct_train = state['train_iter'],state['pct_train']
-    _set_rng(state['rng'])
+    load_rng(state['rng'])
 
 # %% ../../nbs/runs/01_state.ipynb #res00021
 def _plain(o):
@@ -150,12 +160,14 @@ def _images(domain):
     ims = [Path(o).name for o in getattr(domain, 'images', ())]
     return f'{len(ims)}, from {ims[0]} to {ims[-1]}' if ims else None
 
+# %% ../../nbs/runs/01_state.ipynb #sta00019
 def asked_for(
     learn:Learner # When its fit begins
 )->dict: # Name, such as `mix.w`, and value
     "The settings that the result depends on, as far as they can be seen"
     dl,hs = learn.dls.train,learn.opt.hypers
-    parts = {'views':dl.dataset} | {o.name:o for o in learn.cbs if o.order<Recorder.order and not getattr(type(o), 'free', False)}   # those after it look on
+    cbs = [o for o in learn.cbs if o.order<Recorder.order and not getattr(type(o), 'free', False)]   # others look on
+    parts = {'views':dl.dataset} | {o.name:o for o in cbs}
     res = {f'{n}.{k}':v for n,o in parts.items() if hasattr(o, '__dict__') for k,v in _settings(o).items()}
     sched = [(k, f) for o in learn.cbs if isinstance(o, ParamScheduler) for k,f in o.scheds.items()]
     rates = {f'schedule of {k}':[np.asarray(f(p)).tolist() for p in (.01,.1,.5,.9)] for k,f in sched}
@@ -178,7 +190,10 @@ def write_state(
 )->Path: # The file, such as `checkpoint_002_000137.pt`: two epochs are done and 137 batches of the third
     "Write a checkpoint, whole or not at all, and on disk when this returns"
     file = Path(folder)/'checkpoint_{:03}_{:06}.pt'.format(*state['at'])
-    def write(f): torch.save(state, f); f.flush(); os.fsync(f.fileno())
+    def write(f):
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
     write_file(file, write)
     if os.name=='posix':   # the name, too, has to reach the disk
         d = os.open(file.parent, os.O_RDONLY)
@@ -193,6 +208,7 @@ def checkpoints(
     fs = Path(folder).glob('checkpoint_*.pt')
     return sorted((p for p in fs if re.fullmatch(r'checkpoint_\d+_\d+\.pt', p.name)), reverse=True)
 
+# %% ../../nbs/runs/01_state.ipynb #sta00021
 def _read(file):
     try:
         if bad := zipfile.ZipFile(file).testzip(): raise OSError(f'checksum of {bad}')
@@ -202,7 +218,6 @@ def _read(file):
     if known!=1: raise ValueError(f"`{file}` is no checkpoint of this version of pipa")
     return state
 
-# %% ../../nbs/runs/01_state.ipynb #res00026
 def read_state(
     path # A checkpoint, or a folder with some
 )->tuple: # From `state_of`, and the file; raises `FileNotFoundError` or `ValueError`
@@ -215,9 +230,10 @@ def read_state(
     said = []
     for f in files:
         try: state = _read(f)
-        except ValueError as e: said.append(str(e)); continue
-        if said: print(f"{'; '.join(said)}: going back to `{f.name}`, the one before it.")
-        return state,f
+        except ValueError as e: said.append(str(e))
+        else:
+            if said: print(f"{'; '.join(said)}: going back to `{f.name}`, the one before it.")
+            return state,f
     raise ValueError(f"{'; '.join(said)}: there is none before it, so begin anew.")
 
 # %% ../../nbs/runs/01_state.ipynb #res00030
@@ -231,20 +247,26 @@ def _locked(file, fcntl):
         except FileNotFoundError: pass   # its owner removed it before we had it
         except OSError as e:
             if e.errno not in (errno.EACCES, errno.EAGAIN): return f
-            f.close(); return None
+            f.close()
+            return None
         f.close()
 
+# %% ../../nbs/runs/01_state.ipynb #sta00023
 @contextmanager
 def claim(
     folder # Folder of a run
 ): # For `with`; does nothing where the system has no such locks
     "Take a folder for this process; raises `ValueError` if another one works in it"
     try: import fcntl
-    except ImportError: yield; return
+    except ImportError:
+        yield
+        return
     f = _locked(file := Path(folder)/'.lock', fcntl)
     if not f: raise ValueError(f"Another process works in `{folder}`: let it end, or take another folder.")
     try: yield
-    finally: file.unlink(missing_ok=True); f.close()   # in this order: closed, it might be another's already
+    finally:   # in this order: closed, it might be another's already
+        file.unlink(missing_ok=True)
+        f.close()
 
 # %% ../../nbs/runs/01_state.ipynb #res00071
 def fingerprint(
@@ -254,7 +276,9 @@ def fingerprint(
     if isinstance(o, dict): return {k:fingerprint(v) for k,v in o.items()}
     h = hashlib.blake2b(digest_size=16)
     def add(o):
-        if isinstance(o, Tensor): add((str(o.dtype), *o.shape)); h.update(o.contiguous().flatten().view(torch.uint8).numpy())
+        if isinstance(o, Tensor):
+            add((str(o.dtype), *o.shape))
+            h.update(o.contiguous().flatten().view(torch.uint8).numpy())
         elif isinstance(o, (list,tuple,dict)):
             h.update(f'{type(o).__name__} {len(o)} '.encode())
             for x in (o.items() if isinstance(o, dict) else o): add(x)
@@ -302,11 +326,14 @@ def same_ranks(
     "Raise a `ValueError` if there is another number of processes now"
     if was==(now := start()[1]): return
     a,b = [f'{n} processes' if n>1 else 'one process' for n in (was, now)]
-    how = f"`torchrun --nproc_per_node {was} --no-python pipa_train …`, or more machines with {was} in all" if was>1 else "without a launcher"
-    raise ValueError(f"`{of}` is of a run on {a}, and now there {'are' if now>1 else 'is'} {b}: start it on {a} ({how}), or begin anew.")
+    many = f"`torchrun --nproc_per_node {was} --no-python pipa_train …`, or more machines with {was} in all"
+    raise ValueError(f"`{of}` is of a run on {a}, and now there {'are' if now>1 else 'is'} {b}: "
+                     f"start it on {a} ({many if was>1 else 'without a launcher'}), or begin anew.")
 
-def _read_together(path):
-    "The state of this rank, and the file, which rank 0 chooses"
+def read_together(
+    path # A checkpoint, or a folder with some
+)->tuple: # The state of this rank, and the file
+    "Read the state that rank 0 chooses, as `read_state` does"
     rank,world = start()
     said = [None]
     if not rank:

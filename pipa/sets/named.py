@@ -27,14 +27,17 @@ def domains(
     if ':' in data and not Path(data).is_dir(): return named_domains(*data.split(':', 1), oracle)
     root = Path(data)
     if not data or not root.is_dir():
-        raise FileNotFoundError(f"`--data {data}` is neither `minicity` nor a folder, nor a pair such as gta:cityscapes.")
+        raise FileNotFoundError(f"`--data {data}` is neither `minicity` nor a folder, "
+                                "nor a pair such as gta:cityscapes.")
     codes = codes_space(root/'codes.txt' if (root/'codes.txt').is_file() else _no_codes(root))
     src,tgt = ('target' if oracle else 'source'),root/'target'
     valid = root/'valid'
     return (folder(root/src/'images', root/src/'masks', codes, src), folder(tgt/'images', None, codes, 'target'),
             folder(valid/'images', valid/'masks', codes, 'valid') if valid.is_dir() else None)
 
-def _no_codes(root): raise FileNotFoundError(f"`{root}` has no `codes.txt`: write the class names in it, one a line, in the order of the numbers in the masks.")
+def _no_codes(root):
+    raise FileNotFoundError(f"`{root}` has no `codes.txt`: write the class names in it, one a line, "
+                            "in the order of the numbers in the masks.")
 
 # %% ../../nbs/sets/03_named.ipynb #4b89c455
 def _published(name, split, labels):
