@@ -134,11 +134,13 @@ def test_exported_page_lives_without_python(browser, tmp_path):
 colours = """() => { const c = document.querySelector('.pipa-images');
   return c.width && new Set(new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)).size }"""
 
+# JupyterLab stands for the front ends in the normal run, and cells of this file for the tutorials
 # --- other front ends -------------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_notebook_7(browser, tmp_path):
     needs('notebook', 'Notebook 7')
     home,work = tmp_path/'home',tmp_path/'work'; work.mkdir()
-    shutil.copy(root/'nbs/tutorials/explore.ipynb', work/'a.ipynb')
+    write_notebook(work/'a.ipynb', arrays)
     with server(work, home, 'notebook') as (url,token):
         ctx = browser.new_context(viewport=dict(width=1300, height=1000)); bad = []
         page = ctx.new_page()
@@ -159,6 +161,7 @@ def test_notebook_7(browser, tmp_path):
         assert bad==['script: on purpose'], 'an error of a script would be noticed'
         ctx.close()
 
+@pytest.mark.slow
 def test_voila(browser, tmp_path):
     needs('voila', 'Voilà')
     home,work = tmp_path/'home',tmp_path/'work'; work.mkdir()
@@ -183,6 +186,7 @@ def test_voila(browser, tmp_path):
         ctx.close()
     assert not bad, bad
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['explore', 'patches'])
 def test_tutorial(opened, name):
     nb = opened(root/f'nbs/tutorials/{name}.ipynb')
