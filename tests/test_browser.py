@@ -83,6 +83,7 @@ def test_pixel_explorer(opened):
     handle.focus(); nb.page.keyboard.press('ArrowLeft'); nb.wait('page.checkpoint==0')
     assert nb.py("page.surface.caption").startswith('PCA')
 
+@pytest.mark.slow
 def test_hover_asks_and_leaves(opened):
     nb = opened(arrays)
     nb.page.mouse.move(*nb.at('.pipa-images', 1, .3, .3)); nb.wait('len(page.surface.heat)==3*16*32 and not page.queries')
@@ -103,6 +104,7 @@ def test_crops_are_dragged_and_nudged(opened):
     nb.page.locator('.pipa-random').click(); nb.wait('pairs.seed==1')
     nb.page.locator('.lm-TabBar-tab', has_text='over overlap').click(); nb.wait("any(k[0]=='sweep' for k in pairs.cache)", 60)
 
+@pytest.mark.slow
 def test_dark_theme_is_noticed(opened, lab):
     themes = lab[3]/'settings/@jupyterlab/apputils-extension/themes.jupyterlab-settings'
     themes.write_text('{"theme": "JupyterLab Dark"}')
@@ -111,6 +113,7 @@ def test_dark_theme_is_noticed(opened, lab):
         nb.wait('pairs.dark'); assert nb.page.locator('.pipa-surface.pipa-dark').count()==2
     finally: themes.unlink()
 
+@pytest.mark.slow
 def test_what_should_fail_fails(opened):
     nb = opened('page = None', 'raise ValueError("on purpose")', errors=['ValueError: on purpose'])
     with pytest.raises(TimeoutError): nb.wait('page is not None', 1)
