@@ -1,5 +1,5 @@
 "The same surroundings for everybody: one thread a process, no window, nothing from the net."
-import os, socket
+import os, socket, sys
 from pathlib import Path
 import pytest
 
@@ -52,3 +52,8 @@ def placed(monkeypatch):
     def note(a, b): seen.add(Path(b).absolute()); return real(a, b)
     monkeypatch.setattr(os, 'replace', note)
     return seen
+
+@pytest.fixture(scope='session', autouse=True)
+def may_fork():
+    "PyTorch decides at the first gradient of a process whether its forks may have gradients, too; after an export it decides that they may not"
+    if (torch := sys.modules.get('torch')): torch.ones(1, requires_grad=True).sum().backward()

@@ -78,7 +78,7 @@ def test_results_say_where_they_come_from():
     ref = ran.groupby(['command','part'], sort=False).ms.transform('first')
     assert ((ref/ran.ms-ran.ratio).abs()<=.01*ran.ratio).all()
 
-@pytest.mark.parametrize('method', ['daformer+pipa', 'mic+pipa', 'fda+pipa', 'advent+pipa'])
+@pytest.mark.parametrize('method', ['daformer+pipa', *(pytest.param(o, marks=pytest.mark.slow) for o in ('mic+pipa', 'fda+pipa', 'advent+pipa'))])
 def test_a_whole_step_asks_for_no_number(method, monkeypatch):
     "On the device `meta` tensors have shapes and no numbers: whoever would make Python wait for a GPU is turned away. The guard, which looks at one number a step, is off"
     adamw = torch.optim.AdamW

@@ -83,6 +83,7 @@ def test_pixel_explorer(opened):
     handle.focus(); nb.page.keyboard.press('ArrowLeft'); nb.wait('page.checkpoint==0')
     assert nb.py("page.surface.caption").startswith('PCA')
 
+@pytest.mark.slow
 def test_hover_asks_and_leaves(opened):
     nb = opened(arrays)
     nb.page.mouse.move(*nb.at('.pipa-images', 1, .3, .3)); nb.wait('len(page.surface.heat)==3*16*32 and not page.queries')
@@ -103,6 +104,7 @@ def test_crops_are_dragged_and_nudged(opened):
     nb.page.locator('.pipa-random').click(); nb.wait('pairs.seed==1')
     nb.page.locator('.lm-TabBar-tab', has_text='over overlap').click(); nb.wait("any(k[0]=='sweep' for k in pairs.cache)", 60)
 
+@pytest.mark.slow
 def test_dark_theme_is_noticed(opened, lab):
     themes = lab[3]/'settings/@jupyterlab/apputils-extension/themes.jupyterlab-settings'
     themes.write_text('{"theme": "JupyterLab Dark"}')
@@ -111,6 +113,7 @@ def test_dark_theme_is_noticed(opened, lab):
         nb.wait('pairs.dark'); assert nb.page.locator('.pipa-surface.pipa-dark').count()==2
     finally: themes.unlink()
 
+@pytest.mark.slow
 def test_what_should_fail_fails(opened):
     nb = opened('page = None', 'raise ValueError("on purpose")', errors=['ValueError: on purpose'])
     with pytest.raises(TimeoutError): nb.wait('page is not None', 1)
@@ -134,11 +137,13 @@ def test_exported_page_lives_without_python(browser, tmp_path):
 colours = """() => { const c = document.querySelector('.pipa-images');
   return c.width && new Set(new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)).size }"""
 
+# JupyterLab stands for the front ends in the normal run, and cells of this file for the tutorials
 # --- other front ends -------------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_notebook_7(browser, tmp_path):
     needs('notebook', 'Notebook 7')
     home,work = tmp_path/'home',tmp_path/'work'; work.mkdir()
-    shutil.copy(root/'nbs/tutorials/explore.ipynb', work/'a.ipynb')
+    write_notebook(work/'a.ipynb', arrays)
     with server(work, home, 'notebook') as (url,token):
         ctx = browser.new_context(viewport=dict(width=1300, height=1000)); bad = []
         page = ctx.new_page()
@@ -159,6 +164,7 @@ def test_notebook_7(browser, tmp_path):
         assert bad==['script: on purpose'], 'an error of a script would be noticed'
         ctx.close()
 
+@pytest.mark.slow
 def test_voila(browser, tmp_path):
     needs('voila', 'Voilà')
     home,work = tmp_path/'home',tmp_path/'work'; work.mkdir()
@@ -183,6 +189,7 @@ def test_voila(browser, tmp_path):
         ctx.close()
     assert not bad, bad
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['explore', 'patches'])
 def test_tutorial(opened, name):
     nb = opened(root/f'nbs/tutorials/{name}.ipynb')

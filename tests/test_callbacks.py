@@ -348,7 +348,7 @@ def unet():
     net = create_unet_model(resnet18, 3, (64,64), pretrained=False)
     return adapt(net, f'layers.{len(net.layers)-3}')
 
-@pytest.mark.parametrize('make', [lraspp, deeplab, unet])
+@pytest.mark.parametrize('make', [lraspp, *(pytest.param(o, marks=pytest.mark.slow) for o in (deeplab, unet))])
 def test_other_nets_with_all_terms(make):
     seed()
     learn = toy([Pair(), MeanTeacher(), *terms()], net=make())

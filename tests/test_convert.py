@@ -1,5 +1,4 @@
 "pipa_convert: other people's weights in, ours out, and what is said on the way"
-import os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
@@ -8,8 +7,7 @@ from pipa.cli import pipa_convert, pipa_predict
 from pipa.labels import label_space
 from pipa.models import daformer, light
 from pipa.weights.names import to_hf
-
-root = Path(__file__).resolve().parents[1]
+from apart import python
 
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -17,10 +15,7 @@ def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k 
 def command(tmp_path):
     "The command as it is installed: a script of its name that calls it"
     (tmp_path/'pipa_convert').write_text('import sys\nfrom pipa.cli import pipa_convert\nif __name__=="__main__": sys.exit(pipa_convert())\n')
-    def run(*args):
-        return subprocess.run([sys.executable, '-W', 'ignore', tmp_path/'pipa_convert', *map(str, args)], cwd=tmp_path, capture_output=True, text=True,
-                              timeout=900, env=dict(os.environ, PYTHONPATH=str(root)))
-    return run
+    return lambda *args: python(tmp_path/'pipa_convert', *args, cwd=tmp_path, timeout=900)
 
 @pytest.fixture
 def published(tmp_path):

@@ -1,5 +1,5 @@
 "Exported files against the net they came from, asked by onnxruntime and torch without our help"
-import json, subprocess, sys
+import json, sys
 import numpy as np, onnx, onnxruntime as ort, pytest, torch
 from fastai.learner import Learner, load_learner
 from torch import nn
@@ -11,6 +11,7 @@ from pipa.infer import evaluate, predict
 from pipa.labels import LabelSpace, space
 from pipa.learner import uda_learner
 from pipa.models import daformer, deeplabv2, light
+from apart import python
 from tiny import city, seed
 
 class Small(nn.Module):
@@ -30,6 +31,7 @@ def mit(tmp_path_factory):
     net = add_heads(light('mit_b0', n_out=11, depths=(1,1,1,1)), hidden=32).train()
     return net,E.export_net(tmp_path_factory.mktemp('mit')/'net.onnx', net, space('minicity'), (64,96))
 
+@pytest.mark.slow
 def test_mit_in_onnxruntime_at_any_size(mit):
     net,file = mit
     assert net.training and hasattr(net, 'proj_head'), 'the net of training is left alone'
@@ -43,6 +45,7 @@ def test_mit_in_onnxruntime_at_any_size(mit):
             assert o.shape==z.shape and np.abs(o-z).max()<1e-4 and (o.argmax(1)==z.argmax(1)).mean()>.999
     finally: net.train()
 
+@pytest.mark.slow
 def test_mit_says_what_it_is(mit):
     m = onnx.load(mit[1]); onnx.checker.check_model(m)
     notes = {p.key: json.loads(p.value) for p in m.metadata_props}
@@ -53,6 +56,7 @@ def test_mit_says_what_it_is(mit):
     dims = [d.dim_param or d.dim_value for d in m.graph.input[0].type.tensor_type.shape.dim]
     assert dims[1]==3 and all(isinstance(dims[i], str) for i in (0,2,3))
 
+@pytest.mark.slow
 def test_mit_check(mit):
     t = E.check_export(mit[1], mit[0])
     assert len(t)==4 and t['size'].nunique()==3 and set(t.images)=={1,2,3} and t.max_diff.max()<1e-4 and t.agreement.min()>.999
@@ -181,7 +185,7 @@ with home.no_bar():
     dl = home.dls.test_dl([{str(learn.picture)!r}]*3, bs=2)
     ps,_ = home.get_preds(dl=dl)
 torch.save(dict(label=torch.tensor(label.numpy()), p=torch.tensor(p.numpy()), ps=torch.tensor(ps.numpy())), {str(learn.path/'out.pt')!r})"""
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=280)
+    (learn.path/'home.py').write_text(code); r = python(learn.path/'home.py')
     assert r.returncode==0, r.stderr
     out = torch.load(learn.path/'out.pt', weights_only=True)
     with learn.no_bar(): label,_,p = learn.predict(learn.picture)

@@ -36,12 +36,15 @@ def _mpl_dir():
     import matplotlib
     return matplotlib.get_cachedir()
 
-@every_nb
+# Pages that export nothing and train for a while; *quickstart* stands for them in the normal run.
+trains = [f'tutorials/{o}' for o in 'ablation explore own_data patches scale scratch'.split()]
+
+@pytest.mark.parametrize('nb', [pytest.param(p, marks=[pytest.mark.slow]*(page(p) in trains)) for p in nbs], ids=page)
 def test_notebook(nb, tmp_path, shared):
     "What pages draw and count is drawn and counted once: `shared` is the cache of them all"
     log = tmp_path/'log'
-    code = forked(_run_nb, nb, log, shared)
-    if code is None: pytest.fail(f'{nb.name} ran for more than 5 minutes')
+    code = forked(_run_nb, nb, log, shared, timeout=900)   # a machine with other work may need long
+    if code is None: pytest.fail(f'{nb.name} ran for more than 15 minutes')
     if code: pytest.fail(f'{nb.name} failed:\n{log.read_text(errors="replace")[-6000:]}', pytrace=False)
 
 def test_a_failing_notebook_fails(tmp_path):

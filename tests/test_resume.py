@@ -90,7 +90,10 @@ def stopped(learn, n=2, code=128+signal.SIGTERM, **kw):
 
 # the same end
 
-@pytest.mark.parametrize('method', methods)
+quick = 'advent mic pipa'.split()
+def long(*o): return pytest.param(*o, marks=pytest.mark.slow)
+
+@pytest.mark.parametrize('method', [m if m in quick else long(m) for m in methods])
 def test_stopped_within_an_epoch(home, tmp_path, method):
     "Every method, with and without workers: 4 steps of 6, in two epochs, and then a learner from another seed"
     w = methods.index(method)%3
@@ -280,7 +283,7 @@ def killed_again_and_again(home, tmp_path, n, kills, workers, seed):
     same_end(home, a, b, n)
     assert not [*b.glob('.checkpoint*')], 'what a killed process left is removed'
 
-def test_killed(home, tmp_path): killed_again_and_again(home, tmp_path, 5, 5, 1, 3)
+def test_killed(home, tmp_path): killed_again_and_again(home, tmp_path, 5, 3, 1, 3)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('s', range(4))
@@ -307,7 +310,7 @@ def test_disk_full(home, tmp_path):
     assert attempt(home, b, 4, keep={})==0
     same_end(home, a, b, 4)
 
-@pytest.mark.parametrize('workers', [0,2])
+@pytest.mark.parametrize('workers', [long(0), 1, long(2)])
 def test_exception_in_a_worker(home, tmp_path, workers):
     a,b = tmp_path/'a',tmp_path/'b'
     assert attempt(home, a, 3, workers=workers)==0
@@ -343,12 +346,13 @@ def flat(o, at=''):
     if isinstance(o, (list,tuple)): return {k:v for n,x in enumerate(o) for k,v in flat(x, f'{at}.{n}').items()}
     return {at: o.tolist() if isinstance(o, torch.Tensor) else o}
 
-def test_damaged_files_are_never_believed(two, tmp_path, capsys):
+@pytest.mark.parametrize('n', [12, long(40)])
+def test_damaged_files_are_never_believed(two, tmp_path, capsys, n):
     "Cut off anywhere, or a bit turned anywhere: the one before is taken, or the content is what it was"
     new,old = copied(two, tmp_path)
     good,rng,seen = new.read_bytes(),random.Random(0),set()
     want = str(flat(torch.load(new, weights_only=True)))
-    for i in range(40):
+    for i in range(n):
         bad = bytearray(good)
         if i%3: bad[rng.randrange(len(bad))] ^= 1<<rng.randrange(8)
         else: bad = bad[:rng.randrange(len(bad))]
@@ -591,7 +595,7 @@ def same_folder(a, b):
     ra,rb = [json.loads((o/'row.json').read_text()) for o in (a, b)]
     assert ra.pop('command').replace(f' --out={a}', '')==rb.pop('command').replace(f' --out={b}', '') and str(ra)==str(rb)
 
-@pytest.mark.parametrize('sig', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('sig', [signal.SIGTERM, long(signal.SIGINT)])
 def test_the_command_goes_on(data, through, tmp_path, monkeypatch, sig):
     monkeypatch.chdir(tmp_path)
     code,said = command(data, at=4, sig=sig, out='b', **opts)

@@ -68,7 +68,7 @@ def through(home, tmp_path_factory):
 
 term,ctrl_c = signal.SIGTERM,signal.SIGINT
 
-@pytest.mark.parametrize('method,workers,sigs', [('self_training', 1, {1:[term]}), ('pipa', 0, {0:[term], 1:[term]*3}), pytest.param('pipa', 1, {0:[ctrl_c]}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('method,workers,sigs', [('self_training', 1, {1:[term]}), pytest.param('pipa', 0, {0:[term], 1:[term]*3}, marks=pytest.mark.slow), pytest.param('pipa', 1, {0:[ctrl_c]}, marks=pytest.mark.slow)])
 def test_stopped_within_an_epoch(home, tmp_path, through, capfd, method, workers, sigs):
     "A signal to one of two ranks, or several to both: both stop after the fourth step of six, and others, from other seeds, go on"
     path,a = through(method)
@@ -92,7 +92,8 @@ def test_what_is_the_same_is_there_once(home, tmp_path):
     torch.save(state['ranks'], tmp_path/'own'); assert (tmp_path/'own').stat().st_size<nets/2
     with pytest.raises(ValueError, match='is of a run on 2 processes, and now there is one process: start it on 2 processes'): make(home, tmp_path, 'pipa').resume()
 
-@pytest.mark.parametrize('val,where', [((0,1,2), (0,3)), pytest.param((0,), (1,0), marks=pytest.mark.slow)], ids=['two and one', 'one and none'])
+@pytest.mark.slow
+@pytest.mark.parametrize('val,where', [((0,1,2), (0,3)), ((0,), (1,0))], ids=['two and one', 'one and none'])
 def test_stopped_while_it_is_validated(home, tmp_path, val, where):
     "Rank 1 has a batch less: both stop after the batches that both have"
     run = lambda p, *cbs, **kw: on_ranks(lambda: part(home, tmp_path/p, 'self_training', *cbs, val=val, more=lambda: [Bs1()], **kw), 2)
@@ -107,6 +108,7 @@ class Bs1(Callback):
     order = -90
     def before_fit(self): self.dls.loaders[1].bs = 1
 
+@pytest.mark.slow
 def test_gradients_that_are_accumulated(home, tmp_path):
     "They are summed up over the ranks at the end only: until then each has its own"
     run = lambda p, *cbs, **kw: on_ranks(lambda: part(home, tmp_path/p, 'self_training', *cbs, more=lambda: [GradientAccumulation(4)], **kw), 2)
@@ -115,6 +117,7 @@ def test_gradients_that_are_accumulated(home, tmp_path):
     b = run('b', go_on=True, s=5)
     equal(a, b, (tmp_path/'a', tmp_path/'b'))
 
+@pytest.mark.slow
 def test_stopped_at_the_end_of_an_epoch(home, tmp_path, through):
     path,a = through('self_training')
     assert [o['code'] for o in on_ranks(lambda: part(home, tmp_path, 'self_training', Boom()), 2)]==['boom']*2

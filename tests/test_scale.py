@@ -62,7 +62,7 @@ def agree(one, ranks, tol=2e-3):
 
 # one process and two
 
-@pytest.mark.parametrize('method', ['source', 'self_training', 'pipa'])
+@pytest.mark.parametrize('method', [*(pytest.param(o, marks=pytest.mark.slow) for o in ('source', 'self_training')), 'pipa'])
 def test_two_ranks_are_one_process(home, method):
     one = run(home, 4, method, s=0)
     two = on_ranks(run, 2, home, 2, method)

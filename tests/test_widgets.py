@@ -62,7 +62,7 @@ def test_lasso_area_and_legend():
     at = f32(p.surface.at).reshape(-1, 3); assert np.array_equal(at, p.table[['image','x','y']])
     p.surface.event(dict(type='point', i=7)); r = p.table.loc[7]; assert p.queries==[(r.image, r.row, r.col, 1)]
 
-@pytest.mark.parametrize('by', ['class', 'prediction', 'domain', 'confidence', 'correct'])
+@pytest.mark.parametrize('by', ['class', *(pytest.param(o, marks=pytest.mark.slow) for o in ('prediction', 'domain', 'confidence', 'correct'))])
 def test_colours(by):
     p = explorer(color_by=by); c = u8(p.surface.rgb).reshape(-1, 3); t = p.table
     key = dict(zip(('class','prediction','domain','correct'), (t.cls, t.pred, t.domain, t.correct))).get(by)
