@@ -4,12 +4,12 @@
 
 # %% ../nbs/00_basics.ipynb #lim00003
 from __future__ import annotations
-import errno, math, os, re, shutil
+import errno, math, os, re, shutil, sys
 from numbers import Real
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['between', 'one_of', 'writable', 'install_command', 'need', 'one_line']
+__all__ = ['between', 'one_of', 'writable', 'install_command', 'need', 'one_line', 'waiting', 'wait_briefly']
 
 # %% ../nbs/00_basics.ipynb #lim00006
 def between(
@@ -94,3 +94,15 @@ def one_line(
     if isinstance(e, OSError) and e.errno in _cures:
         return (f'`{e.filename}`: ' if e.filename else '')+_cures[e.errno]+'.'*(e.errno!=errno.ENOENT)
     return text.splitlines()[0]
+
+# %% ../nbs/00_basics.ipynb #5c92152c
+def waiting(
+    env # Variables of the environment
+)->dict: # Variables to set besides
+    "How long a thread of OpenMP looks for work before it sleeps, unless the user has said it"
+    said = {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'} & {*env}
+    return {} if said else dict(GOMP_SPINCOUNT='1000')
+
+def wait_briefly():
+    "Set `waiting` for this process and those that it starts; once torch is loaded it is too late, and nothing is set"
+    if 'torch' not in sys.modules: os.environ.update(waiting(os.environ))

@@ -4,6 +4,8 @@
 
 # %% ../nbs/31_cli.ipynb #c81e728d
 from __future__ import annotations
+from .basics import between, one_line, wait_briefly, writable
+wait_briefly()
 import warnings
 warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
 import os, shlex, sys
@@ -13,7 +15,6 @@ import torch
 from fastcore.script import call_parse, store_true
 from fastai.torch_basics import *
 from . import check, export, infer
-from .basics import between, one_line, writable
 from .data import codes_space
 from .checkpoints import load, load_official, save, save_hf, save_official, space_of
 from .sets.named import domains

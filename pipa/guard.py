@@ -185,10 +185,12 @@ def show(self:Guard, n:int=2):
 def odd_columns(
     learn # Learner whose validation has just ended
 )->list: # Names of columns
-    "What isn't finite in the new row of the log, but for the columns of terms"
-    ms,log = [('valid_loss', False), *((m.name, isinstance(m, TermColumn)) for m in learn.metrics)],learn.recorder.log
+    "What isn't finite in the new row of the log, but for the columns of terms and those that are filled at the end"
+    early = learn.epoch+1<learn.n_epoch
+    empty = [isinstance(m, TermColumn) or early and getattr(m, 'last', False) for m in learn.metrics]
+    ms,log = [('valid_loss', False), *zip([m.name for m in learn.metrics], empty)],learn.recorder.log
     if len(log)<=len(ms): return []   # there was none
-    return [k for (k,term),v in zip(ms, log[-len(ms):]) if isinstance(v, Real) and not math.isfinite(v) and not term]
+    return [k for (k,may),v in zip(ms, log[-len(ms):]) if isinstance(v, Real) and not math.isfinite(v) and not may]
 
 @patch
 def before_validate(self:Guard): self.odd = ()

@@ -192,9 +192,11 @@ class Validator(Metric):
     def __init__(self,
                  name:str, # One of `label_free`
                  dl=None, # Loader of target images; None: the validation images
-                 first=None # Another `Validator`, which computes this one's score along with its own
+                 first=None, # Another `Validator`, which computes this one's score along with its own
+                 last:bool=False # Only after the last epoch of a fit? The column is empty until then
     ):
-        self._name,self.dl,self.first,self.names,self.sums,self.n = name,dl,first or self,[],{},0
+        self._name,self.dl,self.first,self.last = name,dl,first or self,last
+        self.names,self.sums,self.n = [],{},0
         self.first.names.append(name)
 
     @property
@@ -204,7 +206,7 @@ class Validator(Metric):
         for k in self.names: self.sums[k] = self.sums[k] + label_free[k](learn, x, z)*len(x)
         self.n += len(x)
     def accumulate(self, learn):
-        if self.first is not self: return
+        if self.first is not self or self.last and learn.epoch+1<learn.n_epoch: return
         if self.dl is None: self.add(learn, learn.x, learn.pred)
         elif not self.n:
             with torch.random.fork_rng(devices=[]): # a loader draws a seed when it begins
@@ -220,13 +222,14 @@ class Validator(Metric):
 
 # %% ../nbs/04_metrics.ipynb #8ce60002
 def validators(dl=None, # Loader of target images, such as `dls.test_dl(images)`; None: the validation images
-               names=tuple(label_free) # Which of `label_free`
+               names=tuple(label_free), # Which of `label_free`
+               last:bool=False # Only after the last epoch of a fit? See `Validator`
 )->list: # Of `Validator`, for the `metrics` of a learner
     "Columns of label-free scores that share one pass over the images"
     bad = [o for o in names if o not in label_free]
     if bad: raise ValueError(f"There is no label-free score `{bad[0]}`: choose among {', '.join(label_free)}.")
     cols = []
-    for k in names: cols.append(Validator(k, dl, cols[0] if cols else None))
+    for k in names: cols.append(Validator(k, dl, cols[0] if cols else None, last))
     return cols
 
 # %% ../nbs/04_metrics.ipynb #c796e0d3

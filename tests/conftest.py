@@ -28,6 +28,13 @@ socket.getaddrinfo = _guarded('getaddrinfo', lambda host=None,*_: host)
 
 
 # Counts of classes and drawn cities are cached in the user's home; those of a test shall lie elsewhere, and none of an earlier run be found.
+@pytest.fixture(scope='session')
+def shared(tmp_path_factory):
+    "A folder that all processes of this run share: what lies in it is named by its content, and put there whole"
+    at = tmp_path_factory.getbasetemp()
+    at = (at.parent if 'PYTEST_XDIST_WORKER' in os.environ else at)/'shared'; at.mkdir(exist_ok=True)
+    return at
+
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     "A cache for this test alone"

@@ -5,6 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from fastcore.script import anno_parser
 from safetensors.torch import save_file
+from pipa.runs import plan
 from pipa import check, cli, data, infer, labels, learner
 from pipa.checkpoints import load, save
 from pipa.labels import label_space, space
@@ -147,19 +148,8 @@ table = dict(pipa_train=r"""
 --weight=-1 | `weight` is -1
 --crop=63x63 | `--crop 63x63`: both sides
 --crop=128x128 | doesn't fit into `--size 64x64`: give a smaller crop
---switch=tmp=1 | no switch `tmp=1`: those are temp
---switch=temp | no switch `temp=`
---switch=temp=0 | `temp` is 0.0: it must be more than 0
---switch=temp=abc | `temp=abc` needs a number, such as
---switch=iou=1:.1 | a number that isn't smaller
---switch=iou=x | write it as .1:1
---switch=form=other | `form` is 'other': choose one of released
---switch=buffers=other | `buffers` is 'other': choose
---switch=keep=0 | `keep` is 0
---switch=every=0 | `every` is 0
---switch=every=1.5 | `every=1.5` needs a whole number
---switch=samples=0 | `samples` is 0
---switch=n_neg=0 | `n_neg` is 0
+--temp=0 | `temp` is 0.0: it must be more than 0
+--form=other | `form` is 'other': choose one of released
 --preset=foo | no preset `foo`: choose one of daformer
 --rcs=-1 | `--rcs` is -1
 --zoom=.5 | `--zoom` is 0.5: it must be 1 or more
@@ -169,6 +159,7 @@ table = dict(pipa_train=r"""
 --out={w}/file | is a file: name a folder
 --out={w}/file/x | `{w}/file` is not a folder, so
 --nothing=1 | unrecognized arguments: --nothing=1
+--switch=temp=.1 | unrecognized arguments: --switch=temp=.1
 no_codes | has no `codes.txt`: write the class names
 empty_codes | codes.txt` is empty: write the class names
 twice_codes | codes.txt`: codes: sky appears more than once
@@ -205,8 +196,8 @@ image_cut | source/images/1.png` can't be read as a picture .*: it may be cut of
 --method=self_training --weight=5 | `--weight 5.0` would do nothing: the method `self_training` has no term for it. Leave it out, or name
 --method=source --pixel=1 | `--pixel 1.0` would do nothing: the method `source`
 --method=mic+pixel --patch=.5 | `--patch 0.5` would do nothing: the method `mic\+pixel`
---method=pixel --switch=keep=2 | `--switch keep=2` would do nothing: the method `pixel`
---method=source --weight=1 --switch=temp=.5 | `--weight 1.0`, `--switch temp=0.5` would do nothing
+--method=pixel --patch=.2 | `--patch 0.2` would do nothing: the method `pixel`
+--method=source --weight=1 --temp=.5 | `--weight 1.0`, `--temp 0.5` would do nothing
 valid_no_masks | valid/masks` is not a folder
 valid_mask_lost | 1 of 2 images have no mask in `{w}/valid_mask_lost/valid/masks`
 valid_value | valid/masks/1.png` holds the value 20
@@ -345,7 +336,7 @@ def arguments(cmd, said, w):
 
 @pytest.mark.parametrize('cmd,said,says', rows, ids=[f'{c[5:]} {s}' for c,s,_ in rows])
 def test_one_sentence(cmd, said, says, world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli.subprocess, 'run', lambda *a, **k: pytest.fail('the study began'))
+    monkeypatch.setattr(plan.subprocess, 'run', lambda *a, **k: pytest.fail('the study began'))
     if cmd=='pipa_study': monkeypatch.setattr(cli, 'domains', lambda *a: pytest.fail('the study began'))
     before = tree(world)
     with pytest.raises(SystemExit) as e: shell(cmd, *arguments(cmd, said, world))

@@ -183,9 +183,9 @@ def test_voila(browser, tmp_path):
         ctx.close()
     assert not bad, bad
 
-@pytest.mark.parametrize('name', ['50_tutorial.explore', '50_tutorial.patches'])
+@pytest.mark.parametrize('name', ['explore', 'patches'])
 def test_tutorial(opened, name):
-    nb = opened(root/f'nbs/{name}.ipynb')
+    nb = opened(root/f'nbs/tutorials/{name}.ipynb')
     nb.page.locator('.pipa-images').first.wait_for()
     nb.page.mouse.click(*nb.at('.pipa-images', 0, .5, .7))
     nb.wait('page.surface.done>0')

@@ -9,6 +9,7 @@ from fastai.torch_core import to_float
 from timm.utils import ModelEmaV2
 from torch import nn
 from pipa.callbacks import *
+from pipa.models import add_heads
 from pipa.labels import label_space
 from pipa.lean import Lean
 from pipa.learner import adamw, param_groups

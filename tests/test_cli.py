@@ -4,8 +4,12 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from pipa import cli
+from pipa.learner import method_cbs
+from pipa.runs import options, plan, record, run as runs, score
+from pipa.sets import named
 from pipa.checkpoints import load, space_of
 from pipa.labels import space
+from apart import python
 from tiny import city
 
 codes = space('minicity').codes
@@ -18,8 +22,8 @@ def script(name):
     if not f.exists(): pytest.skip(f'the command {name} is not installed beside {sys.executable}: pip install -e .')
     return str(f)
 
-def run(name, *args, cwd):
-    return subprocess.run([script(name), *map(str, args)], cwd=cwd, env=dict(env, XDG_CACHE_HOME=str(Path(cwd).parent/'xdg')), capture_output=True, text=True, timeout=300)
+def xdg(cwd): return str(Path(cwd).parent/'xdg')
+def run(name, *args, cwd): return python(script(name), *args, cwd=cwd, OMP_NUM_THREADS=1, MPLBACKEND='agg', XDG_CACHE_HOME=xdg(cwd))
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
@@ -43,7 +47,8 @@ def place(tmp_path, monkeypatch):
 def done(data, tmp_path_factory):
     "The main command, once, as a user calls it"
     cwd = tmp_path_factory.mktemp('run')
-    return run('pipa_train', f'--data={data}', '--seed=3', *small, '--patch=.25', cwd=cwd),cwd/f'runs/{data.name}_pipa_seed3'
+    p = subprocess.run([script('pipa_train'), f'--data={data}', '--seed=3', *small, '--patch=.25'], cwd=cwd, env=dict(env, XDG_CACHE_HOME=xdg(cwd)), capture_output=True, text=True, timeout=300)
+    return p,cwd/f'runs/{data.name}_pipa_seed3'
 
 def files(out): return {p.absolute() for p in Path(out).rglob('*') if p.is_file()}
 
@@ -69,7 +74,7 @@ def test_files_of_a_run(done, data):
     t = pd.read_csv(out/'classes.csv')
     assert t['class'].tolist()==codes and {'iou', 'share'}<=set(t) and abs(t.share.sum()-1)<1e-6
     r = json.loads((out/'row.json').read_text())
-    assert (r['method'], r['seed'], r['epochs'], r['version'])==('pipa', 3, 1, cli.made_of()) and r['version'].startswith(f"pipa {c['versions']['pipa']}") and abs(r['miou_student']-df.miou[0])<1e-5 and abs(r['miou_teacher']-df.teacher_miou[0])<1e-5
+    assert (r['method'], r['seed'], r['epochs'], r['version'])==('pipa', 3, 1, record.made_of()) and r['version'].startswith(f"pipa {c['versions']['pipa']}") and abs(r['miou_student']-df.miou[0])<1e-5 and abs(r['miou_teacher']-df.teacher_miou[0])<1e-5
     np.testing.assert_allclose([r[k] for k in codes], t.iou)
     assert abs(np.nanmean(t.iou)-r['miou_student'])<1e-6
     for f in ('result.png', 'curves.png'):
@@ -99,16 +104,16 @@ def test_methods_without_teacher(data, method, capsys, placed):
     assert str(out.resolve()) in capsys.readouterr().out
 
 def test_oracle_reads_the_targets_labels_and_nobody_else_does(data, tmp_path):
-    for o in ('oracle', 'oracle+fda'): assert cli.domains(str(data), o)[0].masks==[*sorted((data/'target/masks').iterdir())]
-    src,tgt,val = cli.domains(str(data), 'pipa')
+    for o in ('oracle', 'oracle+fda'): assert named.domains(str(data), o)[0].masks==[*sorted((data/'target/masks').iterdir())]
+    src,tgt,val = named.domains(str(data), 'pipa')
     assert tgt.masks is None and 'source' in str(src.masks[0]) and 'valid' in str(val.masks[0])
 
 def test_a_run_never_overwrites_another(tmp_path):
     (tmp_path/'r').mkdir(); (tmp_path/'r/old').write_text('x')
-    assert cli.new_folder(tmp_path/'r').name=='r_2'
-    assert cli.new_folder(tmp_path/'r').name=='r_2', 'an empty folder is taken'
+    assert runs.new_folder(tmp_path/'r').name=='r_2'
+    assert runs.new_folder(tmp_path/'r').name=='r_2', 'an empty folder is taken'
     (tmp_path/'r_2/old').write_text('x')
-    assert cli.new_folder(tmp_path/'r').name=='r_3' and (tmp_path/'r/old').read_text()=='x'
+    assert runs.new_folder(tmp_path/'r').name=='r_3' and (tmp_path/'r/old').read_text()=='x'
 
 # errors
 
@@ -198,10 +203,10 @@ def test_folder_of_a_run_and_its_teacher(done, tmp_path):
     for teacher,name in ((False, 'weights'), (True, 'teacher')):
         for o in (done[1], done[1]/'weights.safetensors'):
             if not o.is_dir() and not teacher: continue
-            net,meta,sp,file = cli.open_net(str(o), teacher)
+            net,meta,sp,file = score.open_net(str(o), teacher)
             want = load(done[1]/f'{name}.safetensors')[0].state_dict()
             assert file==done[1]/f'{name}.safetensors' and sp.codes==codes and all(torch.equal(v, want[k]) for k,v in net.state_dict().items())
-    with pytest.raises(FileNotFoundError, match='teacher.safetensors'): cli.open_net(str(tmp_path), True)
+    with pytest.raises(FileNotFoundError, match='teacher.safetensors'): score.open_net(str(tmp_path), True)
 
 # pipa_eval
 
@@ -260,7 +265,7 @@ def test_eval_on_minicity(done, tmp_path, monkeypatch):
     from pipa import data as D
     asked = {}
     def few(*a, **kw): asked.update(kw); return D.minicity(*a, n=2, root=tmp_path, **kw)
-    monkeypatch.setattr(cli, 'minicity', few)
+    monkeypatch.setattr(score, 'minicity', few)
     cli.pipa_eval(str(done[1]), out='o')
     assert asked['size']==(64,64) and json.loads(Path('o/row.json').read_text())['images']==2
 
@@ -289,7 +294,7 @@ def test_student_or_teacher_of_other_peoples_files(tmp_path):
     both = {f'{k}.{n}':v for k,s in states.items() for n,v in s.items()}
     torch.save(dict(state_dict=both, meta=dict(CLASSES=tuple(space('cityscapes').codes))), tmp_path/'both.pth')
     for teacher,k in ((False, 'model'), (True, 'ema_model')):
-        net,_,sp,file = cli.open_net(str(tmp_path/'both.pth'), teacher)
+        net,_,sp,file = score.open_net(str(tmp_path/'both.pth'), teacher)
         assert file.name=='both.pth' and sp.codes==space('cityscapes').codes
         want = nets[k].state_dict()
         assert all(torch.equal(v, want[n]) for n,v in net.state_dict().items())
@@ -350,7 +355,7 @@ def test_train_with_validation_images_of_several_sizes(data, tmp_path):
     from pipa.infer import evaluate
     from pipa.metrics import miou
     dom = folder(home/'valid/images', home/'valid/masks', home/'codes.txt')
-    assert len(dom)==3 and cli.valid_bs(dom, 4)==1 and cli.valid_bs(dom.take([0]), 4)==4
+    assert len(dom)==3 and runs.valid_bs(dom, 4)==1 and runs.valid_bs(dom.take([0]), 4)==4
     assert miou(evaluate(load('o/weights.safetensors')[0], dom, (64,64), progress=False))==pytest.approx(r['miou_student'], abs=1e-3)
     assert np.array(Image.open('o/result.png')).shape[0]>300, 'a row for each of the three'
 
@@ -392,18 +397,18 @@ def test_study_with_nothing_to_do(fake):
 
 def test_add_row_whole_or_not_at_all(tmp_path, monkeypatch):
     f = tmp_path/'a/t.csv'
-    cli.add_row(f, dict(method='a', seed=0, x=.5))
-    cli.add_row(f, dict(method='b', seed=1, x=float('nan'), extra='yes'))
+    plan.add_row(f, dict(method='a', seed=0, x=.5))
+    plan.add_row(f, dict(method='b', seed=1, x=float('nan'), extra='yes'))
     df = pd.read_csv(f)
     assert df.method.tolist()==['a','b'] and df.seed.tolist()==[0,1] and df.seed.dtype.kind=='i' and df.extra.isna().tolist()==[True,False]
     old = f.read_bytes()
     def cut(self, o, **kw): o.write(b'half'); raise OSError('disk full')
     monkeypatch.setattr(pd.DataFrame, 'to_csv', cut)
-    with pytest.raises(OSError): cli.add_row(f, dict(method='c', seed=2))
+    with pytest.raises(OSError): plan.add_row(f, dict(method='c', seed=2))
     assert f.read_bytes()==old and [p.name for p in f.parent.iterdir()]==['t.csv']
 
 @pytest.mark.parametrize('text,size', [('128x256', (128,256)), ('64X96', (64,96))])
-def test_sizes(text, size): assert cli.parse_size(text)==size
+def test_sizes(text, size): assert options.parse_size(text)==size
 
 def test_study_of_hosts_terms_and_sweeps(fake):
     study = lambda **kw: cli.pipa_study('source,mic', '0,1', table='t.csv', runs='s', args='--epochs=2 --data=x', **kw)
@@ -421,16 +426,16 @@ def test_study_reads_the_table_of_the_repository(fake):
     "Rows of the old form, without the columns host and terms, count"
     root = Path(__file__).resolve().parents[1]
     Path('t.csv').write_bytes((root/'data/results/minicity.csv').read_bytes())
-    df,keys = pd.read_csv('t.csv'),cli._keys('t.csv')
+    df,keys = pd.read_csv('t.csv'),plan.keys_of('t.csv')
     assert len(df) and len(keys)==len({*zip(df.method, df.seed, df.epochs)})
-    for m,s,e in zip(df.method, df.seed, df.epochs): assert cli._key(cli.settings([f'--method={m}', f'--seed={s}', '--size=128x256', f'--epochs={e}'])) in keys
-    assert cli._key(cli.settings(['--method=source', '--seed=0', '--epochs=77'])) not in keys
+    for m,s,e in zip(df.method, df.seed, df.epochs): assert options.key(options.settings([f'--method={m}', f'--seed={s}', '--size=128x256', f'--epochs={e}'])) in keys
+    assert options.key(options.settings(['--method=source', '--seed=0', '--epochs=77'])) not in keys
 
 def test_study_goes_on_where_a_switch_is_gone(fake, monkeypatch):
     "Rows of a switch that was tried and taken out stay in the table, and stand in nobody's way"
     root,args = Path(__file__).resolve().parents[1],'--crop=64x64 --epochs=2 --steps=200 --start=150'
     Path('t.csv').write_bytes(old := (root/'data/results/knobs.csv').read_bytes())
-    assert b'target=.968' in old and None in cli._keys('t.csv')
+    assert b'target=.968' in old and None in plan.keys_of('t.csv')
     monkeypatch.setattr(cli, 'domains', lambda *_: None)   # no city is drawn
     cli.pipa_study('daformer+pipa', '0,1,2', table='t.csv', runs='s', size='64x128', args=args)
     assert not fake() and Path('t.csv').read_bytes()==old
@@ -447,26 +452,22 @@ def test_study_knows_no_such_setting(fake, capsys):
     assert '--w_pach' in capsys.readouterr().err and not fake()
 
 def test_settings_are_what_counts():
-    a = cli.settings('pipa_train --method=pipa --seed=0 --size=128x256 --threads=1')
-    assert a==cli.settings(['--terms', 'both', '--method', 'self_training', '--workers=3', '--out=there'])
+    a = options.settings('pipa_train --method=pipa --seed=0 --size=128x256 --threads=1')
+    assert a==options.settings(['--terms', 'both', '--method', 'self_training', '--workers=3', '--out=there'])
     assert a['host']=='self_training' and a['terms']=='both' and a['pixel']==.1 and 'threads' not in a
-    for o in ('--seed=1', '--lr=1e-3', '--switch=keep=1', '--data=x', '--switch=form=paper'): assert cli.settings(f'pipa_train {o}')!=cli.settings('pipa_train')
-    assert cli.settings('pipa_train --from_the_future=3', strict=False)==cli.settings('pipa_train')
+    for o in ('--seed=1', '--lr=1e-3', '--temp=.2', '--data=x', '--form=paper'): assert options.settings(f'pipa_train {o}')!=options.settings('pipa_train')
+    with pytest.raises(SystemExit): options.settings('pipa_train --from_the_future=3')
+    with pytest.raises(ValueError, match='from_the_future=3` has an option that there isn.t any more'): plan.quiet_key(['--from_the_future=3'])
 
 def test_host_under_terms(data):
-    "A run of another host with PiPa on top, with every switch that goes with the others: columns, row and settings"
-    cli.pipa_train('mic', str(data), terms='both', out='o', switch='temp=.2 samples=512 n_neg=64 keep=1 every=2 buffers=copy iou=.2:1 scale=1:2', weight=.5, **opts | dict(unlabelled=2))
+    "A run of another host with PiPa on top, with every option that goes with the others: columns, row and settings"
+    cli.pipa_train('mic', str(data), terms='both', out='o', temp=.2, form='paper', weight=.5, **opts | dict(unlabelled=2))
     r,cols = json.loads(Path('o/row.json').read_text()),[*pd.read_csv('o/metrics.csv')]
     assert (r['method'], r['host'], r['terms'])==('mic+pipa', 'mic', 'both')
     assert cols[3:-1]==['pair','mix','mic','pixel_contrast','patch_contrast','miou','teacher_miou','pixel_n','patch_n','entropy','info_max','agreement','overlap','density']
     for k in ('entropy','info_max','agreement','overlap','density'): assert abs(r[k]-pd.read_csv('o/metrics.csv')[k][0])<1e-4
-    assert all(o in r['settings'].split() for o in ('temp=0.2', 'samples=512', 'n_neg=64', 'keep=1', 'every=2', 'buffers=copy', 'scale=1:2', 'iou=.2:1', 'weight=0.5', 'crop=64x64'))
+    assert all(o in r['settings'].split() for o in ('temp=0.2', 'form=paper', 'weight=0.5', 'crop=64x64'))
     assert not [o for o in r['settings'].split() if o.split('=')[0] in ('method','terms','data','seed','epochs','unlabelled')]
-
-def test_a_memory_that_the_papers_form_has_not(data):
-    with pytest.raises(SystemExit, match="`--switch keep=1` would do nothing: patch contrast has no memory in the paper's form"):
-        cli.pipa_train('pipa', str(data), out='o', switch='keep=1 form=paper', **opts)
-    assert not Path('o').exists()
 
 def test_a_study_that_no_run_could_begin(data, capsys):
     with pytest.raises(SystemExit, match='`--crop 48x64`: both sides must be multiples of 32'):
@@ -489,27 +490,27 @@ def test_pairs_of_published_sets(data, monkeypatch):
     def game(path=None, labels=None): asked.append(('game', labels)); return folder(data/'source/images', data/'source/masks', data/'codes.txt')
     def town(path=None, split='train', labels=None):
         asked.append(('town', split, labels)); return folder(data/'valid/images', data/'valid/masks' if labels else None, data/'codes.txt')
-    monkeypatch.setattr(cli.data, 'game', game, raising=False); monkeypatch.setattr(cli.data, 'town', town, raising=False)
-    s,t,v = cli.domains('game:town', 'mic')
+    monkeypatch.setattr(named.layouts, 'game', game, raising=False); monkeypatch.setattr(named.layouts, 'town', town, raising=False)
+    s,t,v = named.domains('game:town', 'mic')
     assert asked==[('game',True), ('town','train',False), ('town','val',True)] and t.masks is None and s.masks and v.masks
-    assert cli.domains('game:town', 'oracle')[0].masks
+    assert named.domains('game:town', 'oracle')[0].masks
     for bad in ('game:nowhere', 'os:town', 'uda_dls:town', ':town', 'game:'):
-        with pytest.raises(ValueError, match='no data set of `pipa.data`'): cli.domains(bad, 'mic')
+        with pytest.raises(ValueError, match='no data set of `pipa.data`'): named.domains(bad, 'mic')
 
 def test_preset_takes_the_published_numbers(monkeypatch):
     from fastcore.basics import AttrDict
-    o = AttrDict(cli.settings('pipa_train --method=daformer --terms=both --preset=pipa_daformer --alpha=.999 --epochs=15 --steps=4000'), switch='')
-    assert cli.data_args(o, None, None)['size']==(640,640)
-    kw = cli.method_args(o); assert cli.fit_args(o)==dict(head_mult=10., warmup=1500/60_000)
-    cbs = {c.name:c for c in cli.method_cbs('daformer', **kw)}
+    o = AttrDict(method='daformer', **options.settings('pipa_train --method=daformer --terms=both --preset=pipa_daformer --alpha=.999 --epochs=15 --steps=4000'))
+    assert options.data_args(o, None, None)['size']==(640,640)
+    kw = options.method_args(o); assert options.fit_args(o)==dict(head_mult=10., warmup=1500/60_000)
+    cbs = {c.name:c for c in method_cbs('daformer', **kw)}
     pt,px = cbs['patch_contrast'],cbs['pixel_contrast']
-    assert (pt.size, pt.thresh, pt.start, pt.scale, px.kw['max_views'], px.kw['min_pixels'])==((720,720), .9, 10_000, (1.28,3.2), 100, None)
+    assert (pt.size, pt.thresh, pt.start, pt.scale, px.max_views, px.min_pixels)==((720,720), .9, 10_000, (1.28,3.2), 100, None)
     for p,scale in dict(daformer=(1.6,4.), hrda=(.8,2.), pipa_hrda=(.8,2.)).items():   # 1638 to 4096 of 2048 columns
-        assert {c.name:c for c in cli.method_cbs('daformer', **cli.method_args(AttrDict(o, preset=p)))}['patch_contrast'].scale==pytest.approx(scale), p
+        assert {c.name:c for c in method_cbs('daformer', **options.method_args(AttrDict(o, preset=p)))}['patch_contrast'].scale==pytest.approx(scale), p
 
 def test_before_looks_at_images_that_are_far_apart(tmp_path):
     from fastai.data.core import Datasets
     from pipa.data import EvalDL
     def dl(n, bs): return EvalDL(Datasets(list(range(n)), tfms=[[], []]), bs=bs)
-    def seen(n, bs): return [int(o) for b in cli.Before(dl(n, bs)).batches for o in b[0]]
+    def seen(n, bs): return [int(o) for b in runs.Before(dl(n, bs)).batches for o in b[0]]
     assert seen(101, 3)==[0,33,67,100] and seen(4, 1)==[0,1,2,3] and seen(2, 4)==[0,1]

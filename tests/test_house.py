@@ -1,8 +1,9 @@
 "The habits of the house: notebooks run, modules and README are made from them, arrows between modules go down."
-import ast, configparser, contextlib, importlib, inspect, json, multiprocessing as mp, os, re, runpy, shutil, signal, subprocess, sys
+import ast, configparser, contextlib, importlib, inspect, json, os, re, runpy, shutil, signal, subprocess, sys
 from pathlib import Path
 import pytest
 from fastcore.docments import docments
+from apart import forked, python, say_to
 
 root = Path(__file__).resolve().parents[1]
 cfg = configparser.ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini', encoding='utf8')
@@ -20,18 +21,12 @@ def sh(*args, cwd=root, **env):
     return r.returncode,r.stdout,r.stderr
 
 # --- every notebook is a case -----------------------------------------------------------------------------------------------------------
-# Each notebook has a process of its own, forked from a server that has torch loaded, for importing it takes seconds. It hasn't fastai,
-# which changes how tensors compare: a notebook that doesn't import it shall not feel it.
-server = mp.get_context('forkserver')
-server.set_forkserver_preload(['torch', 'torchvision', 'matplotlib.pyplot', 'nbdev.test'])
-
+# Each has a process of its own.
 def _run_nb(nb, log, cache):
     "In its own process: run the notebook as `nbdev_test` does, with everything it prints in `log`"
-    fd = os.open(log, os.O_WRONLY|os.O_CREAT)
-    for o in (1, 2): os.dup2(fd, o)
+    say_to(log)
     os.environ.update(IN_TEST='1', XDG_CACHE_HOME=str(cache), MPLCONFIGDIR=os.environ.get('MPLCONFIGDIR') or _mpl_dir())
     signal.signal(signal.SIGINT, signal.default_int_handler)   # as in a terminal; a background job of a shell ignores it
-    mp.set_start_method('fork', force=True)   # what a notebook has; this process comes from a forkserver
     from nbdev.test import test_nb
     ok,_ = test_nb(Path(nb), skip_flags=cfg['tst_flags'].split(), basepath=root)
     sys.stdout.flush(); sys.stderr.flush()
@@ -42,17 +37,18 @@ def _mpl_dir():
     return matplotlib.get_cachedir()
 
 @every_nb
-def test_notebook(nb, tmp_path):
+def test_notebook(nb, tmp_path, shared):
+    "What pages draw and count is drawn and counted once: `shared` is the cache of them all"
     log = tmp_path/'log'
-    p = server.Process(target=_run_nb, args=(nb, log, tmp_path/'cache')); p.start(); p.join(300)
-    if p.is_alive(): p.kill(); p.join(); pytest.fail(f'{nb.name} ran for more than 5 minutes')
-    if p.exitcode: pytest.fail(f'{nb.name} failed:\n{log.read_text(errors="replace")[-6000:]}', pytrace=False)
+    code = forked(_run_nb, nb, log, shared)
+    if code is None: pytest.fail(f'{nb.name} ran for more than 5 minutes')
+    if code: pytest.fail(f'{nb.name} failed:\n{log.read_text(errors="replace")[-6000:]}', pytrace=False)
 
 def test_a_failing_notebook_fails(tmp_path):
     nb = json.loads(nbs[0].read_text(encoding='utf8'))
     nb['cells'] = [dict(cell_type='code', id='a', metadata={}, execution_count=None, outputs=[], source=['assert 1==2, "on purpose"'])]
     (tmp_path/'bad.ipynb').write_text(json.dumps(nb))
-    with pytest.raises(pytest.fail.Exception, match='on purpose'): test_notebook(tmp_path/'bad.ipynb', tmp_path)
+    with pytest.raises(pytest.fail.Exception, match='on purpose'): test_notebook(tmp_path/'bad.ipynb', tmp_path, tmp_path)
 
 # --- what is made is as it would be made now --------------------------------------------------------------------------------------------
 @pytest.fixture(scope='module')
@@ -77,9 +73,8 @@ def test_modules_are_what_the_notebooks_export(made):
 def test_notebooks_are_clean(made):
     assert not differing(root/'nbs', made/'nbs', '*.ipynb'), 'run nbdev_clean'
 
-readme = runpy.run_path(str(root/'.ci/readme.py'))['render']
-
 def test_readme_is_made_from_index():
+    readme = runpy.run_path(str(root/'.ci/readme.py'))['render']   # not above, where each notebook's process would pay for its imports
     assert text_of_readme()==readme(root/'nbs/index.ipynb'), 'run python .ci/readme.py'
 
 def test_readme_links_lead_somewhere():
@@ -229,10 +224,11 @@ def test_the_rules_see_what_they_should():
 not_ours = 'continuation-indent semicolon lhs-assignment-annotation inefficient-multiline-expression single-statement-body'.split()
 
 @every_nb
-def test_style(nb, tmp_path):
+def test_style(nb, tmp_path, capsys):
+    from chkstyle.core import main
     (tmp_path/nb.name).write_text(nb.read_text(encoding='utf8').replace('#| exporti', '#| export'), encoding='utf8') # unknown to chkstyle
-    ret,out,err = sh(sys.executable, '-c', 'import sys; from chkstyle.core import cli; sys.exit(cli())', '--ignore', ','.join(not_ours), tmp_path/nb.name)
-    assert not ret and 'found 0 potential' in out, out+err
+    ret,out = main(['chkstyle', '--ignore', ','.join(not_ours), str(tmp_path/nb.name)]),capsys.readouterr().out
+    assert not ret and 'found 0 potential' in out, out
 
 def public(mod): m = importlib.import_module(f'pipa.{mod}'); return [(n, getattr(m, n)) for n in m.__all__]
 
@@ -334,8 +330,8 @@ scripts = [o.split('=') for o in cfg['console_scripts'].split()]
 def test_command_helps(name, target, tmp_path):
     mod,fn = target.split(':')
     (tmp_path/name).write_text(f'import sys\nfrom {mod} import {fn}\nif __name__=="__main__": sys.exit({fn}())\n')
-    ret,out,err = sh(sys.executable, tmp_path/name, '--help', PYTHONPATH=str(root), COLUMNS='120')
-    assert not ret and name in out and len(out)>300, out+err
+    p = python(tmp_path/name, '--help', COLUMNS=120)
+    assert not p.returncode and name in p.stdout and len(p.stdout)>300, p
 
 @pytest.mark.parametrize('name,target', scripts, ids=[o[0] for o in scripts])
 def test_options_need_no_underscore(name, target):

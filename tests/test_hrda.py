@@ -12,6 +12,7 @@ from fastai.torch_core import to_float
 from torch import nn
 from golden.rules import inp, label, rule_load
 from pipa.callbacks import *
+from pipa.models import add_heads
 from pipa.callbacks import with_detail
 from pipa.hrda import HRDAHead, HRDANet, blend, cut, detail_box, detail_boxes, fill_up, hrda, paste, within
 from pipa.infer import evaluating, slide, windows

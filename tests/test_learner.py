@@ -11,6 +11,7 @@ from fastai.callback.training import GradientClip
 import fastai.callback.all # lr_find, fit_one_cycle, to_bf16, summary
 import pipa.show
 from pipa.callbacks import *
+from pipa.models import add_heads
 from pipa.data import folder, uda_dls
 from pipa.learner import *
 from pipa.losses import weighted_ce

@@ -248,3 +248,19 @@ def test_validators_change_nothing_in_training(home, tmp_path):
         return learn.model.state_dict(),[r[:3] for r in learn.recorder.values]
     a,b = run(0),run(4)
     assert a[1]==b[1] and all(torch.equal(v, b[0][k]) for k,v in a[0].items())
+
+def test_label_free_scores_in_each_epoch_or_in_the_last():
+    "A callback that watches a column finds it in each epoch, unless the column is for the end; then the net is asked in the end alone"
+    x,asked = torch.randn(3, 3, 16, 16),[]
+    class Net(nn.Module):
+        def forward(self, x): asked.append(len(x)); return x
+    def run(last, dl, n=3):
+        cols,seen = validators(dl, ['entropy', 'density'], last),[]
+        for epoch in range(n):
+            for c in cols: c.reset()
+            for _ in range(2): [c.accumulate(NS(model=Net(), x=x, pred=x, cbs=[], epoch=epoch, n_epoch=n)) for c in cols]
+            seen.append([c.value for c in cols])
+        return seen
+    for dl,n in (([(x,)], 3), (None, 0)):
+        each = run(False, dl); assert asked==[3]*n and not np.isnan(each).any() and each[0]==each[1]==each[2]; asked.clear()
+        end = run(True, dl); assert asked==[3]*(n//3) and np.isnan(end[:2]).all() and end[2]==each[2]; asked.clear()

@@ -11,7 +11,7 @@ from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, Sa
 from fastai.callback.training import GradientAccumulation, GradientClip
 import fastai.callback.all # lr_find, fit_one_cycle
 from pipa import cli
-from pipa.runs import resume, state
+from pipa.runs import plan, resume, run as runs, state
 from pipa.data import PairSet, folder, uda_dls
 from pipa.guard import Guard
 from pipa.hrda import hrda
@@ -215,7 +215,7 @@ def test_a_log_that_goes_on_keeps_its_columns(tmp_path, how, head, column, guard
     cbs,learn = [],SimpleNamespace(metrics=[]); learn.add_cb = cbs.append
     class M(list):
         def __iadd__(self, o): self.append(o); return self
-    learn.metrics = M(); cli.watch(learn, how, log)
+    learn.metrics = M(); runs.watch(learn, how, log)
     assert [m.name for m in learn.metrics]==['skipped']*column and [g.do for g in cbs]==[guards]*bool(guards)
 
 # killed at any moment, in processes of their own
@@ -567,7 +567,7 @@ def command(data, at=None, sig=signal.SIGTERM, log='log', f=cli.pipa_train, **kw
     def go():
         say_to(log)
         sys.argv = ['pipa_train', f'--data={data}', *(f'--{k}' if v is True else f'--{k}={v}' for k,v in kw.items())]
-        if at: cli.uda_learner = partial_do(at, sig)
+        if at: runs.uda_learner = partial_do(at, sig)
         f(data=str(data), **kw)
     p = fork.Process(target=go); p.start(); p.join(200)
     return p.exitcode,Path(log).read_text()
@@ -616,7 +616,7 @@ def test_killed_after_the_last_epoch(data, through, tmp_path, monkeypatch):
     "All epochs are done, but nothing is written yet"
     monkeypatch.chdir(tmp_path)
     def boom(*args, **kw): os.kill(os.getpid(), signal.SIGKILL)
-    with monkeypatch.context() as m: m.setattr(cli, 'write_run', boom); assert command(data, out='b', **opts)[0]==-signal.SIGKILL
+    with monkeypatch.context() as m: m.setattr(runs, 'write_run', boom); assert command(data, out='b', **opts)[0]==-signal.SIGKILL
     code,said = command(data, out='b', resume=True); assert not code and 'all epochs are done' in said, said
     same_folder(through, Path('b'))
 
@@ -624,12 +624,12 @@ def test_a_study_finds_its_interrupted_runs(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = [f'--data={data}', *(f'--{k}={v}' for k,v in opts.items())]
     command(data, at=1, out='r/pipa_seed0', **opts)
-    assert cli.interrupted(Path('r/pipa_seed0'), args)==Path('r/pipa_seed0')
-    assert cli.interrupted(Path('r/pipa_seed0'), [*args, '--lr=.1']) is None and cli.interrupted(Path('r/mic_seed0'), args) is None
+    assert plan.interrupted(Path('r/pipa_seed0'), args)==Path('r/pipa_seed0')
+    assert plan.interrupted(Path('r/pipa_seed0'), [*args, '--lr=.1']) is None and plan.interrupted(Path('r/mic_seed0'), args) is None
     def hold(q):
         with claim('r/pipa_seed0'): q.put(1); time.sleep(30)
     q = fork.Queue(); p = fork.Process(target=hold, args=(q,)); p.start(); q.get()
-    try: assert cli.interrupted(Path('r/pipa_seed0'), args) is None, 'somebody works on it'
+    try: assert plan.interrupted(Path('r/pipa_seed0'), args) is None, 'somebody works on it'
     finally: p.kill(); p.join()
     Path('r/pipa_seed0/row.json').write_text('{}')
-    assert cli.interrupted(Path('r/pipa_seed0'), args) is None, 'it is finished'
+    assert plan.interrupted(Path('r/pipa_seed0'), args) is None, 'it is finished'

@@ -4,11 +4,12 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from pipa import cli
+from pipa.runs.plan import plan
 from pipa.sets.layouts import camvid, named
 from pipa.labels import label_space
 
 root = Path(__file__).resolve().parents[1]
-modules = [p for p in (root/'pipa').glob('*.py') if p.name[0]!='_']
+modules = [p for p in (root/'pipa').rglob('*.py') if p.name[0]!='_']
 
 def test_tests_ask_nobody_outside():
     for f in (lambda: socket.create_connection(('192.0.2.1', 80), timeout=1), lambda: socket.getaddrinfo('example.org', 80), lambda: socket.socket().connect_ex(('192.0.2.1', 80))):
@@ -19,10 +20,10 @@ def test_tests_ask_nobody_outside():
 
 @pytest.mark.parametrize('p', modules, ids=lambda p: p.stem)
 def test_no_module_opens_a_connection_or_a_pickle(p):
-    "But for the hub's cache in `weights`, which downloads what was asked for by name"
+    "But for the hub's cache in `weights.convert`, which downloads what was asked for by name"
     tree = ast.parse(p.read_text(encoding='utf8'))
     used = {a.name.split('.')[0] for o in ast.walk(tree) if isinstance(o, ast.Import) for a in o.names} | {(o.module or '').split('.')[0] for o in ast.walk(tree) if isinstance(o, ast.ImportFrom) and not o.level}
-    assert not used & {'socket', 'urllib', 'http', 'requests', 'httpx', 'pickle', 'dill', 'joblib', 'shelve', 'tarfile', 'marshal'} | (used & {'huggingface_hub'} if p.stem!='weights' else set())
+    assert not used & {'socket', 'urllib', 'http', 'requests', 'httpx', 'pickle', 'dill', 'joblib', 'shelve', 'tarfile', 'marshal'} | (used & {'huggingface_hub'} if p.stem!='convert' else set())
     calls = [o for o in ast.walk(tree) if isinstance(o, ast.Call)]
     names = [ast.unparse(o.func) for o in calls]
     assert not {'eval', 'exec', 'load_learner', 'os.system', 'torch.hub.load'} & {*names} and not [o for o in names if o.endswith('.extractall')]
@@ -49,7 +50,7 @@ def test_links_to_folders_outside_are_not_followed(trees):
     assert {*named(trees/'set/images', '.png')}=={'a', 'b'} and len(camvid(trees/'set', 'all'))==2
 
 def test_results_stay_in_their_folder(trees):
-    names = [n for n,_ in cli.plan('pipa', sweep='encoder=../../x,/etc/x arch=mit_b0')]
+    names = [n for n,_ in plan('pipa', sweep='encoder=../../x,/etc/x arch=mit_b0')]
     assert len(names)==3 and not any('/' in n or '\\' in n for n in names)
     with pytest.raises(SystemExit, match='no data set'): cli.pipa_train(data='os:system')
     with pytest.raises(SystemExit, match='no data set'): cli.pipa_train(data='write_file:kept')

@@ -10,6 +10,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, Metric
 from pipa import cli
+from pipa.runs import run as runs
 from pipa.callbacks import LossTerm, Pair
 from pipa.data import folder, uda_dls
 from pipa.distrib import Ranks, deal_dl
@@ -170,7 +171,7 @@ def test_fastai_lends_its_launcher(home):
 
 def args(home, **kw):
     from inspect import signature
-    o = {k:p.default for k,p in signature(cli.pipa_train.__wrapped__).parameters.items()}
+    o = {k:p.default for k,p in signature(cli.pipa_train).parameters.items()}
     return o | dict(data=str(home), method='pipa', epochs=1, steps=2, size='64x64', crop='64x64', start=0, unlabelled=2) | kw
 
 @pytest.fixture(scope='module')
@@ -185,7 +186,7 @@ def project(home, tmp_path_factory):
     return root
 
 def test_command_on_two_ranks(project, tmp_path):
-    def go(name, bs): return str(cli.train(**args(project, bs=bs, out=str(tmp_path/name))))
+    def go(name, bs): return str(runs.run(**args(project, bs=bs, out=str(tmp_path/name))))
     one = go('one', 4)
     a,b = on_ranks(go, 2, 'two', 2)
     assert a==b==str(tmp_path/'two') and sorted(p.name for p in tmp_path.iterdir())==['one','two']

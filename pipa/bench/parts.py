@@ -4,6 +4,8 @@
 
 # %% ../../nbs/bench/01_parts.ipynb #5beb0003
 from __future__ import annotations
+from ..basics import wait_briefly
+wait_briefly()
 import math, os, platform, time, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from contextlib import nullcontext
 from copy import deepcopy

@@ -11,13 +11,14 @@ from fastcore.script import store_true, anno_parser
 from fastai.torch_basics import *
 from ..basics import between, one_of
 from ..baselines import AdvSeg, MIC, MinEnt
-from ..callbacks import MeanTeacher, Mix, PatchContrast, PixelContrast
+from ..callbacks import MeanTeacher, Mix, PatchContrast, PixelContrast, has_bf16
 from ..data import preset
 from ..learner import host_terms, method_cbs, method_name
 
 # %% auto #0
 __all__ = ['ends_in', 'options', 'taking', 'parser', 'defaults', 'given', 'parse_size', 'method_args', 'data_args', 'net_args',
-           'fit_args', 'in_range', 'possible', 'idle', 'look_for_idle', 'settings', 'key', 'unusual']
+           'fit_args', 'in_range', 'possible', 'arithmetic', 'loaders', 'idle', 'look_for_idle', 'settings', 'key',
+           'unusual']
 
 # %% ../../nbs/runs/03_options.ipynb #opt00006
 def options(
@@ -48,7 +49,8 @@ def options(
     rcs:float=.5, # Temperature of rare class sampling; 0 draws source images evenly
     zoom:float=1., # Views are zoomed in by up to this factor
     lean:store_true=False, # Less memory: backpropagate each loss as soon as it is made
-    workers:int=0, # Processes that load data
+    precision:str='auto', # Numbers to compute with: fp32, bf16, or auto (bf16 for large batches where the CPU has it)
+    workers:int=None, # Processes that load data; default half of the cores, at most 4
     threads:int=0, # CPU threads; 0 leaves it to torch
     unlabelled:int=32, # Target images for the label-free scores in the table; 0 leaves them out
     out:str=None, # Folder of the run; default runs/DATA_METHOD_seedN
@@ -153,9 +155,10 @@ def in_range(
 ):
     "Refuse numbers with which no run could begin"
     for k,least in dict(epochs=1, steps=1, bs=1, workers=0, threads=0, unlabelled=0, minutes=0, rcs=0, zoom=1).items():
-        if k in o: between(f'--{k}', o[k], least)
+        if o.get(k) is not None: between(f'--{k}', o[k], least)
     between('--seed', o.seed, 0, 2**32-1)
     one_of('--guard', o.get('guard', 'off'), ('stop', 'skip', 'off'))
+    one_of('--precision', o.get('precision', 'auto'), ('auto', 'fp32', 'bf16'))
 
 def possible(
     o # Options, as an `AttrDict`
@@ -164,6 +167,25 @@ def possible(
     method_cbs(o.method, **method_args(o))
     data_args(o, None, None)
     net_args(o)
+
+# %% ../../nbs/runs/03_options.ipynb #bdccf1a0
+def arithmetic(
+    asked:str, # auto, fp32 or bf16
+    pixels:int, # Pixels in a batch
+    least:int=60_000 # With fewer, bf16 takes as long as fp32
+)->str: # fp32 or bf16
+    "The numbers that a run computes with"
+    if one_of('--precision', asked, ('auto', 'fp32', 'bf16'))!='auto': return asked
+    return 'bf16' if pixels>=least and default_device().type=='cpu' and has_bf16() else 'fp32'
+
+def loaders(
+    asked:int|None, # Processes, or `None`
+    world:int=1, # Trainings on this machine
+    cores:int|None=None # Default those of this machine
+)->int:
+    "How many processes load data: half of the cores, four at most, where the system can fork them"
+    if asked is not None: return asked
+    return min(4, (cores or defaults.cpus)//(2*world)) if sys.platform.startswith('linux') else 0
 
 # %% ../../nbs/runs/03_options.ipynb #opt00020
 _late = Mix,MinEnt,AdvSeg,MIC,PatchContrast

@@ -4,10 +4,10 @@
 
 # %% ../../nbs/runs/04_run.ipynb #run00003
 from __future__ import annotations
-import json, os, shlex, sys
+import json, math, os, shlex, sys, pandas as pd
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-import pandas as pd
+from torch.nn.attention import sdpa_kernel, SDPBackend
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
@@ -22,7 +22,7 @@ from ..guard import Guard
 from ..learner import host_terms, make_net, method_cbs, method_name, uda_learner
 from ..metrics import iou, iou_table, miou, Validator
 from ..look.measures import tightness
-from .options import data_args, defaults, fit_args, given, in_range, look_for_idle
+from .options import arithmetic, data_args, defaults, fit_args, given, in_range, loaders, look_for_idle
 from .options import method_args, net_args, parse_size, unusual
 from .record import made_of, origins, read_config, repeat, seed_all
 from .resume import Checkpoint
@@ -31,7 +31,7 @@ from .. import check, show
 
 # %% auto #0
 __all__ = ['new_folder', 'rank0_first', 'rank0_folder', 'Before', 'write_run', 'measures', 'valid_bs', 'look_at', 'plain_log',
-           'watch', 'prepare', 'fit_in_folder', 'resumed', 'run', 'run_command']
+           'watch', 'halved', 'prepare', 'fit_in_folder', 'resumed', 'run', 'run_command']
 
 # %% ../../nbs/runs/04_run.ipynb #run00006
 def new_folder(
@@ -162,6 +162,17 @@ def watch(
     learn.add_cb(g := Guard('stop' if how=='off' else how))
     if column: learn.metrics += g.column
 
+# %% ../../nbs/runs/04_run.ipynb #run00022
+@contextmanager
+def halved(
+    learn, # Learner
+    precision:str # fp32 or bf16
+):
+    "Train in bf16, if it is asked for"
+    if precision!='fp32': learn.to_bf16()
+    by_formula = precision!='fp32' and learn.dls.device.type=='cpu'
+    with sdpa_kernel(SDPBackend.MATH) if by_formula else nullcontext(): yield
+
 # %% ../../nbs/runs/04_run.ipynb #run00014
 def prepare(
     o, # Options, as an `AttrDict`; `size` becomes that of the views
@@ -173,6 +184,7 @@ def prepare(
     if val: look_at(val)
     views,net = data_args(o, src, tgt),net_args(o)
     o.size = 'x'.join(map(str, views['size']))
+    o.precision = arithmetic(o.precision, views['bs']*math.prod(views['size']))
     dls = uda_dls(src, tgt, val, n=o.steps*views['bs']*world, shard=(place()[0],world), num_workers=o.workers,
                   bs_valid=valid_bs(val or src, views['bs']), **views)
     before = Before(dls.valid)
@@ -180,6 +192,7 @@ def prepare(
     learn = uda_learner(dls, model, o.method, lr=o.lr, lean=o.get('lean', False), n_unlabelled=o.unlabelled,
                         guard=None, hidden=net['hidden'], **method_args(o),
                         cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)])
+    for m in learn.metrics.filter(lambda m: isinstance(m, Validator)): m.last = True   # once, at the end
     return learn,before,(src,tgt,val)
 
 # %% ../../nbs/runs/04_run.ipynb #run00015
@@ -190,6 +203,7 @@ def fit_in_folder(
 )->tuple: # The folder, and a row of the results table
     "One run, from data to pictures; on several processes rank 0 writes, and the row of the others is empty"
     o,(rank,world) = AttrDict(o),start()
+    o.workers = loaders(o.workers, world)
     in_range(o)
     seed_all(o.seed, o.deterministic)
     learn,before,doms = prepare(o, world)
@@ -199,7 +213,8 @@ def fit_in_folder(
     text = json.dumps(dict(o, ranks=world, **origins(o, *doms)), indent=1)
     if o.resume: checkpoints(out) and learn.resume()
     elif not rank: write_file(out/'config.json', lambda f: f.write(text.encode()))
-    with nullcontext() if rank or sys.stdout.isatty() else plain_log(learn): learn.fit_poly(o.epochs, **fit_args(o))
+    quiet = nullcontext() if rank or sys.stdout.isatty() else plain_log(learn)
+    with quiet, halved(learn, o.precision): learn.fit_poly(o.epochs, **fit_args(o))
     if rank: return out,{}
     host,terms = host_terms(o.method, o.terms)
     row = dict(benchmark=o.data, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms)
@@ -223,6 +238,7 @@ def resumed(
         return None,[]
     was = json.loads((out/'config.json').read_text(encoding='utf8'))
     same_ranks(out, was.get('ranks', 1))
+    was.setdefault('precision', 'fp32')   # a run of before there was a choice
     was['threads'] = was['versions']['threads']
     if o.get('preset') or was.get('preset'): was.pop('size', None)   # that of the preset, not what was asked for
     odd = [k for k in o if k in was and k not in _free and o[k]!=usual.get(k) and o[k]!=was[k]]
@@ -266,6 +282,7 @@ def run_command(
     "What `pipa_train` does: repeat, refuse what does nothing, run, and say what is there now"
     named,usual = given(o, argv),defaults()
     o = repeat(said := o, usual, named)
+    if o['config'] and o['precision']=='auto' and 'precision' not in read_config(o['config']): o['precision'] = 'fp32'
     if not o['resume']: look_for_idle(o, {*named, *(k for k in said if said[k]!=usual[k])})
     out = run(**o)
     if place()[0]: return
