@@ -36,7 +36,10 @@ class MinEnt(LossTerm):
         w:float=.001, # Weight (AdvEnt paper)
         start:int=0, # Steps before the term begins
         eta:float|None=None # Exponent of the penalty that prefers doubtful pixels (FDA: 2); None is plain entropy
-    ): super().__init__(w, start); self.eta = eta
+    ):
+        super().__init__(w, start)
+        self.eta = eta
+
     def predict(self): self.seen,self.z = self.x_t,self.model(self.x_t)[0]
     def score(self):
         e = self_info(self.z).sum(1)
@@ -100,7 +103,8 @@ def train_net(self:AdvSeg):
     for g in self.opt_d.param_groups: g['lr'] = self.lr*(1-self.pct_train)**.9
     self.opt_d.zero_grad()
     with torch.enable_grad(): l = (_bce(self.net_d(self.views[0]), 1.) + _bce(self.net_d(self.views[1]), 0.))/2
-    l.backward(); average_(p.grad for p in self.net_d.parameters())
+    l.backward()
+    average_(p.grad for p in self.net_d.parameters())
     self.opt_d.step()
     self.loss_d = l.detach()
 
@@ -133,7 +137,8 @@ def load_state_dict(self:AdvSeg, state, device=None):
     if state['net'] is None: return
     self.width = len(state['net']['0.weight'])
     self.make(state['net']['0.weight'].shape[1], device)
-    self.net_d.load_state_dict(state['net']); self.opt_d.load_state_dict(state['opt'])
+    self.net_d.load_state_dict(state['net'])
+    self.opt_d.load_state_dict(state['opt'])
 
 # %% ../nbs/16_baselines.ipynb #31b76200
 @patch
@@ -187,19 +192,25 @@ class MIC(LossTerm):
         ratio:float=.7, # Share of cells that are hidden (MIC)
         block:int|None=None, # Side of a cell, px (MIC: 32 of 512, 64 of 1024); None: a sixteenth of the shorter side
         **aug # To `strong_augment`
-    ): super().__init__(w, start); self.ratio,self.block,self.aug = ratio,block,aug
+    ):
+        super().__init__(w, start)
+        self.ratio,self.block,self.aug = ratio,block,aug
+
     def prepare(self):
         x = strong_augment(self.x_t, of=place(), **self.aug)
         block = self.block or max(1, min(x.shape[-2:])//16)
         hide = mine(block_mask(whole_shape(x), self.ratio, block, device=x.device))
         self.b = x*hide,*self.labels
+
     def predict(self):
         self.z,f = self.model(self.b[0])
         self.detail = f.detail
+
     def score(self):
         l = with_detail(weighted_ce(self.z.float(), *self.b[1:]), weighted_ce, self.detail, *self.b[1:])
         return l,(self.b[2]>0).sum()
 
+# %% ../nbs/16_baselines.ipynb #529bfa1c
 @patch
 @shown_after('b')
 def show(self:MIC, n:int=2):

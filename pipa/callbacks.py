@@ -36,22 +36,28 @@ def _part(cb):
     acc = getattr(cb.learn, 'gradient_accumulation', None)
     return find_bs(cb.yb)/acc.n_acc if acc else 1
 
+# %% ../nbs/15_callbacks.ipynb #96230372
 class Pair(Callback):
     "Unpack a pair batch and a prediction with features, and keep the mean supervised loss of the epoch"
     order,name = MixedPrecision.order+1,'pair'
     saved,over_ranks = 'total n',dict(total='mean')
     def before_train(self): self.total,self.n = 0.,0
+
     def before_batch(self):
         if self.training and len(self.yb)>1:
             self.learn.yb,self.learn.x_t,*v = self.yb[:1],*self.yb[1:]
             self.learn.v_t = v[0] if v else None
+
     def after_pred(self):
         if isinstance(self.pred, (tuple,list)): self.learn.pred,self.learn.feats = self.pred
+
     def after_loss(self):
         if not self.training: return
-        l = with_detail(self.loss_grad/_part(self), self.loss_func, getattr(getattr(self, 'feats', None), 'detail', None), *self.yb)
+        detail = getattr(getattr(self, 'feats', None), 'detail', None)
+        l = with_detail(self.loss_grad/_part(self), self.loss_func, detail, *self.yb)
         self.learn.loss,self.learn.loss_grad = l.detach().clone(),l*_part(self)
         self.total,self.n = self.total+self.loss.detach(),self.n+1
+
     @property
     def mean(self): return float(self.total)/self.n if getattr(self, 'n', 0) else float('nan')
 
@@ -73,8 +79,8 @@ def shown_after(
         def show(self, n:int=2):
             if hasattr(self, attr): return f(self, n)
             begins = f" (its term begins after {self.start} steps)" if getattr(self, 'start', 0) else ''
-            raise RuntimeError(f"{type(self).__name__} has worked on no batch yet{begins}, so there is nothing to show: "
-                               "call `fit` first.")
+            raise RuntimeError(f"{type(self).__name__} has worked on no batch yet{begins}, "
+                               "so there is nothing to show: call `fit` first.")
         return show
     return needs
 
@@ -89,8 +95,11 @@ class HalfPrecision(MixedPrecision):
     def __init__(self): super().__init__(amp_mode=AMPMode.BF16)
     def before_fit(self):
         if (device := next(self.model.parameters()).device.type)=='cuda': return super().before_fit()
-        if device=='cpu' and not has_bf16(): warnings.warn('This CPU has no units for bfloat16, so that a step takes many times as long as in float32: leave `to_bf16` out.')
-        self.autocast,self.learn.scaler,self.scales = torch.autocast(device, torch.bfloat16),torch.amp.GradScaler(device, enabled=False),L()
+        if device=='cpu' and not has_bf16(): warnings.warn(
+            'This CPU has no units for bfloat16, so that a step takes many times as long as in float32: '
+            'leave `to_bf16` out.')
+        self.autocast,self.scales = torch.autocast(device, torch.bfloat16),L()
+        self.learn.scaler = torch.amp.GradScaler(device, enabled=False)
 
 @patch
 def to_bf16(self:Learner):
@@ -118,12 +127,13 @@ def ema_(
     teacher:nn.Module, # Changed in place
     student:nn.Module, # Same architecture
     a:float, # Share of the teacher that is kept, from `ema_decay`
-    buffers:str='mean' # What becomes of running statistics: 'mean', averaged like the weights, or 'copy', the student's
+    buffers:str='mean' # Running statistics: 'mean', averaged like the weights, or 'copy', the student's
 ):
     "Move the whole state of `teacher`, buffers included, towards `student`"
     if buffers not in ('mean','copy'): raise ValueError(f"`buffers` is {buffers!r}; it can be 'mean' or 'copy'")
     ts,ss = teacher.state_dict(),student.state_dict()
-    once = dict(teacher.named_parameters()) | (dict(teacher.named_buffers()) if buffers=='mean' else {})   # weights that are tied have two names
+    once = dict(teacher.named_parameters())   # weights that are tied have two names
+    if buffers=='mean': once |= dict(teacher.named_buffers())
     fl = [k for k,v in ts.items() if v.is_floating_point() and k in once]
     rest = ts.keys() - {k for k,_ in teacher.named_parameters(remove_duplicate=False)} - set(fl)
     torch._foreach_lerp_([ts[k] for k in fl], [ss[k].to(ts[k]) for k in fl], 1-a)
@@ -137,17 +147,15 @@ class MeanTeacher(Callback):
         alpha:float=.999, # Decay, see `ema_decay`
         thresh:float=.968, # Probability above which a pixel counts for trust (DACS)
         trust:str='batch', # One trust for the 'batch' (published), or for each 'pixel' (0 or 1)
-        margin:tuple=(0,0), # Rows without trust at the top and bottom; below 1: shares of the height, as (15/512, 120/512) for Cityscapes in DAFormer
+        margin:tuple=(0,0), # Rows without trust at top and bottom; below 1, of the height (DAFormer: 15/512, 120/512)
         buffers:str='mean' # Running statistics: averaged ('mean') or the student's ('copy'), see `ema_`
     ):
-        store_attr(); self.teacher,self.t,self.todo = None,0,None
+        store_attr()
+        self.teacher,self.t,self.todo = None,0,None
 
     def before_fit(self):
         if self.teacher is None: self.teacher = deepcopy(self.model).eval().requires_grad_(False)
         self.undo = (deepcopy(self.teacher.state_dict()), self.t) if hasattr(self.learn, 'lr_finder') else None
-
-    @torch.inference_mode()
-    def logits(self, x): return self.teacher(x)
 
     def before_batch(self):
         if not self.training: return
@@ -164,13 +172,21 @@ class MeanTeacher(Callback):
         if any(self.margin): w = margins(w, *(round(m*x.shape[-2]) if m<1 else m for m in self.margin))
         return y,w
 
-    def after_step(self):
-        self.t += 1
-        ema_(self.teacher, self.model, ema_decay(self.t, self.alpha), self.buffers)
+    @torch.inference_mode()
+    def logits(self, x): return self.teacher(x)
 
-    def after_fit(self):
-        if self.undo: self.teacher.load_state_dict(self.undo[0]); self.t = self.undo[1]
-        self.undo = None
+# %% ../nbs/15_callbacks.ipynb #2f5becbd
+@patch
+def after_step(self:MeanTeacher):
+    self.t += 1
+    ema_(self.teacher, self.model, ema_decay(self.t, self.alpha), self.buffers)
+
+@patch
+def after_fit(self:MeanTeacher):
+    if self.undo:
+        weights,self.t = self.undo
+        self.teacher.load_state_dict(weights)
+    self.undo = None
 
 # %% ../nbs/15_callbacks.ipynb #98f13708
 @patch
@@ -181,7 +197,9 @@ def show(self:MeanTeacher, n:int=2):
     return step_panels(self, [*zip(self.x_t[:n], y[:n], w[:n])], ('target', 'pseudo-label', 'trust'))
 
 # %% ../nbs/15_callbacks.ipynb #1ff1de77
-def _no_teacher(cb): return ValueError(f"{type(cb).__name__} asks a teacher for labels, and there is none: add `MeanTeacher()` to the callbacks.")
+def _no_teacher(cb):
+    return ValueError(f"{type(cb).__name__} asks a teacher for labels, and there is none: "
+                      "add `MeanTeacher()` to the callbacks.")
 
 class LossTerm(Callback):
     "One loss of a method: `prepare`, `predict`, `score`; added with weight `w` from step `start` on"
@@ -196,21 +214,26 @@ class LossTerm(Callback):
     def predict(self): pass
     def score(self): raise NotImplementedError
 
-    def before_fit(self):
-        if self.needs_teacher and not hasattr(self.learn, 'mean_teacher'): raise _no_teacher(self)
-        self.undo = dict(vars(self)) if hasattr(self.learn, 'lr_finder') else None
-    def after_fit(self):
-        if self.undo: vars(self).update(self.undo)
-        self.undo = None
-
     @property
     def active(self): return self.steps>=self.start
+
     def before_train(self): self.total,self.n,self.count = 0.,0,0
     def before_batch(self):
         if self.active: self.prepare()
     def after_pred(self):
         if self.active: self.predict()
     def after_step(self): self.steps += 1
+
+# %% ../nbs/15_callbacks.ipynb #968271aa
+@patch
+def before_fit(self:LossTerm):
+    if self.needs_teacher and not hasattr(self.learn, 'mean_teacher'): raise _no_teacher(self)
+    self.undo = dict(vars(self)) if hasattr(self.learn, 'lr_finder') else None
+
+@patch
+def after_fit(self:LossTerm):
+    if self.undo: vars(self).update(self.undo)
+    self.undo = None
 
 # %% ../nbs/15_callbacks.ipynb #8e296a06
 @patch
@@ -222,7 +245,7 @@ def after_loss(self:LossTerm):
     self.total,self.count,self.n = self.total + l.detach(),self.count + n,self.n + 1
 
 @patch(as_prop=True)
-def mean(self:LossTerm): # Mean score of the epoch; NaN, shown as n/a, before the term begins or when nothing could be scored
+def mean(self:LossTerm): # Mean score of the epoch; NaN, shown as n/a, when nothing was or could be scored
     return float(self.total)/self.n if self.n and self.count else float('nan')
 
 @patch(as_prop=True)
@@ -243,7 +266,10 @@ class Mix(LossTerm):
         start:int=0, # Steps before the term begins
         classes:str='batch', # Paste half of the classes of the whole 'batch' (DAFormer) or of each 'image' (DACS)
         **aug # To `strong_augment`
-    ): super().__init__(w, start); self.classes,self.aug = classes,aug
+    ):
+        super().__init__(w, start)
+        self.classes,self.aug = classes,aug
+
     def prepare(self):
         m = mine(class_mask(whole_labels(self.y), classes=self.classes))
         x_m,y_m,w_m = class_mix(self.x, self.y, self.x_t, *self.labels, m)
@@ -274,7 +300,9 @@ class PixelContrast(LossTerm):
         min_pixels:int|None=None, # Pixels that a class must have in an image; None: more than `max_views` (the release)
         form:str='released', # 'released' or 'paper', see `pipa.losses.sup_contrast`
     ):
-        super().__init__(w, start); store_attr('temp,max_samples,max_views,min_pixels,form')
+        super().__init__(w, start)
+        store_attr('temp,max_samples,max_views,min_pixels,form')
+
     def predict(self):
         f = self.feats.finest
         self.emb,self.seen = self.model.proj_head(f.maps),(f.cut(self.x),f.cut(self.y))
@@ -313,7 +341,8 @@ class PatchContrast(LossTerm):
         keep:int=3, # Steps that are remembered (the release)
         form:str='released', # 'released' or 'paper', see `pipa.losses.patch_contrast`; the paper's has no memory
     ):
-        super().__init__(w, start); store_attr('size,stride,iou,scale,temp,thresh,n_neg,keep,form')
+        super().__init__(w, start)
+        store_attr('size,stride,iou,scale,temp,thresh,n_neg,keep,form')
         self.bank = []
 
     def prepare(self):
@@ -344,13 +373,15 @@ def fits(self:PatchContrast):
     "Refuse crops that would be padded"
     (h,w),s,(a,b) = self.x_t.shape[-2:],self.scale[0],(self.size,)*2 if isinstance(self.size, int) else self.size
     if a>round(h*s) or b>round(w*s): raise ValueError(
-        f"Crops of {a}x{b} don't fit into target images of {h}x{w}" + (f', which are scaled by {s:g} at the least' if s!=1 else '')
+        f"Crops of {a}x{b} don't fit into target images of {h}x{w}"
+        + (f', which are scaled by {s:g} at the least' if s!=1 else '')
         + ": take smaller ones (`crop` of `uda_learner`, `size` of `PatchContrast`).")
 
 @patch
 def score(self:PatchContrast):
     neg,y_neg = (None,None) if self.form=='paper' else self.negatives(self.f, self.lab)
-    (f_1,f_2),(y_1,y_2),(c_1,c_2) = [aligned(*o.chunk(2), self.crops, self.stride) for o in (self.f.float(), self.lab, self.conf)]
+    both = [aligned(*o.chunk(2), self.crops, self.stride) for o in (self.f.float(), self.lab, self.conf)]
+    (f_1,f_2),(y_1,y_2),(c_1,c_2) = both
     if neg is None: neg = all_rows(torch.cat([f_1,f_2]))
     (a,n),(b,m) = patch_ways(f_1, f_2, y_1, y_2, c_1, c_2, neg, y_neg, self.temp, self.thresh, self.form)
     s = share(n, m)
@@ -361,14 +392,13 @@ def score(self:PatchContrast):
 @shown_after('crops')
 def show(self:PatchContrast, n:int=2):
     "The last two crops of each image as the student saw them, and where they overlap (bright)"
-    c,rows = self.crops,[]
-    for i in range(min(n, len(c.x_1))):
-        row = []
-        for x,box,flip in ((self.x_c[i], c.box_1[i], c.flip_1[i]), (self.x_c[len(c.x_1)+i], c.box_2[i], c.flip_2[i])):
-            m = torch.full(x.shape[-2:], .35); t,l,b,r = box.tolist(); m[t:b,l:r] = 1
-            row.append(x*(m.flip(-1) if flip else m).to(x))
-        rows.append(row)
-    return step_panels(self, rows, ('crop 1', 'crop 2'))
+    def lit(x, box, flip):
+        (t,l,b,r),m = box.tolist(),torch.full(x.shape[-2:], .35)
+        m[t:b,l:r] = 1
+        return x*(m.flip(-1) if flip else m).to(x)
+    c,(x_1,x_2) = self.crops,self.x_c.chunk(2)
+    views = [map(lit, *o) for o in ((x_1[:n], c.box_1, c.flip_1), (x_2[:n], c.box_2, c.flip_2))]
+    return step_panels(self, [*zip(*views)], ('crop 1', 'crop 2'))
 
 # %% ../nbs/15_callbacks.ipynb #67c6a1e7
 class FeatureDistance(LossTerm):
@@ -379,10 +409,15 @@ class FeatureDistance(LossTerm):
         w:float=.005, # Weight in the sum (DAFormer)
         start:int=0, # Steps before the term begins
         min_ratio:float=.75 # Share of a cell that a thing must cover (DAFormer)
-    ): super().__init__(w, start); self.classes,self.min_ratio,self.frozen = list(classes),min_ratio,None
+    ):
+        super().__init__(w, start)
+        self.classes,self.min_ratio,self.frozen = list(classes),min_ratio,None
+
     def before_fit(self):
         super().before_fit()
-        if self.frozen is None: self.frozen = deepcopy(getattr(self.model, 'backbone', self.model)).eval().requires_grad_(False)
+        if self.frozen is not None: return
+        self.frozen = deepcopy(getattr(self.model, 'backbone', self.model)).eval().requires_grad_(False)
+
     def predict(self):
         self.seen,self.f = (self.x,self.y),self.feats.maps[-1].detach()
         x = getattr(self.model, 'context', noop)(self.x)
@@ -399,5 +434,6 @@ def show(self:FeatureDistance, n:int=2):
     "The last source images, their labels, and how far each cell of a thing has moved: bright is far"
     x,y = (o[:n] for o in self.seen)
     d = (self.f[:n].float()-self.f0[:n].float()).norm(dim=1)
-    d = F.interpolate(d[:,None], y.shape[-2:], mode='nearest')[:,0]*torch.isin(y, torch.as_tensor(self.classes, device=y.device))
+    things = torch.isin(y, torch.as_tensor(self.classes, device=y.device))
+    d = F.interpolate(d[:,None], y.shape[-2:], mode='nearest')[:,0]*things
     return step_panels(self, [*zip(x, y, d/d.max().clamp(min=1e-8))], ('source', 'label', 'moved'))

@@ -4,12 +4,13 @@
 
 # %% ../nbs/13_checkpoints.ipynb #c81e728d
 from __future__ import annotations
-import json, io, os
+import json
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from safetensors.torch import save as to_bytes
 from . import __version__
+from .basics import write_file
 from .labels import LabelSpace, space as known_space
 from .weights.names import from_hf, to_hf, to_official, looks_like, as_call
 from .models import light, segformer, daformer, deeplabv2
@@ -58,16 +59,6 @@ def space_of(
     return LabelSpace(codes=meta['codes'], palette=meta['palette'], **meta['space']) if 'codes' in meta else None
 
 # %% ../nbs/13_checkpoints.ipynb #6512bd43
-def _write(file, data):
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_name(f'.{file.name}.{os.getpid()}')
-    try:
-        tmp.write_bytes(data)
-        os.replace(tmp, file)
-    finally: tmp.unlink(missing_ok=True)
-    return file
-
 def save(
     file:str|Path, # Where to, by custom with the ending `.safetensors`; folders are made
     net:nn.Module, # Student or teacher
@@ -79,7 +70,9 @@ def save(
     state = inference_state(net)
     meta = dict(pipa_format=1, spec=spec or getattr(net, 'spec', None), **space_meta(space),
                 versions=dict(pipa=__version__, torch=str(torch.__version__)), crc=checksum(state)) | meta
-    return _write(file, to_bytes(state, {k:_json(k, v) for k,v in meta.items()}))
+    data = to_bytes(state, {k:_json(k, v) for k,v in meta.items()})
+    write_file(file := Path(file), lambda f: f.write(data))
+    return file
 
 # %% ../nbs/13_checkpoints.ipynb #3c59dc04
 _makers = {f.__name__:f for f in (light, segformer, daformer, deeplabv2, hrda)}
@@ -152,8 +145,9 @@ def save_official(
 )->Path: # `file`
     "Write a net for the repositories of the papers"
     meta = dict(CLASSES=tuple(space.codes), PALETTE=np.asarray(space.palette).tolist()) if space else {}
-    torch.save(dict(state_dict=to_official(inference_state(net)), meta=meta), b := io.BytesIO())
-    return _write(file, b.getvalue())
+    whole = dict(state_dict=to_official(inference_state(net)), meta=meta)
+    write_file(file := Path(file), lambda f: torch.save(whole, f))
+    return file
 
 def save_hf(
     folder:str|Path, # Where to; made
@@ -167,6 +161,6 @@ def save_hf(
         hidden_sizes=list(net.widths), depths=list(net.backbone.depths), num_attention_heads=[1,2,5,8],
         decoder_hidden_size=net.decode_head.dim,
         id2label=dict(enumerate(codes)), label2id={v:k for k,v in enumerate(codes)})
-    _write(folder/'config.json', json.dumps(config, indent=1).encode())
-    _write(folder/'model.safetensors', to_bytes(state, dict(format='pt')))
+    write_file(folder/'config.json', lambda f: f.write(json.dumps(config, indent=1).encode()))
+    write_file(folder/'model.safetensors', lambda f: f.write(to_bytes(state, dict(format='pt'))))
     return folder

@@ -15,7 +15,7 @@ from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.vision.core import PILImage, imagenet_stats
 from .sets.domains import *
 from .sets.layouts import *
-from .basics import between
+from .basics import between, stamp, write_file
 from .sets.rare import *
 
 # %% auto #0
@@ -23,12 +23,12 @@ __all__ = ['mean_color', 'resized', 'view_box', 'cut_view', 'source_view', 'trus
            'PairDL', 'ZeroPad', 'Fit', 'MaskOf', 'EvalDL', 'eval_dl', 'uda_dls', 'preset', 'image_exts', 'Domain',
            'folder', 'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia', 'cityscapes', 'acdc',
            'dark_zurich', 'bdd100k', 'mapillary', 'camvid', 'minicity', 'class_counts', 'rare_class_probs',
-           'images_with', 'write_file']
+           'images_with']
 
 # %% ../nbs/12_data.ipynb #e7f36003
 _all_ = ['image_exts', 'Domain', 'folder', 'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia',
     'cityscapes', 'acdc', 'dark_zurich', 'bdd100k', 'mapillary', 'camvid', 'minicity', 'class_counts',
-    'rare_class_probs', 'images_with', 'write_file']
+    'rare_class_probs', 'images_with']
 
 # %% ../nbs/12_data.ipynb #e369853d
 def resized(

@@ -26,7 +26,8 @@ def deal_dl(
     new = dl.new()
     idxs = [*dl.get_idxs()][rank::world]
     new.n,new.get_idxs = len(idxs),lambda: idxs
-    new.to_detach = lambda b, cpu=True, gather=True: to_detach(b, cpu, False)   # ranks have different numbers of batches
+    # ranks have different numbers of batches, so nothing is gathered
+    new.to_detach = lambda b, cpu=True, gather=True: to_detach(b, cpu, False)
     return new
 
 # %% ../nbs/17_distrib.ipynb #ds000010
@@ -58,28 +59,39 @@ class Ranks(Callback):
         self.rank,self.world = start()
         if (fast := getattr(self.learn, 'distributed_trainer', None)): self.sync_bn,fast.run = fast.sync_bn,False
         if self.world==1: return
-        self.settle(); self.deal()
-        same_(self.model.state_dict().values()); spread(self.model, self.sync_bn)
-        self.heard = self.learn.logger
-        if self.rank:
-            self.learn.logger = noop
-            for cb in self.learn.cbs:
-                if isinstance(cb, (ProgressCallback, CSVLogger, ShowGraphCallback)): cb.run = False
+        self.settle()
+        self.deal()
+        same_(self.model.state_dict().values())
+        spread(self.model, self.sync_bn)
+        self.hush()
 
     def before_train(self):
         self.apart = self.world>1   # columns of the terms are this rank's, until the epoch is validated
         if self.apart: same_draws()
+
     def before_step(self):
         if self.world>1: average_(p.grad for p in self.model.parameters() if p.grad is not None)
+
     def after_step(self):
         if self.world>1 and not self.sync_bn: average_(b for b in self.model.buffers() if b.is_floating_point())
-    def after_fit(self):
-        if self.world==1: return
-        for net in (self.model, getattr(getattr(self, 'mean_teacher', None), 'teacher', None)):
-            if net is not None: unspread(net)
-        if self.rank: self.learn.logger = self.heard
 
 # %% ../nbs/17_distrib.ipynb #ds000014
+@patch
+def hush(self:Ranks):
+    "Let rank 0 alone print, draw and log"
+    self.heard = self.learn.logger
+    if not self.rank: return
+    self.learn.logger = noop
+    for cb in self.learn.cbs:
+        if isinstance(cb, (ProgressCallback, CSVLogger, ShowGraphCallback)): cb.run = False
+
+@patch
+def after_fit(self:Ranks):
+    if self.world==1: return
+    for net in (self.model, getattr(getattr(self, 'mean_teacher', None), 'teacher', None)):
+        if net is not None: unspread(net)
+    if self.rank: self.learn.logger = self.heard
+
 @patch
 def settle(self:Ranks):
     "Move net and loaders to this rank's GPU"
@@ -88,12 +100,14 @@ def settle(self:Ranks):
     self.model.to(dev)
     self.dls.device = dev
 
+# %% ../nbs/17_distrib.ipynb #2d24d1c5
 @patch
 def deal(self:Ranks):
     "Give each rank its share of the pairs, unless `uda_dls(shard=…)` did"
     dl = self.dls.train
     if not isinstance(dl, PairDL): raise ValueError(
-        f"{self.world} processes can share the pairs of `uda_dls`, but the training loader is a {type(dl).__name__}: use `uda_dls`.")
+        f"{self.world} processes can share the pairs of `uda_dls`, but the training loader is a {type(dl).__name__}: "
+        "use `uda_dls`.")
     if dl.shard==(0,1):
         new = dl.new(shard=(self.rank, self.world))
         if not len(new): raise ValueError(
@@ -107,9 +121,11 @@ def deal(self:Ranks):
 # %% ../nbs/17_distrib.ipynb #ds000015
 @patch
 def before_validate(self:Ranks):
-    self.world = start()[1]; self.rank,self.dealt = place()[0],False
+    self.rank,self.world = start()
+    self.dealt = False
     if self.world==1: return
-    self.dealt = not hasattr(self.learn, 'gather_preds') and all(hasattr(m, 'over_ranks') for m in self.recorder._valid_mets)
+    summed = all(hasattr(m, 'over_ranks') for m in self.recorder._valid_mets)
+    self.dealt = summed and not hasattr(self.learn, 'gather_preds')
     self.learn.dl = deal_dl(self.learn.dl, *((self.rank, self.world) if self.dealt else (0,1)))
 
 @patch

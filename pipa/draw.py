@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from fastai.vision.core import imagenet_stats
 from .labels import label_space
-from .data import read_image, write_file
+from .basics import write_file
+from .data import read_image
 
 # %% auto #0
 __all__ = ['Fig', 'as_image', 'denorm', 'rgb', 'label_image', 'overlay', 'add_legend', 'grid', 'paint', 'show_seg', 'panels']
@@ -21,11 +22,14 @@ __all__ = ['Fig', 'as_image', 'denorm', 'rgb', 'label_image', 'overlay', 'add_le
 # %% ../nbs/14_draw.ipynb #drwf0001
 class Fig(Figure):
     "A matplotlib figure that no list keeps, and that notebooks show"
-    def __init__(self, *args, layout='constrained', dpi=75, **kwargs): super().__init__(*args, layout=layout, dpi=dpi, **kwargs)
+    def __init__(self, *args, layout='constrained', dpi=75, **kwargs):
+        super().__init__(*args, layout=layout, dpi=dpi, **kwargs)
+
     def _repr_png_(self):
         f = io.BytesIO()
         self.savefig(f, format='png', bbox_inches='tight')
         return f.getvalue()
+
     def to_png(self, file, dpi=100): # Where to, and dots per inch
         "Write the picture, whole or not at all"
         write_file(file, lambda f: self.savefig(f, format='png', dpi=dpi))
@@ -40,8 +44,10 @@ def as_image(
         image = ImageOps.exif_transpose(image)
         return image if image.mode=='RGB' else image.convert('RGB')
     a = np.asarray(image)
-    if a.dtype==np.uint8 and (a.ndim==2 or a.ndim==3 and a.shape[-1] in (3,4)) and a.size: return Image.fromarray(a).convert('RGB')
-    raise TypeError(f"A picture is a path, a PIL image, or a uint8 array of shape H×W×3, not {a.dtype} of shape {a.shape}: "
+    fits = a.ndim==2 or a.ndim==3 and a.shape[-1] in (3,4)
+    if a.dtype==np.uint8 and fits and a.size: return Image.fromarray(a).convert('RGB')
+    raise TypeError("A picture is a path, a PIL image, or a uint8 array of shape H×W×3, "
+                    f"not {a.dtype} of shape {a.shape}: "
                     "an array of floats can be made one with `(a*255).astype('uint8')`.")
 
 # %% ../nbs/14_draw.ipynb #drwf0004
@@ -57,7 +63,8 @@ def rgb(
     x # A normalised tensor 3×H×W, or any picture that `as_image` takes
 )->np.ndarray: # H×W×3, uint8
     "Any image as pixels"
-    return denorm(x) if isinstance(x, Tensor) and x.is_floating_point() else np.array(as_image(x.numpy() if isinstance(x, Tensor) else x))
+    if not isinstance(x, Tensor): return np.array(as_image(x))
+    return denorm(x) if x.is_floating_point() else np.array(as_image(x.numpy()))
 
 # %% ../nbs/14_draw.ipynb #drwo0001
 def label_image(
@@ -94,11 +101,13 @@ def add_legend(
     space # `LabelSpace`
 )->Figure: # `fig`
     "Name the classes in some label maps"
-    hs = [Patch(facecolor=np.array(space.palette[c])/255, edgecolor='k', linewidth=.3, label=space.codes[c]) for c in _present(ys, space)]
+    def key(c): return Patch(fc=np.array(space.palette[c])/255, ec='k', lw=.3, label=space.codes[c])
+    hs = [key(c) for c in _present(ys, space)]
     if not hs: return fig
     n_rows = -(-len(hs)//max(2, int(fig.get_figwidth()/1.05)))
     fig.set_figheight(fig.get_figheight() + .1 + .2*n_rows)
-    fig.legend(handles=hs, loc='outside lower center', ncols=-(-len(hs)//n_rows), fontsize=8, frameon=False, handlelength=1, columnspacing=1)
+    fig.legend(handles=hs, loc='outside lower center', ncols=-(-len(hs)//n_rows), fontsize=8, frameon=False,
+               handlelength=1, columnspacing=1)
     return fig
 
 # %% ../nbs/14_draw.ipynb #drwf0008
@@ -109,7 +118,8 @@ def grid(
 )->Fig:
     "Pictures in rows and columns"
     rows = [[None if o is None else rgb(o) for o in row] for row in rows]
-    if not rows or not any(o is not None for row in rows for o in row): raise ValueError("There is no picture to show: the list of rows is empty.")
+    if not any(o is not None for row in rows for o in row):
+        raise ValueError("There is no picture to show: the list of rows is empty.")
     n = max(map(len, rows))
     hs = [np.clip(max([o.shape[0]/o.shape[1] for o in row if o is not None], default=.1), .1, 3) for row in rows]
     fig = Fig(figsize=(width*n, width*sum(hs)+.25))
@@ -139,12 +149,13 @@ def show_seg(
     title:str='' # Above the picture
 )->Fig:
     "One image, its labels, and their names"
-    if y is not None and space is None: raise ValueError("Labels are numbers: give the `space` that says what they mean.")
+    if y is not None and space is None:
+        raise ValueError("Labels are numbers: give the `space` that says what they mean.")
     return add_legend(grid([[paint(x, y, space, alpha)]], [title], width=4.5), [y], space)
 
 # %% ../nbs/14_draw.ipynb #drw00008
 def panels(
-    rows:list, # For each row images `3×H×W` (normalised, or bytes), label maps `H×W` (whole numbers), or maps `H×W` of fractions in 0..1
+    rows:list, # In each row: images `3×H×W` (normalised, or bytes), label maps `H×W`, fractions in 0..1 `H×W`
     titles:list=(), # One for each column
     space=None, # `LabelSpace`; `None`: colours for as many classes as there are
     width:float=2.2 # Width of a column, inches
@@ -152,7 +163,9 @@ def panels(
     "Tensors in rows and columns: images, labels in the colours of their classes, fractions in grey"
     rows = [[torch.as_tensor(o).as_subclass(Tensor).detach().cpu() for o in row] for row in rows]
     ys = [o.numpy() for row in rows for o in row if o.ndim==2 and not o.is_floating_point()]
-    if space is None: space = label_space([str(i) for i in range(1+max([int(y[y<255].max(initial=0)) for y in ys], default=0))])
+    if space is None:
+        top = max([int(y[y<255].max(initial=0)) for y in ys], default=0)
+        space = label_space([str(i) for i in range(top+1)])
     def picture(o):
         if o.ndim==3: return denorm(o) if o.is_floating_point() else o.movedim(0, -1).numpy()
         if not o.is_floating_point(): return space.color(o.numpy())

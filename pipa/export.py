@@ -11,9 +11,8 @@ import numpy as np, pandas as pd, torch
 from torch import nn
 from fastai.vision.core import imagenet_stats
 from . import __version__
-from .basics import need
+from .basics import need, write_file
 from .models import get_logits, resize
-from .data import write_file
 from .checkpoints import space_meta
 from .learner import inference_net
 

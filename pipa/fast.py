@@ -80,20 +80,26 @@ def _gradients(x, w, g):
     q,g_t,g_us = _last(g, 0, -x.shape[3]%4, 0, -x.shape[2]%4),torch.zeros_like(t),[torch.zeros_like(u) for u in us]
     for i,j in _strips(len(x), rows, cols):
         here,h = (i, slice(j.start, j.stop+2)),j.stop-j.start
-        v = _tiles(t[here], 6, B); g_v = torch.zeros_like(v)
+        v = _tiles(t[here], 6, B)
+        g_v = torch.zeros_like(v)
         for u,g_u,o in zip(us, g_us, q[i,j].split(us[0].shape[1], -1)):
             m = _tiles(o, 4, A.t())
-            g_u.baddbmm_(m.mT, v); g_v.baddbmm_(m, u)
+            g_u.baddbmm_(m.mT, v)
+            g_v.baddbmm_(m, u)
         d = (B.t() @ g_v.flatten(1)).view(6, 6, -1, h//4, cols, x.shape[1])
         for a in range(6):
             for b in range(6): g_t[here][:, a:a+h:4, b:b+4*cols:4] += d[a,b]
     g_w = torch.cat([(G.t() @ o.flatten(1)).t().reshape(o.shape[1], -1, 3, 3) for o in g_us])
     return to_first(g_t[:, 1:1+x.shape[2], 1:1+x.shape[3]]),g_w
 
+# %% ../nbs/09_fast.ipynb #57544b75
 class _Winograd(Function):
     @staticmethod
     @custom_fwd(device_type='cpu', cast_inputs=torch.float32)
-    def forward(ctx, x, w): ctx.save_for_backward(x, w); return _convolve(x, w)
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return _convolve(x, w)
+
     @staticmethod
     @custom_bwd(device_type='cpu')
     def backward(ctx, g): return _gradients(*ctx.saved_tensors, g)
@@ -134,11 +140,13 @@ def _sum_of_taps(x, w, d):
     for p,q,t in _taps(x, y, w, d): q.addcmul_(p, t[:,None,None])
     return y
 
+# %% ../nbs/09_fast.ipynb #878a2b5c
 class _Dilated(Function):
     @staticmethod
     @custom_fwd(device_type='cpu', cast_inputs=torch.float32)
     def forward(ctx, x, w, d):
-        ctx.save_for_backward(x, w); ctx.d = d
+        ctx.save_for_backward(x, w)
+        ctx.d = d
         return _sum_of_taps(x.contiguous(), w, d)
 
     @staticmethod
@@ -173,7 +181,8 @@ class FastConvBN(ConvBN):
     def forward(self, x):
         c = self.conv
         if not self.training or x.device.type!='cpu': return super().forward(x)
-        if c.groups==c.in_channels==c.out_channels and c.dilation[0]>1: return self.act(dilated(x, c.weight, c.dilation[0]))
+        d,depthwise = c.dilation[0],c.groups==c.in_channels==c.out_channels
+        if depthwise and d>1: return self.act(dilated(x, c.weight, d))
         wide = c.groups==1 and c.dilation==(1,1) and pays(x, c.weight)
         return self.act(winograd(x, c.weight)) if wide else super().forward(x)
 

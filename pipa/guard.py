@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save as to_bytes
 from fastai.torch_basics import *
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.callback.training import GradientAccumulation
-from .basics import one_line, one_of
-from .data import write_file
+from .basics import one_line, one_of, write_file
 from .callbacks import LossTerm, Pair, step_panels, shown_after
 from .metrics import TermColumn
 from .ranks import place, total
@@ -41,11 +40,17 @@ def batch_files(
     if not hasattr(dl, 'ticket'): return []
     some = dl.numbers(dl.drawn-dl.n*dl.shard[1])[i*dl.bs:(i+1)*dl.bs]
     src,tgt = dl.dataset.source,dl.dataset.target
-    return [dict(source=str(src.images[s]), mask=str(src.masks[s]), target=str(tgt.images[t])) for s,_,t,_ in map(dl.ticket, some)]
+    def names(s, t): return dict(source=str(src.images[s]), mask=str(src.masks[s]), target=str(tgt.images[t]))
+    return [names(s, t) for s,_,t,_ in map(dl.ticket, some)]
 
 # %% ../nbs/18_guard.ipynb #gua00012
 def _odd(o): return not bool(torch.isfinite(o.detach()).all())
 def _value(o): return 'nan' if bool(torch.isnan(o.detach()).any()) else 'inf'
+
+def _bad_losses(learn):
+    def name(o): return 'the source loss' if isinstance(o, Pair) else f'the loss of {o.name}'
+    terms = [(name(o), torch.as_tensor(o.total)) for o in learn.cbs if hasattr(o, 'total')]
+    return [f'{k} is {_value(v)}' for k,v in terms if _odd(v)] or ['the loss is not finite']*_odd(learn.loss)
 
 def culprit(
     learn, # Learner in the middle of a step
@@ -59,16 +64,16 @@ def culprit(
         return f'{k} image {i} of the batch' + (f' (`{files[i][k]}`)' if i<len(files) else '') + f' holds {_value(x)}'
     bad = [k for k,p in learn.model.named_parameters() if _odd(p)]
     if bad: return f'{len(bad)} weights were not finite before the step, such as {bad[0]}'
-    terms = [('the source loss' if isinstance(o, Pair) else f'the loss of {o.name}', torch.as_tensor(o.total)) for o in learn.cbs if hasattr(o, 'total')]
-    bad = [f'{k} is {_value(v)}' for k,v in terms if _odd(v)] or ['the loss is not finite']*_odd(learn.loss)
-    if bad: return ' and '.join(bad)
+    if bad := _bad_losses(learn): return ' and '.join(bad)
     bad = [k for k,p in learn.model.named_parameters() if p.grad is not None and _odd(p.grad)]
-    return f'the gradient of {len(bad)} weights is not finite, such as {bad[0]}' if bad else 'a sum is beyond what float32 can hold'
+    if bad: return f'the gradient of {len(bad)} weights is not finite, such as {bad[0]}'
+    return 'a sum is beyond what float32 can hold'
 
 # %% ../nbs/18_guard.ipynb #gua00014
 def random_state()->tuple: # Tensors by name, and plain data
     "The state of all random generators"
-    t = {'rng.cpu': torch.get_rng_state()} | {f'rng.cuda{i}': o for i,o in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())}
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
+    t = {'rng.cpu': torch.get_rng_state()} | {f'rng.cuda{i}': o for i,o in enumerate(gpus)}
     return t,dict(python=random.getstate(), numpy=np.random.get_state())
 
 def set_random_state(
@@ -79,8 +84,10 @@ def set_random_state(
     torch.set_rng_state(tensors['rng.cpu'])
     for k,v in tensors.items():
         if k.startswith('rng.cuda') and int(k[8:])<torch.cuda.device_count(): torch.cuda.set_rng_state(v, int(k[8:]))
-    a,b,c = plain['python']; random.setstate((a, tuple(b), c))
-    kind,keys,*rest = plain['numpy']; np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    version,numbers,gauss = plain['python']
+    random.setstate((version, tuple(numbers), gauss))
+    kind,keys,*rest = plain['numpy']
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
 
 # %% ../nbs/18_guard.ipynb #gua00017
 def keep_batch(
@@ -92,13 +99,15 @@ def keep_batch(
 )->Path: # `file`
     "Write all that a step was made of"
     file,mt = Path(file),getattr(learn, 'mean_teacher', None)
-    t = dict(rng[0]) | {f'batch.{i}':o for i,o in enumerate(batch)} | {f'model.{k}':v for k,v in learn.model.state_dict().items()}
+    t = rng[0] | {f'batch.{i}':o for i,o in enumerate(batch)}
+    t |= {f'model.{k}':v for k,v in learn.model.state_dict().items()}
     if getattr(mt, 'teacher', None) is not None: t |= {f'teacher.{k}':v for k,v in mt.teacher.state_dict().items()}
     t |= {f'bank.{i}.{j}':o for i,s in enumerate(about.pop('bank', ())) for j,o in enumerate(s)}
     t = {k:v.detach().as_subclass(torch.Tensor).to('cpu', copy=True).contiguous() for k,v in t.items()}
-    about |= dict(rng=rng[1], steps={o.name:o.steps for o in learn.cbs if isinstance(o, LossTerm)}, t=getattr(mt, 't', 0))
+    steps = {o.name:o.steps for o in learn.cbs if isinstance(o, LossTerm)}
+    text = json.dumps(about | dict(rng=rng[1], steps=steps, t=getattr(mt, 't', 0)), default=np.ndarray.tolist, indent=1)
     write_file(file, lambda f: f.write(to_bytes(t)))
-    write_file(file.with_suffix('.json'), lambda f: f.write(json.dumps(about, default=np.ndarray.tolist, indent=1).encode()))
+    write_file(file.with_suffix('.json'), lambda f: f.write(text.encode()))
     return file
 
 # %% ../nbs/18_guard.ipynb #gua00019
@@ -126,13 +135,6 @@ class Guard(Callback):
         self.had = [(o, dict(vars(o)) if self.do=='skip' else dict(bank=getattr(o, 'bank', ()))) for o in terms]
         self.was = [b.clone() for b in self.kept]
 
-    def before_step(self):
-        scaled = getattr(self.learn, 'scaler', None)
-        grads = () if scaled is not None and scaled.is_enabled() else [p.grad for p in self.model.parameters() if p.grad is not None]
-        fine = bool(probe(*self.batch, self.learn.loss, grads=grads).isfinite())
-        if total(torch.tensor(float(not fine)))==0: self.row,self.good_loss = 0,self.learn.loss.detach()
-        else: self.wrong(elsewhere=fine)
-
     def after_fit(self): self.had = self.was = self.kept = self.rng = ()   # the batch stays, for `show`
 
     @property
@@ -140,32 +142,55 @@ class Guard(Callback):
     @property
     def column(self): return TermColumn(self, 'skipped')
 
+# %% ../nbs/18_guard.ipynb #e27659d8
+@patch
+def before_step(self:Guard):
+    scaled = getattr(self.learn, 'scaler', None)
+    scaled = scaled is not None and scaled.is_enabled()
+    grads = () if scaled else [p.grad for p in self.model.parameters() if p.grad is not None]
+    fine = bool(probe(*self.batch, self.learn.loss, grads=grads).isfinite())
+    if total(torch.tensor(float(not fine)))==0: self.row,self.good_loss = 0,self.learn.loss.detach()
+    else: self.wrong(elsewhere=fine)
+
 # %% ../nbs/18_guard.ipynb #gua00020
 @patch
 def wrong(self:Guard, elsewhere=False):
     "Say what went wrong and keep the batch; stop, or leave it out"
-    files,step = batch_files(self.dl, self.iter),self.train_iter
-    names = ('source',)+('target',)*(len(self.batch)>2)
-    xs = [o for o in self.batch if o.ndim==4]
-    self.why = why = 'a number on another process is not finite' if elsewhere else culprit(self.learn, [*zip(names, xs)], files)
-    had = {o.name:v for o,v in self.had}
-    file = Path(self.out or self.learn.path/'faults')/f'step_{step}{f"_rank{place()[0]}"*(place()[1]>1)}.safetensors'
-    about = dict(step=step, epoch=self.epoch, number=self.iter, why=why, files=files, bank=had.get('patch_contrast', {}).get('bank', ()))
-    try: kept = not elsewhere and self.total_skipped<self.keep and keep_batch(file, self.learn, self.batch, self.rng, **about)
-    except OSError as e: kept = None; print(f"The batch couldn't be kept. {one_line(e)}", file=sys.stderr)
+    files = batch_files(self.dl, self.iter)
+    xs = zip(('source', 'target') if len(self.batch)>2 else ('source',), [o for o in self.batch if o.ndim==4])
+    self.why = 'a number on another process is not finite' if elsewhere else culprit(self.learn, [*xs], files)
+    kept = None if elsewhere or self.total_skipped>=self.keep else self.keep_it(files)
     self.total_skipped,self.skipped,self.row = self.total_skipped+1,self.skipped+1,self.row+1
-    text = f"Step {step} (epoch {self.epoch}, batch {self.iter}): {why}."
-    if self.do=='stop' or self.row>self.most: raise FloatingPointError(self.sentence(text, files, kept))
-    for o,v in self.had: vars(o).clear(); vars(o).update(v)
+    if self.do=='stop' or self.row>self.most: raise FloatingPointError(self.sentence(files, kept))
+    self.leave_out()
+
+@patch
+def keep_it(self:Guard, files):
+    "Write the batch, or say why that can't be; gives the file, or None"
+    name = f'step_{self.train_iter}' + f'_rank{place()[0]}'*(place()[1]>1)
+    bank = next((v.get('bank', ()) for o,v in self.had if o.name=='patch_contrast'), ())
+    about = dict(step=self.train_iter, epoch=self.epoch, number=self.iter, why=self.why, files=files, bank=bank)
+    file = Path(self.out or self.learn.path/'faults')/f'{name}.safetensors'
+    try: return keep_batch(file, self.learn, self.batch, self.rng, **about)
+    except OSError as e: print(f"The batch couldn't be kept. {one_line(e)}", file=sys.stderr)
+
+# %% ../nbs/18_guard.ipynb #774f0d29
+@patch
+def leave_out(self:Guard):
+    "Take back what the batch has changed, and go on with the next one"
+    for o,v in self.had:
+        vars(o).clear()
+        vars(o).update(v)
     for b,v in zip(self.kept, self.was): b.copy_(v)
-    self.opt.zero_grad()   # and what was accumulated before it
+    self.opt.zero_grad()
     if (acc := getattr(self.learn, 'gradient_accumulation', None)): acc.count = 0
     self.learn.loss = self.good_loss if self.good_loss is not None else torch.zeros_like(self.learn.loss)
     raise CancelBatchException()
 
 @patch
-def sentence(self:Guard, text, files, file):
+def sentence(self:Guard, files, file):
     "The error for people"
+    text = f"Step {self.train_iter} (epoch {self.epoch}, batch {self.iter}): {self.why}."
     many = f' So it was with {self.row-1} batches before.' if self.row>1 else ''
     of = '' if not files else ' Its files: ' + '; '.join(dict.fromkeys(' + '.join(o.values()) for o in files)) + '.'
     again = f' It is kept as `{file}`: `pipa.guard.replay` runs it again.' if file else ''
@@ -181,7 +206,7 @@ def show(self:Guard, n:int=2):
     def part(o): return [image(x) for x in o[:n]] if o.is_floating_point() else o[:n]
     return step_panels(self, [*zip(*map(part, self.batch))], ('source', 'label', 'target')[:len(self.batch)])
 
-# %% ../nbs/18_guard.ipynb #gua00051
+# %% ../nbs/18_guard.ipynb #bad5e9ba
 def odd_columns(
     learn # Learner whose validation has just ended
 )->list: # Names of columns
@@ -192,6 +217,7 @@ def odd_columns(
     if len(log)<=len(ms): return []   # there was none
     return [k for (k,may),v in zip(ms, log[-len(ms):]) if isinstance(v, Real) and not math.isfinite(v) and not may]
 
+# %% ../nbs/18_guard.ipynb #gua00051
 @patch
 def before_validate(self:Guard): self.odd = ()
 
@@ -208,8 +234,12 @@ def after_epoch(self:Guard):
     new = [k for k in odd_columns(self.learn) if k not in self.told]
     if not new: return
     self.told.update(new)
-    at = ' The first batch whose loss is not finite is {}{}.'.format(self.odd[0], ': '*bool(self.odd[1])+', '.join(self.odd[1])) if self.odd else ''
-    print(f"Validation of epoch {self.epoch}: {' and '.join(new)} not finite.{at} The weights aren't touched by that; choose none by it.", file=sys.stderr)
+    at = ''
+    if self.odd:
+        i,files = self.odd
+        at = f' The first batch whose loss is not finite is {i}' + (': ' + ', '.join(files) if files else '') + '.'
+    print(f"Validation of epoch {self.epoch}: {' and '.join(new)} not finite.{at} "
+          "The weights aren't touched by that; choose none by it.", file=sys.stderr)
 
 # %% ../nbs/18_guard.ipynb #gua00041
 @patch
@@ -229,18 +259,26 @@ class _Again(Callback):
     def __init__(self, t, about): self.t,self.about = t,about
     def part(self, k): return {n[len(k)+1:]:v for n,v in self.t.items() if n.startswith(f'{k}.')}
     def before_batch(self):
-        mt,dev = getattr(self.learn, 'mean_teacher', None),next(self.model.parameters()).device
+        dev = next(self.model.parameters()).device
         self.model.load_state_dict(self.part('model'))
-        if mt is not None and mt.teacher is not None: mt.teacher.load_state_dict(self.part('teacher')); mt.t = self.about['t']
+        self.teach(getattr(self.learn, 'mean_teacher', None))
         bank = self.part('bank')
+        pairs = [tuple(bank[f'{i}.{j}'].to(dev) for j in (0,1)) for i in range(len(bank)//2)]
         for o in self.learn.cbs:
             if o.name in self.about['steps']: o.steps = self.about['steps'][o.name]
-            if hasattr(o, 'bank') and bank: o.bank = [(bank[f'{i}.0'].to(dev), bank[f'{i}.1'].to(dev)) for i in range(len(bank)//2)]
+            if hasattr(o, 'bank') and pairs: o.bank = pairs
         x,*ys = (v.to(dev) for k,v in sorted(self.part('batch').items()))
         self.learn.xb,self.learn.yb = (x,),tuple(ys)
         set_random_state(self.t, self.about['rng'])
+
+    def teach(self, mt):
+        if mt is None or mt.teacher is None: return
+        mt.teacher.load_state_dict(self.part('teacher'))
+        mt.t = self.about['t']
+
     def after_batch(self): raise CancelFitException()
 
+# %% ../nbs/18_guard.ipynb #01a333f9
 def replay(
     file:str|Path, # From `keep_batch`
     learn # A learner with the same net and method; its weights become those of the file

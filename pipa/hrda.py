@@ -119,8 +119,8 @@ class HRDANet(SegNet):
         self.crop,self.step = (crop,crop) if isinstance(crop, int) else tuple(crop),2*stride
         self.overlap,self.last,self.w_detail,self.bs,self.stride = overlap,last,w_detail,bs,stride
         if min(self.crop)<4*self.step or any(n%self.step for n in self.crop): raise ValueError(
-            f"The detail box of HRDA has sides that are multiples of {self.step} and at least {4*self.step}, not {self.crop}: "
-            "change `crop`.")
+            f"The detail box of HRDA has sides that are multiples of {self.step} and at least {4*self.step}, "
+            f"not {self.crop}: change `crop`.")
 
     def context(self, x): return resize(x, [n//2 for n in x.shape[-2:]])
 
@@ -180,7 +180,9 @@ def sharp(self:HRDANet,
     k = max(1, self.bs//len(x))
     for some in (boxes[i:i+k] for i in range(0, len(boxes), k)):
         zs = self.decode_head.head(self.backbone(torch.cat([cut(x, o) for o in some])))
-        for o,z_o in zip(some, zs.split(len(x))): cut(z, o, s).add_(z_o); cut(n, o, s).add_(1)
+        for o,z_o in zip(some, zs.split(len(x))):
+            cut(z, o, s).add_(z_o)
+            cut(n, o, s).add_(1)
     return z/n
 
 @patch

@@ -15,9 +15,9 @@ from fastprogress.fastprogress import progress_bar
 from fastcore.meta import delegates
 from fastai.vision.core import imagenet_stats
 from .labels import cityscapes19
-from .basics import between
+from .basics import between, write_file
 from .models import get_logits, resize
-from .data import Domain, image_exts, read_image, read_mask, write_file
+from .data import Domain, image_exts, read_image, read_mask
 from .draw import as_image, label_image, overlay
 from .metrics import confusion, iou, iou_table
 

@@ -24,6 +24,7 @@ class _Box:
         owner.count(self.key, t.untyped_storage().nbytes(), 1)
     def __del__(self): self.owner.count(self.key, 0, -1)
 
+# %% ../nbs/19_lean.ipynb #cbf816e9
 class Kept:
     "Context in which the bytes that autograd keeps for the backward pass are counted"
     def __init__(self,
@@ -35,12 +36,18 @@ class Kept:
     def count(self, key, n, d):
         if key in self.own: return
         self.refs[key] = self.refs.get(key, 0)+d
-        if d>0 and self.refs[key]==1: self.bytes[key] = n; self.now += n
-        if not self.refs[key]: self.now -= self.bytes.pop(key); del self.refs[key]
+        if d>0 and self.refs[key]==1: self.bytes[key] = n
+        if not self.refs[key]: del self.bytes[key],self.refs[key]
+        self.now = sum(self.bytes.values())
         self.line.append(self.now)
+
     @property
     def peak(self): return max(self.line)
-    def __enter__(self): self.hooks.__enter__(); return self
+
+    def __enter__(self):
+        self.hooks.__enter__()
+        return self
+
     def __exit__(self, *args): return self.hooks.__exit__(*args)
 
 # %% ../nbs/19_lean.ipynb #ln000010
@@ -84,7 +91,10 @@ def peak_memory(
     "By how much a process grows at most while it calls `f`; it runs in a forked process (Linux)"
     ctx = get_context('fork')
     here,there = ctx.Pipe(False)
-    p = ctx.Process(target=_measure, args=(f, there)); p.start(); there.close()
+    p = ctx.Process(target=_measure, args=(f, there))
+    p.start()
+    there.close()
     try: return here.recv()
-    except EOFError: raise RuntimeError(f'the process that was measured ended with code {p.exitcode}: is there enough memory?') from None
+    except EOFError: raise RuntimeError(
+        f'the process that was measured ended with code {p.exitcode}: is there enough memory?') from None
     finally: p.join()

@@ -10,7 +10,7 @@ from fastai.torch_basics import *
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.callback.schedule import ParamScheduler
-from .basics import between, one_of
+from .basics import between, one_of, write_file
 from .losses import weighted_ce
 from .metrics import MIoU, TeacherMIoU, TermColumn, validators, label_free
 from .checkpoints import load_pretrained
@@ -298,7 +298,7 @@ def uda_learner(
 # %% ../nbs/20_learner.ipynb #e4000002
 from copy import deepcopy
 from fastai.data.core import DataLoaders
-from .data import PairDL, MaskOf, write_file
+from .data import PairDL, MaskOf
 
 def inference_net(
     net:nn.Module # Student or teacher

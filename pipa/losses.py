@@ -49,9 +49,10 @@ def weighted_ce(
 )->Tensor: # 0-dim, in nats; raises `ValueError` if `w` is a vector
     "Cross-entropy times `w`, averaged over all pixels, void ones included"
     if getattr(w, 'ndim', 0) not in (0,3):
-        raise ValueError(f'w has shape {tuple(w.shape)}: give B x H x W or one number; for one weight an image, w[:,None,None]')
-    logits = _wide(logits)
-    if logits.shape[-2:]!=y.shape[-2:]: logits = F.interpolate(logits, y.shape[-2:], mode='bilinear', align_corners=False)
+        raise ValueError(f'w has shape {tuple(w.shape)}: give B x H x W or one number; '
+                         'for one weight an image, w[:,None,None]')
+    logits,hw = _wide(logits),y.shape[-2:]
+    if logits.shape[-2:]!=hw: logits = F.interpolate(logits, hw, mode='bilinear', align_corners=False)
     l = F.cross_entropy(logits, y.long(), ignore_index=ignore, reduction='none')
     if w is not None: l = l*w
     return l.sum()/max(l.numel(), 1)
@@ -82,11 +83,12 @@ def feat_dist(
     min_ratio:float=.75, # See `shrink_labels`
     ignore:int=255, # Label of void
     return_n:bool=False, # Also return how many cells took part?
-)->Tensor: # 0-dim: mean Euclidean distance, without the weight (DAFormer: 0.005); raises `ValueError` if sizes don't fit
+)->Tensor: # 0-dim: mean Euclidean distance, not yet weighted (DAFormer: 0.005); sizes that don't fit: `ValueError`
     "Mean distance of `f` to `f0` over the cells that hold one of `classes`"
     (h,w),(H,W) = f.shape[-2:], y.shape[-2:]
     s = max(-(-H//h), -(-W//w))
-    if h*s-H >= s or w*s-W >= s: raise ValueError(f'features of {h}x{w} are no even grid on labels of {H}x{W}: crop them alike')
+    if h*s-H >= s or w*s-W >= s:
+        raise ValueError(f'features of {h}x{w} are no even grid on labels of {H}x{W}: crop them alike')
     small = shrink_labels(F.pad(y, (0,w*s-W,0,h*s-H), value=ignore), s, min_ratio, 256, ignore)
     m = torch.isin(small, torch.as_tensor(list(classes), device=y.device))
     d = (_wide(f)-_wide(f0).detach()).norm(dim=1)
@@ -115,7 +117,9 @@ def sup_contrast(
         if paper := _is_paper(form): base_temp = temp
         lse = s.masked_fill(void if paper else same | void, -torch.inf).logsumexp(1)
         cost = (lambda x: x) if paper else F.softplus
-        if at_hand(e): i,j = partner.nonzero(as_tuple=True); l = cost(lse[i]-s[i,j])/n[i]
+        if at_hand(e):
+            i,j = partner.nonzero(as_tuple=True)
+            l = cost(lse[i]-s[i,j])/n[i]
         else: l = cost(lse[:,None]-s).masked_fill(~partner, 0)/n[:,None].clamp(min=1)
         return temp/base_temp * l.sum()/(n>0).sum().clamp(min=1)
 
@@ -156,7 +160,7 @@ def sample_pixels(
     max_views:int=100, # Samples of a class in an image, at most (release: 100)
     min_pixels:int=None, # Pixels that a class must have in an image; `None`: more than `max_views`, as released
     ignore:int=255, # Label of void: never drawn
-)->Tensor: # Positions in `y.flatten()`, in rising order, none if no class qualifies; not on a CPU, `max_samples` of them, -1 where nothing was drawn
+)->Tensor: # Positions in `y.flatten()`, rising, none if no class qualifies; on a GPU `max_samples` of them, -1 for none
     "Draw the same number of pixels, half of them hard, for every class of every image"
     y,k,free = y.long(),256,at_hand(y)
     real = (y!=ignore).flatten()
@@ -239,18 +243,22 @@ class _Rivals(Function):
 
 # %% ../nbs/02_losses.ipynb #fc490ca4
 def _one_way(f, g, y, m, neg, y_neg, temp):
-    "Mean loss of the rows of `f` that are in `m` and pulled to `g`, and how many; at most two million scores are held at once"
-    if at_hand(f): i = m.nonzero()[:,0]; f,g,y,m = f[i],g[i],y[i],m[i]
+    "Mean loss of the rows of `f` in `m`, pulled to `g`, and how many; at most two million scores are held at once"
+    if at_hand(f):
+        i = m.nonzero()[:,0]
+        f,g,y,m = f[i],g[i],y[i],m[i]
     n = m.sum()
     if not len(f) or not len(neg): return f.sum()*0,n
     l = F.softplus(_Rivals.apply(f, y, neg.detach(), y_neg, temp, max(2**21//len(neg), 1)) - (f*g).sum(1)/temp)
     return l.masked_fill(~m, 0).sum()/n.clamp(min=1),n
 
 def _among_all(f, g, every, temp):
-    "Mean loss of the rows of `f`, whose partners in `g` are scored among `every`, and how many; scores are made in pieces, and again in the backward pass"
-    if not len(f) or not len(every): return f.sum()*0 + every.sum()*0,len(f)   # a rank without rows takes part in the backward pass of the others
+    "Mean loss of the rows of `f`, whose partners in `g` are scored among `every`, and how many"
+    # a rank without rows takes part in the backward pass of the others
+    if not len(f) or not len(every): return f.sum()*0 + every.sum()*0,len(f)
     def part(x): return (x @ every.t()/temp).logsumexp(1)
-    lse = [checkpoint(part, x, use_reentrant=False, preserve_rng_state=False) for x in f.split(max(2**21//len(every), 1))]
+    xs = f.split(max(2**21//len(every), 1))   # scores are made in pieces, and again in the backward pass
+    lse = [checkpoint(part, x, use_reentrant=False, preserve_rng_state=False) for x in xs]
     return (torch.cat(lse) - (f*g).sum(1)/temp).mean(),len(f)
 
 def patch_ways(
@@ -270,8 +278,9 @@ def patch_ways(
     with _full_precision(f_1):
         f_1,f_2,neg = map(_wide, (f_1,f_2,neg))
         if _is_paper(form): return _among_all(f_1, f_2, neg, temp),_among_all(f_2, f_1, neg, temp)
-        a,b = patch_rows(c_1, c_2, thresh),patch_rows(c_2, c_1, thresh)
-        return _one_way(f_1, f_2.detach(), y_1, a, neg, y_neg, temp),_one_way(f_2, f_1.detach(), y_2, b, neg, y_neg, temp)
+        a = _one_way(f_1, f_2.detach(), y_1, patch_rows(c_1, c_2, thresh), neg, y_neg, temp)
+        b = _one_way(f_2, f_1.detach(), y_2, patch_rows(c_2, c_1, thresh), neg, y_neg, temp)
+        return a,b
 
 # %% ../nbs/02_losses.ipynb #fx000010
 def patch_contrast(
@@ -281,11 +290,11 @@ def patch_contrast(
     y_2:Tensor, # Pseudo-labels in crop 2, `N`
     c_1:Tensor, # Confidence of these in 0..1, crop 1, `N`
     c_2:Tensor, # Confidence in crop 2, `N`
-    neg:Tensor, # Bank of rivals, of length 1, `M x D`; gets no gradient. In form 'paper': all candidates, partners among them; gets one
-    y_neg:Tensor, # Their pseudo-labels, `M`: a rival of the row's own label is left out (in form 'paper' labels don't count)
+    neg:Tensor, # Rivals, of length 1, `M x D`, without gradient; 'paper': all candidates, with partners and gradient
+    y_neg:Tensor, # Their pseudo-labels, `M`: rivals of the row's own label are left out; 'paper': not used
     temp:float=.1, # Temperature (release: 0.1)
     thresh:float=.9, # See `patch_rows`
-    form:str='released', # 'released' (surer views teach, rivals of other classes) or 'paper' (every place learns, among all), see below
+    form:str='released', # 'released': surer views teach, rivals are of other classes; 'paper': all learn, among all
     return_n:bool=False, # Also return how many rows counted in each direction, for the log?
 )->Tensor: # 0-dim, both directions summed, without the weight (release: 0.1), or a tuple of it and two numbers
     "Pull each place towards its surer view in the other crop, push it from places of other classes"

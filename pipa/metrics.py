@@ -198,7 +198,6 @@ class Validator(Metric):
         self._name,self.dl,self.first,self.last = name,dl,first or self,last
         self.names,self.sums,self.n = [],{},0
         self.first.names.append(name)
-
     @property
     def over_ranks(self): return dict(sums='sum', n='sum') if self.first is self and self.dl is None else {}
     def reset(self): self.sums,self.n = dict.fromkeys(self.names, 0.),0
@@ -217,8 +216,7 @@ class Validator(Metric):
         if not self.first.n: return float('nan')
         v = self.first.sums[self._name]/self.first.n
         return float(torch.special.entr(v[:-1]).sum()+v[-1] if self._name=='info_max' else v)
-    @property
-    def name(self): return self._name
+    name = property(lambda self: self._name)
 
 # %% ../nbs/04_metrics.ipynb #8ce60002
 def validators(dl=None, # Loader of target images, such as `dls.test_dl(images)`; None: the validation images

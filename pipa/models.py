@@ -11,6 +11,7 @@ from operator import itemgetter
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torchvision.models import resnet101
+from fastcore.basics import patch
 from fastcore.meta import delegates
 from .mit import mit
 from .encoders import encoder
@@ -133,7 +134,7 @@ class DAFormerHead(nn.Module):
                  widths:tuple,   # Channels of the maps, fine to coarse
                  n_out:int=19,   # Number of classes (Cityscapes: 19)
                  dim:int=256,    # Channels of embeddings and of the fused feature (DAFormer: 256)
-                 dilations:tuple=(1,6,12,18), # Branches of the context module (DAFormer); `None`: a 1×1 convolution instead
+                 dilations:tuple=(1,6,12,18), # Branches of the context module (DAFormer); `None`: a 1×1 convolution
                  drop:float=.1   # Rate at which whole channels are dropped before classifying (DAFormer: 0.1)
     ):
         super().__init__()
@@ -141,7 +142,8 @@ class DAFormerHead(nn.Module):
         self.embed_layers = nn.ModuleList(Embed(c, dim) for c in widths)
         self.fuse_layer = SepASPP(n, dim, dilations) if dilations else MixBN(n, dim)
         self.dropout,self.conv_seg = nn.Dropout2d(drop),nn.Conv2d(dim, n_out, 1)
-        nn.init.normal_(self.conv_seg.weight, std=.01); nn.init.zeros_(self.conv_seg.bias)
+        nn.init.normal_(self.conv_seg.weight, std=.01)
+        nn.init.zeros_(self.conv_seg.bias)
 
     def fuse(self, maps): return self.fuse_layer([e(m) for e,m in zip(self.embed_layers, maps)])
     def classify(self, fused): return self.conv_seg(self.dropout(fused))
@@ -177,7 +179,7 @@ class SegNet(nn.Module):
     def __init__(self,
                  backbone:nn.Module,   # Encoder: B×3×H×W to a list of maps, with their `widths`
                  decode_head:nn.Module,# Head with `fuse`, `classify`, `dim`, `n_out`
-                 spec:dict=None        # How to build this net again: a function of this page under `make`, and its arguments
+                 spec:dict=None        # How to build it again: a function of this page under `make`, and its arguments
     ):
         super().__init__()
         self.spec = spec
@@ -237,9 +239,12 @@ class ResNetV1c(nn.Module):
 
     def forward(self, x):
         x,maps = self.maxpool(self.stem(x)),[]
-        for s in (self.layer1, self.layer2, self.layer3, self.layer4): x = s(x); maps.append(x)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            maps.append(x)
         return maps
 
+# %% ../nbs/07_models.ipynb #dd15e01b
 class DeepLabHead(nn.Module):
     "Sum of dilated 3×3 classifiers on the last map; the map itself is the fused feature"
     def __init__(self,
@@ -251,7 +256,9 @@ class DeepLabHead(nn.Module):
         self.dim,self.n_out = widths[-1],n_out
         convs = [nn.Conv2d(self.dim, n_out, 3, padding=d, dilation=d) for d in dilations]
         self.aspp_modules = nn.ModuleList(nn.ModuleDict(dict(conv=c)) for c in convs)
-        for c in convs: nn.init.normal_(c.weight, std=.01); nn.init.zeros_(c.bias)
+        for c in convs:
+            nn.init.normal_(c.weight, std=.01)
+            nn.init.zeros_(c.bias)
 
     def fuse(self, maps): return maps[-1]
     def classify(self, fused): return sum(m['conv'](fused) for m in self.aspp_modules)
@@ -262,7 +269,9 @@ def deeplabv2(n_out:int=19, # Number of classes
               **kwargs
 )->SegNet: # Net with random weights
     "ResNet-101 and the head of DeepLabV2"
-    return SegNet(ResNetV1c(), DeepLabHead(ResNetV1c.widths, n_out, **kwargs), dict(make='deeplabv2', n_out=n_out, **kwargs))
+    backbone = ResNetV1c()
+    head = DeepLabHead(backbone.widths, n_out, **kwargs)
+    return SegNet(backbone, head, dict(make='deeplabv2', n_out=n_out, **kwargs))
 
 # %% ../nbs/07_models.ipynb #67c6a1e7
 class ProjHead(nn.Module):
@@ -276,7 +285,8 @@ class ProjHead(nn.Module):
         super().__init__()
         n,self.align_corners = sum(widths),align_corners
         hidden = hidden or n
-        self.proj = nn.Sequential(nn.Conv2d(n, hidden, 1), nn.Sequential(nn.BatchNorm2d(hidden), nn.ReLU()), nn.Conv2d(hidden, dim, 1))
+        norm = nn.Sequential(nn.BatchNorm2d(hidden), nn.ReLU())
+        self.proj = nn.Sequential(nn.Conv2d(n, hidden, 1), norm, nn.Conv2d(hidden, dim, 1))
 
     def forward(self, maps):
         x = mix_maps(maps, self.proj[0].weight, self.proj[0].bias, self.align_corners)
@@ -311,7 +321,8 @@ def get_logits(out): # A tensor, a mapping with 'out', or an object with `logits
     if isinstance(out, Tensor): return out
     if isinstance(out, Mapping) and 'out' in out: return out['out']
     if isinstance(getattr(out, 'logits', None), Tensor): return out.logits
-    raise TypeError(f"The net answered with a {type(out).__name__}: `adapt` needs a tensor, a dict with 'out' or an object with `logits`.")
+    raise TypeError(f"The net answered with a {type(out).__name__}: `adapt` needs a tensor, a dict with 'out' "
+                    "or an object with `logits`.")
 
 def get_layer(net:nn.Module, # A net
               layer:str      # Dotted name of a part of it; unknown names raise a `ValueError` that lists similar ones
@@ -334,7 +345,8 @@ def run_with(net:nn.Module, # A net
     finally: hook.remove()
     if not seen: raise ValueError(f"Layer {layer!r} took no part in the forward pass: name one that did.")
     if not isinstance(seen[-1], Tensor) or seen[-1].ndim!=4:
-        raise ValueError(f"Layer {layer!r} gives {getattr(seen[-1], 'shape', type(seen[-1]).__name__)}, not a B×C×h×w map: name another.")
+        raise ValueError(f"Layer {layer!r} gives {getattr(seen[-1], 'shape', type(seen[-1]).__name__)}, "
+                         "not a B×C×h×w map: name another.")
     return logits,seen[-1]
 
 # %% ../nbs/07_models.ipynb #ea5d2f1c
@@ -356,13 +368,16 @@ class Adapter(nn.Module):
 
     def maps(self, x): return [run_with(self.net, self.layer, x)[1]]
 
-    def __deepcopy__(self, memo):
-        hooks = [h for m in self.modules() for h in m._forward_hooks.values()]
-        memo.update({id(h.__self__.stored):None for h in hooks if hasattr(getattr(h, '__self__', None), 'stored')})
-        new = memo[id(self)] = type(self).__new__(type(self))
-        new.__setstate__(deepcopy(self.__dict__, memo))
-        return new
+# %% ../nbs/07_models.ipynb #6006206e
+@patch
+def __deepcopy__(self:Adapter, memo):
+    hooks = [h for m in self.modules() for h in m._forward_hooks.values()]
+    memo.update({id(h.__self__.stored):None for h in hooks if hasattr(getattr(h, '__self__', None), 'stored')})
+    new = memo[id(self)] = type(self).__new__(type(self))
+    new.__setstate__(deepcopy(self.__dict__, memo))
+    return new
 
+# %% ../nbs/07_models.ipynb #a3eb4dc7
 def adapt(net:nn.Module,   # Images to logits, in one of the forms of `get_logits`
           layer:str,       # Dotted name of the layer whose output is the embedding
           n_emb:int=None,  # Channels of that output; default found out

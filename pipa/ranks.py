@@ -27,8 +27,9 @@ def _device():
 def start()->tuple: # Like `place`
     "Meet the processes that a launcher (torchrun, accelerate launch) started beside this one; alone, nothing happens"
     if int(os.environ.get('WORLD_SIZE', 1))>1 and not dist.is_initialized():
-        if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0))%torch.cuda.device_count())
-        dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+        if gpu := torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0))%torch.cuda.device_count())
+        dist.init_process_group('nccl' if gpu else 'gloo')
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return place()
 
@@ -96,6 +97,7 @@ def total(
     "Add up what the ranks have; gradients flow to all of them"
     return x if place()[1]==1 else _Total.apply(x.to(_device())).to(x.device)
 
+# %% ../nbs/10_ranks.ipynb #5d18c3cf
 def most(
     x:Tensor # One on each rank, all of the same shape
 )->Tensor: # The largest of each number, the same on each rank; no gradient
@@ -160,11 +162,14 @@ class _Norm(_BatchNorm):
         if self.track_running_stats: self.keep(m.detach(), var.detach(), x.numel()//x.shape[1]*place()[1])
         y = (v-at(m))*at((var+self.eps).rsqrt())
         return (y*at(self.weight)+at(self.bias) if self.affine else y).to(x.dtype)
+
     def keep(self, m, var, n):
         self.num_batches_tracked.add_(1)
         a = 1/float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(m, a); self.running_var.lerp_(var*n/max(n-1, 1), a)
+        self.running_mean.lerp_(m, a)
+        self.running_var.lerp_(var*n/max(n-1, 1), a)
 
+# %% ../nbs/10_ranks.ipynb #77911bfd
 class _Drop(nn.Dropout2d):
     def forward(self, x):
         if not self.training or not self.p: return x
@@ -185,8 +190,9 @@ def spread(
     "Let the layers of `net` work on a batch that lies on several ranks"
     for m in net.modules():
         if hasattr(m, '_alone'): continue
-        norm = nn.SyncBatchNorm if next(net.parameters()).is_cuda else _Norm
-        new = {nn.Dropout2d:_Drop, StochasticDepth:_Depth}.get(type(m), norm if sync_bn and isinstance(m, _BatchNorm) else None)
+        sync = nn.SyncBatchNorm if next(net.parameters()).is_cuda else _Norm
+        norm = sync if sync_bn and isinstance(m, _BatchNorm) else None
+        new = {nn.Dropout2d:_Drop, StochasticDepth:_Depth}.get(type(m), norm)
         if new is None: continue
         m._alone,m.__class__ = m.__class__,new
         if new is nn.SyncBatchNorm: m.process_group = None
@@ -225,6 +231,9 @@ def average_(
 
 def same_draws():
     "Set the random streams of PyTorch to those of rank 0"
-    def agree(get, put): s = get(); same_([s]); put(s)
+    def agree(get, put):
+        s = get()
+        same_([s])
+        put(s)
     agree(torch.get_rng_state, torch.set_rng_state)
     if torch.cuda.is_available(): agree(torch.cuda.get_rng_state, torch.cuda.set_rng_state)

@@ -41,7 +41,6 @@ class Step(Page):
         self.observe(lambda _: self.show(), self.names)
         self.show()
 
-
 # %% ../nbs/30_widgets.ipynb #step0002
 @patch(as_prop=True)
 def seen(self:Step): # What the function draws now
@@ -120,7 +119,6 @@ def _which(x): return pick('image', [(str(i+1), i) for i in range(len(x))], 110)
 
 def _grey(a): return np.repeat(np.uint8(255*np.asarray(a, float).clip(0, 1))[...,None], 3, -1)
 
-
 # %% ../nbs/30_widgets.ipynb #trust002
 def trust_curve(
     p:Tensor, # Confidence, any shape
@@ -142,7 +140,6 @@ def trust_curve(
     ax.legend(frameon=False, fontsize=8)
     ax.spines[['top', 'right']].set_visible(False)
     return fig
-
 
 # %% ../nbs/30_widgets.ipynb #9bf31c7f
 def mix_explorer(
@@ -186,7 +183,6 @@ def augment_explorer(
                    seed=slider('seed', 0, 99, 200, step=1))
     return Step(f, 'Strong augmentation', image=_which(x), **sliders).turn(strength=strength, sigma=sigma)
 
-
 # %% ../nbs/30_widgets.ipynb #mask0002
 def mask_explorer(
     x:Tensor, # Normalised images, `B×3×H×W`
@@ -203,7 +199,6 @@ def mask_explorer(
     sliders = dict(ratio=slider('ratio', 0, 1), seed=slider('seed', 0, 99, 200, step=1),
                    block=slider('block, px', 4, 128, step=4))
     return Step(f, 'Masked image', image=_which(x), **sliders).turn(ratio=ratio, block=block)
-
 
 # %% ../nbs/30_widgets.ipynb #b6d767d2
 def rare_class_explorer(
@@ -229,7 +224,6 @@ def rare_class_explorer(
     s = W.FloatLogSlider(value=temp, min=-3, max=1, step=.05, description='temperature', readout_format='.3g',
                          layout=width(330), style=dict(description_width='initial'))
     return Step(f, 'Rare class sampling', temp=s)
-
 
 # %% ../nbs/30_widgets.ipynb #ema00001
 def ema_figure(

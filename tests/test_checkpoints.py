@@ -85,7 +85,7 @@ def test_loading_leaves_the_random_stream_alone(file):
 def test_overwriting_is_all_or_nothing(net, file, monkeypatch):
     before = file.read_bytes()
     def full(*a, **k): raise OSError('No space left on device')
-    monkeypatch.setattr(ck.os, 'replace', full)
+    monkeypatch.setattr('os.replace', full)
     with pytest.raises(OSError): ck.save(file, net_of(seed=1))
     assert file.read_bytes()==before and [o.name for o in file.parent.iterdir()]==[file.name]
 
@@ -216,7 +216,7 @@ def test_no_place_at_transformers(tmp_path):
     assert not (tmp_path/'x').exists()
 
 def test_half_a_write_leaves_nothing(net, tmp_path, monkeypatch):
-    monkeypatch.setattr(ck.os, 'replace', lambda *a: (_ for _ in ()).throw(OSError('No space left on device')))
+    monkeypatch.setattr('os.replace', lambda *a: (_ for _ in ()).throw(OSError('No space left on device')))
     for f in (ck.save_official, ck.save_hf):
         with pytest.raises(OSError): f(tmp_path/'x', net_of(heads=False))
     assert not [o for o in tmp_path.rglob('*') if o.is_file()]

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from pipa.sets import rare as R
+from pipa.basics import write_file
 from pipa.data import *
 from pipa.labels import label_space, space
 from pipa.learner import uda_learner

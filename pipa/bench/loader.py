@@ -8,7 +8,8 @@ import tempfile, time, numpy as np, pandas as pd, torch
 from pathlib import Path
 from PIL import Image
 from fastai.vision.core import imagenet_stats
-from ..data import Domain, PairSet, preset, resized, write_file
+from ..basics import write_file
+from ..data import Domain, PairSet, preset, resized
 from ..labels import gta19
 from ..minicity import scene
 

@@ -19,7 +19,7 @@ from ..mit import mit
 from ..fast import fast
 from ..models import add_heads
 from ..callbacks import ema_, has_bf16
-from ..data import write_file
+from ..basics import write_file
 from ..learner import adamw, param_groups, make_net
 from .plain import PlainStep, block_pairs, our_step, plain_net, plain_patch, plain_pixel
 

@@ -11,7 +11,7 @@ from IPython.display import Image as Still
 from matplotlib import colormaps
 from PIL import Image
 from fastcore.basics import patch
-from ..data import write_file
+from ..basics import write_file
 from ..labels import distinct_colors
 from ..draw import Fig
 

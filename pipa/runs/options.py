@@ -49,7 +49,7 @@ def options(
     rcs:float=.5, # Temperature of rare class sampling; 0 draws source images evenly
     zoom:float=1., # Views are zoomed in by up to this factor
     lean:store_true=False, # Less memory: backpropagate each loss as soon as it is made
-    precision:str='auto', # Numbers to compute with: fp32, bf16, or auto (bf16 for large batches where the CPU has it)
+    precision:str='auto', # Numbers of the net: fp32, bf16, or auto: bf16 for large batches where the CPU has it
     workers:int=None, # Processes that load data; default half of the cores, at most 4
     threads:int=0, # CPU threads; 0 leaves it to torch
     unlabelled:int=32, # Target images for the label-free scores in the table; 0 leaves them out
@@ -185,7 +185,7 @@ def loaders(
 )->int:
     "How many processes load data: half of the cores, four at most, where the system can fork them"
     if asked is not None: return asked
-    return min(4, (cores or defaults.cpus)//(2*world)) if sys.platform.startswith('linux') else 0
+    return min(4, (cores or num_cpus())//(2*world)) if sys.platform.startswith('linux') else 0
 
 # %% ../../nbs/runs/03_options.ipynb #opt00020
 _late = Mix,MinEnt,AdvSeg,MIC,PatchContrast

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
-from ..data import write_file
+from ..basics import write_file
 from ..learner import host_terms, method_name
 from .options import idle, key, parser, settings
 from .run import new_folder

@@ -11,19 +11,18 @@ from torch.nn.attention import sdpa_kernel, SDPBackend
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
-from ..basics import between, writable
-from ..ranks import start, place
+from ..basics import between, writable, write_file
+from ..ranks import place, start
 from ..sets.domains import image_size
 from ..sets.named import domains
-from ..data import class_counts, uda_dls, write_file
+from ..data import class_counts, uda_dls
 from ..checkpoints import save
 from ..fast import fast
 from ..guard import Guard
 from ..learner import host_terms, make_net, method_cbs, method_name, uda_learner
 from ..metrics import iou, iou_table, miou, Validator
 from ..look.measures import tightness
-from .options import arithmetic, data_args, defaults, fit_args, given, in_range, loaders, look_for_idle
-from .options import method_args, net_args, parse_size, unusual
+from .options import *
 from .record import made_of, origins, read_config, repeat, seed_all
 from .resume import Checkpoint
 from .state import checkpoints, claim, same_ranks
@@ -169,9 +168,10 @@ def halved(
     precision:str # fp32 or bf16
 ):
     "Train in bf16, if it is asked for"
-    if precision!='fp32': learn.to_bf16()
-    by_formula = precision!='fp32' and learn.dls.device.type=='cpu'
-    with sdpa_kernel(SDPBackend.MATH) if by_formula else nullcontext(): yield
+    half = precision!='fp32'
+    if half: learn.to_bf16()
+    plain = half and learn.dls.device.type=='cpu'
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(): yield
 
 # %% ../../nbs/runs/04_run.ipynb #run00014
 def prepare(
@@ -192,7 +192,7 @@ def prepare(
     learn = uda_learner(dls, model, o.method, lr=o.lr, lean=o.get('lean', False), n_unlabelled=o.unlabelled,
                         guard=None, hidden=net['hidden'], **method_args(o),
                         cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)])
-    for m in learn.metrics.filter(lambda m: isinstance(m, Validator)): m.last = True   # once, at the end
+    for m in learn.metrics.filter(lambda m: isinstance(m, Validator)): m.last = True # Once, at the end
     return learn,before,(src,tgt,val)
 
 # %% ../../nbs/runs/04_run.ipynb #run00015

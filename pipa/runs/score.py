@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 from fastai.torch_basics import *
 from ..sets.layouts import minicity
-from ..data import folder, write_file
+from ..basics import write_file
+from ..data import folder
 from ..checkpoints import load, space_of
 from ..metrics import pixel_acc
 from .. import check, export, infer, show

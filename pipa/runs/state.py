@@ -17,7 +17,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 from .. import __version__
-from ..data import write_file
+from ..basics import write_file
 from ..ranks import place, start
 
 # %% auto #0

@@ -4,47 +4,17 @@
 
 # %% ../../nbs/sets/02_rare.ipynb #dc2bbac1
 from __future__ import annotations
-import hashlib, json, os, re, numpy as np
+import json, re, numpy as np
 from pathlib import Path
 from fastcore.basics import defaults
 from fastcore.parallel import parallel
+from ..basics import cache_home, stamp, write_file
 from .domains import Domain, complaint, fractions, image_size, intact, read_numbers
 from ..labels import rgb_ids
 
 # %% auto #0
-__all__ = ['write_file', 'cache_home', 'stamp', 'remember', 'readable', 'check_images', 'look', 'complaints', 'size_complaint',
-           'counts_from', 'class_counts', 'rare_class_probs', 'images_with']
-
-# %% ../../nbs/sets/02_rare.ipynb #b40a4d53
-def write_file(
-    file:Path, # Where to
-    write # Called with an open binary file
-):
-    "Write a file whole or not at all: beside its place first, then renamed"
-    file = Path(file)
-    tmp = file.with_name(f'.{file.name}.{os.getpid()}')
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, 'wb') as f: write(f)
-        os.replace(tmp, file)
-    finally: tmp.unlink(missing_ok=True)
-
-# %% ../../nbs/sets/02_rare.ipynb #aafc62cd
-def cache_home()->Path:
-    "Folder for what can be made again: `pipa` in `XDG_CACHE_HOME` or in `~/.cache`"
-    return Path(os.environ.get('XDG_CACHE_HOME', Path.home()/'.cache'))/'pipa'
-
-def stamp(
-    files, # Paths, flat or nested
-    *more # Whatever else should change the stamp
-)->str: # 24 hexadecimal digits
-    "A name for the present content of some files: it changes with their paths, sizes and times"
-    def one(p):
-        if isinstance(p, (list, tuple)): return [one(o) for o in p]
-        if not os.path.exists(p): raise FileNotFoundError(f"`{p}` is listed but not there: was it moved or deleted?")
-        s = os.stat(p)
-        return [os.path.abspath(p), s.st_size, s.st_mtime_ns]
-    return hashlib.sha256(json.dumps([one(files), *more]).encode()).hexdigest()[:24]
+__all__ = ['remember', 'readable', 'check_images', 'look', 'complaints', 'size_complaint', 'counts_from', 'class_counts',
+           'rare_class_probs', 'images_with']
 
 # %% ../../nbs/sets/02_rare.ipynb #35b2a493
 def _part(o):
