@@ -6,7 +6,6 @@
 from __future__ import annotations
 import argparse, shlex, sys
 from functools import lru_cache, wraps
-from inspect import signature
 from fastcore.script import store_true, anno_parser
 from fastai.torch_basics import *
 from ..basics import between, one_of

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/04_run.ipynb #run00003
 from __future__ import annotations
-import json, math, os, shlex, sys, pandas as pd
+import json, math, shlex, sys, pandas as pd
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from torch.nn.attention import sdpa_kernel, SDPBackend
