@@ -168,7 +168,7 @@ def test_methods(method, want):
     for k in ('min_ent','adv_ent','adv_seg','mic'): assert k not in got or got[k].start==7
     if 'mean_teacher' in got: t = got['mean_teacher']; assert (t.alpha, t.thresh, t.trust)==(.9, .5, 'pixel')
     if 'mix' in got: assert got['mix'].start==7 and got['mix'].aug==dict(p_blur=0) and got['mix'].w==1
-    if 'pixel_contrast' in got: p = got['pixel_contrast']; assert (p.w, p.start, p.kw['temp'])==(.3, 0, .2)
+    if 'pixel_contrast' in got: p = got['pixel_contrast']; assert (p.w, p.start, p.temp)==(.3, 0, .2)
     if 'patch_contrast' in got: p = got['patch_contrast']; assert (p.w, p.start, p.size, p.thresh)==(.4, 7, (32,64), .6)
     if 'feature_distance' in got: assert got['feature_distance'].classes==[1,2]
 
