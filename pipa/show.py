@@ -5,7 +5,7 @@
 # %% ../nbs/22_show.ipynb #c81e728d
 from __future__ import annotations
 from pathlib import Path
-import numpy as np, pandas as pd, torch, seaborn as sns
+import pandas as pd, torch, seaborn as sns
 from torch import Tensor
 from fastcore.basics import patch, in_ipython
 from .draw import Fig, add_legend, grid, paint

@@ -6,7 +6,6 @@
 from __future__ import annotations
 import argparse, shlex, sys
 from functools import lru_cache, wraps
-from inspect import signature
 from fastcore.script import store_true, anno_parser
 from fastai.torch_basics import *
 from ..basics import between, one_of
@@ -185,7 +184,7 @@ def loaders(
 )->int:
     "How many processes load data: half of the cores, four at most, where the system can fork them"
     if asked is not None: return asked
-    return min(4, (cores or defaults.cpus)//(2*world)) if sys.platform.startswith('linux') else 0
+    return min(4, (cores or num_cpus())//(2*world)) if sys.platform.startswith('linux') else 0
 
 # %% ../../nbs/runs/03_options.ipynb #opt00020
 _late = Mix,MinEnt,AdvSeg,MIC,PatchContrast

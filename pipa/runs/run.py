@@ -4,10 +4,9 @@
 
 # %% ../../nbs/runs/04_run.ipynb #run00003
 from __future__ import annotations
-import json, math, os, shlex, sys
+import json, math, shlex, sys, pandas as pd
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-import pandas as pd
 from torch.nn.attention import sdpa_kernel, SDPBackend
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
