@@ -17,9 +17,11 @@ from .models import add_heads, light
 from .infer import normalise
 
 # %% auto #0
-__all__ = ['toy_item', 'toy', 'fit']
+__all__ = ['narrow', 'toy_item', 'toy', 'fit']
 
 # %% ../nbs/32_test_utils.ipynb #tut00006
+narrow = dict(widths=(8,16,24,32), depths=(1,1,1,1), heads=(1,2,3,4)) # `mit_b0`: 32, 64, 160, 256; two blocks each
+
 def toy_item(
     i:int, # Seed of the scene
     domain:str, # 'game' or 'real'
@@ -34,7 +36,7 @@ def toy(
     n:int=4, # Scenes in each domain
     bs:int=2, # Pairs in a batch
     size:tuple=(64,128), # Height and width
-    net:nn.Module=None, # Its heads are added; `None`: a `light` net
+    net:nn.Module=None, # Its heads are added; `None`: a `light` net that is `narrow`
     hidden:int=None, # Width of the pixel head, see `pipa.models.add_heads`
     seed:int=0, # Of everything random
     **kwargs # To fastai's `Learner`
@@ -45,13 +47,13 @@ def toy(
     pairs = [(*g, r[0]) for g,r in zip(game, real)]
     dls = DataLoaders(DataLoader(pairs, bs=bs), DataLoader(real, bs=bs))
     dls.n_inp,dls.space = 1,space('minicity')
-    net = add_heads(net or light('mit_b0', n_out=11), hidden=hidden)
+    net = add_heads(net or light('mit_b0', n_out=11, **narrow), hidden=hidden)
     return Learner(dls, net, loss_func=weighted_ce, cbs=cbs, metrics=[], train_bn=False, **kwargs)
 
 def fit(
     learn:Learner, # See `toy`
     n:int=1, # Epochs
-    lr:float=1e-3 # Learning rate
+    lr:float=None # Learning rate; `None`: the learner's
 )->Learner: # The same
     "Fit without a word"
     with learn.no_bar(), learn.no_logging(): learn.fit(n, lr)

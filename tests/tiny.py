@@ -13,9 +13,9 @@ from pipa.models import add_heads
 from pipa.learner import SegLoss
 from pipa.minicity import scene
 from pipa.models import light
+from pipa.test_utils import fit, narrow
 
 scene = cache(scene)   # the files of a test draw the same scenes again and again
-narrow = dict(widths=(8,16,24,32), depths=(1,1,1,1), heads=(1,2,3,4))   # all that `mit_b0` has, at a third of its price
 
 def city(root, n=6, size=(64,128)):
     "Folders `game` and `real` with `images` and `masks`"
@@ -41,10 +41,6 @@ def toy(cbs, n=2, k=3, bs=2, y=None, net=None, **kwargs):
     dls = DataLoaders(DataLoader([*zip(x_s, y_s, x_t)], bs=bs), DataLoader([*zip(x_t, y_s)], bs=bs))
     dls.n_inp = 1
     return Learner(dls, add_heads(net or light('mit_b0', n_out=k, **narrow), hidden=32), SegLoss(), lr=1e-3, cbs=cbs, train_bn=False, **kwargs)
-
-def fit(learn, n=1, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, **kwargs)
-    return learn
 
 class HalfOnCPU(Callback):
     "What fastai's `MixedPrecision` does, for a machine without GPU"
