@@ -421,7 +421,7 @@ def adapt(
     elif not rank: write_file(out/'config.json', lambda f: f.write(text.encode()))
     with nullcontext() if rank or sys.stdout.isatty() else plain_log(learn), halved(learn, o.precision): learn.fit_poly(o.epochs, **fit_args(o))
     if rank: return out,{}
-    row = dict(benchmark=o.data, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms)
+    row = dict(benchmark=o.data, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms, precision=o.precision)
     row |= write_run(out, learn, before, o) | measures(learn) | (tightness(learn.model, dls) if val else {})
     return out,row
 
@@ -467,6 +467,7 @@ def train(
     with ExitStack() as held:
         out,row = adapt(out, held, **o)
         if not row: return out
+        o['precision'] = row.pop('precision')
         apart = ' '.join([o for o in (unusual(o), f'ranks={place()[1]}'*(place()[1]>1)) if o])
         row |= dict(settings=apart, command=shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))]), version=made_of())
         write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
@@ -704,7 +705,7 @@ def unusual(
     o:dict # Arguments of `pipa_train`
 )->str: # Such as `patch=0.01 crop=64x64`
     "The settings that aren't the default, but for what has a column of its own"
-    o,usual = _flat(o),_flat(_defaults())
+    o,usual = _flat(o),_flat(_defaults()) | dict(precision='fp32')
     for k in (*_elsewhere, 'method', 'terms', 'data', 'seed', 'epochs'): usual.pop(k, None)
     return ' '.join(f'{k}={v}' for k,v in o.items() if k in usual and v!=usual[k])
 
