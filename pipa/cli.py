@@ -512,8 +512,7 @@ def pipa_train(
     resume:store_true=False, # Go on with the interrupted run in the folder; what isn't said is as it was
     guard:str='stop', # At a number that isn't finite: stop, skip the batch and count, or off
     deterministic:store_true=False, # Deterministic algorithms alone, slower on a GPU
-    config:str=None # config.json of a run, or its folder: repeat it; what is said besides counts more
-):
+    config:str=None): # config.json of a run, or its folder: repeat it; what is said besides counts more
     "Adapt a segmenter from a labelled source to an unlabelled target, and write a run folder"
     _run(dict(locals()))
 
