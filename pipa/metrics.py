@@ -213,7 +213,7 @@ class Validator(Metric):
 
     @property
     def value(self):
-        if not self.first.n: return float('nan')
+        if not self.first.n: return '' if self.last else float('nan')
         v = self.first.sums[self._name]/self.first.n
         return float(torch.special.entr(v[:-1]).sum()+v[-1] if self._name=='info_max' else v)
     name = property(lambda self: self._name)

@@ -246,5 +246,6 @@ def unusual(
     o:dict # Options
 )->str: # Such as `patch=0.01 crop=64x64`
     "The settings that aren't the default, but for what has a column of its own"
-    usual = {k:v for k,v in defaults().items() if k not in (*_elsewhere, 'method', 'terms', 'data', 'seed', 'epochs')}
+    usual = defaults() | dict(precision='fp32')
+    usual = {k:v for k,v in usual.items() if k not in (*_elsewhere, 'method', 'terms', 'data', 'seed', 'epochs')}
     return ' '.join(f'{k}={v}' for k,v in o.items() if k in usual and v!=usual[k])

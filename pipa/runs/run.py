@@ -217,7 +217,8 @@ def fit_in_folder(
     with quiet, halved(learn, o.precision): learn.fit_poly(o.epochs, **fit_args(o))
     if rank: return out,{}
     host,terms = host_terms(o.method, o.terms)
-    row = dict(benchmark=o.data, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms)
+    row = dict(benchmark=o.data, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms,
+               precision=o.precision)
     row |= write_run(out, learn, before, o) | measures(learn) | (tightness(learn.model, learn.dls) if doms[2] else {})
     return out,row
 
@@ -267,6 +268,7 @@ def run(
     with ExitStack() as held:
         out,row = fit_in_folder(out, held, **o)
         if not row: return out
+        o['precision'] = row.pop('precision') # What auto came to
         apart = ' '.join([o for o in (unusual(o), f'ranks={place()[1]}'*(place()[1]>1)) if o])
         command = shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))])
         row |= dict(settings=apart, command=command, version=made_of())
