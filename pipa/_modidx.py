@@ -165,6 +165,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'pipa.callbacks.MeanTeacher.after_step': ('callbacks.html#meanteacher.after_step', 'pipa/callbacks.py'),
                                 'pipa.callbacks.MeanTeacher.before_batch': ('callbacks.html#meanteacher.before_batch', 'pipa/callbacks.py'),
                                 'pipa.callbacks.MeanTeacher.before_fit': ('callbacks.html#meanteacher.before_fit', 'pipa/callbacks.py'),
+                                'pipa.callbacks.MeanTeacher.label': ('callbacks.html#meanteacher.label', 'pipa/callbacks.py'),
                                 'pipa.callbacks.MeanTeacher.labels': ('callbacks.html#meanteacher.labels', 'pipa/callbacks.py'),
                                 'pipa.callbacks.MeanTeacher.logits': ('callbacks.html#meanteacher.logits', 'pipa/callbacks.py'),
                                 'pipa.callbacks.MeanTeacher.show': ('callbacks.html#meanteacher.show', 'pipa/callbacks.py'),

@@ -163,9 +163,8 @@ class MeanTeacher(Callback):
         vars(self).pop('labels', None)
 
     @cached_property
-    def labels(self):
-        "The target's labels and the trust in them, found when they are first asked for"
-        x,v = self.todo
+    def labels(self): return self.label(*self.todo) # Found when they are first asked for
+    def label(self, x, v=None):
         y,w = pseudo_label(self.logits(x).float(), self.thresh, self.trust)
         if self.trust=='batch' and w.numel(): w = mean(w)
         if v is not None: w = w*v

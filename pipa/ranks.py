@@ -38,6 +38,7 @@ def _one_rank(rank, world, home, f, args):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME='lo')
     dist.init_process_group('gloo', init_method=f'file://{home}/meet', rank=rank, world_size=world)
+    dist.barrier() # Who leaves before all have met takes the connection away
     try: torch.save(f(*args), f'{home}/{rank}.pt')
     finally: dist.destroy_process_group()
 

@@ -145,7 +145,7 @@ table = dict(pipa_train=r"""
 --start=-1 | `start` is -1
 --pixel=-.1 | `w_pixel` is -0.1
 --patch=nan | `w_patch` is nan
---weight=-1 | `weight` is -1
+--method=minent --weight=-1 | `weight` is -1
 --crop=63x63 | `--crop 63x63`: both sides
 --crop=128x128 | doesn't fit into `--size 64x64`: give a smaller crop
 --temp=0 | `temp` is 0.0: it must be more than 0
@@ -300,7 +300,7 @@ empty | valid/images` is not a folder
 --sweep=patch | names no values: write it as
 --sweep=tmp=1 | unrecognized arguments: --tmp=1
 --sweep=patch=x | --patch: invalid float
---methods=pixel,mic --sweep=keep=1,2 | `keep` would do nothing with any of pixel, mic: leave it out, or add
+--methods=source,minent --sweep=temp=.1,.2 | `temp` would do nothing with any of source, minent: leave it out, or add
 --methods=source --args=--weight=2 | `weight` would do nothing with any of source
 --jobs=0 | `--jobs` is 0
 --size=33x33 | multiples of 32

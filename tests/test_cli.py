@@ -443,9 +443,9 @@ def test_study_goes_on_where_a_switch_is_gone(fake, monkeypatch):
     assert len(fake())==1 and len(pd.read_csv('t.csv'))==len(pd.read_csv(io.BytesIO(old)))+1
 
 @pytest.mark.parametrize('kw,says', [(dict(methods='mick'), 'no method `mick`'), (dict(methods='mic', terms='all'), 'no terms `all`'), (dict(methods='mic', sweep='temp'), 'names no values'), (dict(methods='mic', sweep='temp=cold'), 'cold')], ids=str)
-def test_study_says_what_is_wrong_before_it_starts(fake, kw, says):
+def test_study_says_what_is_wrong_before_it_starts(fake, capsys, kw, says):
     with pytest.raises(SystemExit) as e: cli.pipa_study(**kw, table='t.csv', runs='s', args='--data=x')
-    assert says in e.value.code and not fake() and not Path('s').exists()
+    assert says in f'{e.value.code}{capsys.readouterr().err}' and not fake() and not Path('s').exists()
 
 def test_study_knows_no_such_setting(fake, capsys):
     with pytest.raises(SystemExit): cli.pipa_study('mic', '0', table='t.csv', runs='s', sweep='w_pach=.1', args='--data=x')

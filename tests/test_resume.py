@@ -344,22 +344,21 @@ def test_names_and_number_of_checkpoints(two):
 def flat(o, at=''):
     if isinstance(o, dict): return {k:v for n,x in o.items() for k,v in flat(x, f'{at}.{n}').items()}
     if isinstance(o, (list,tuple)): return {k:v for n,x in enumerate(o) for k,v in flat(x, f'{at}.{n}').items()}
-    return {at: o.tolist() if isinstance(o, torch.Tensor) else o}
+    return {at: (o.dtype, o.shape, o.contiguous().numpy().tobytes()) if isinstance(o, torch.Tensor) else o}
 
-@pytest.mark.parametrize('n', [12, long(40)])
-def test_damaged_files_are_never_believed(two, tmp_path, capsys, n):
+def test_damaged_files_are_never_believed(two, tmp_path, capsys):
     "Cut off anywhere, or a bit turned anywhere: the one before is taken, or the content is what it was"
     new,old = copied(two, tmp_path)
     good,rng,seen = new.read_bytes(),random.Random(0),set()
-    want = str(flat(torch.load(new, weights_only=True)))
-    for i in range(n):
+    want = repr(flat(torch.load(new, weights_only=True)))
+    for i in range(40):
         bad = bytearray(good)
         if i%3: bad[rng.randrange(len(bad))] ^= 1<<rng.randrange(8)
         else: bad = bad[:rng.randrange(len(bad))]
         new.write_bytes(bad)
         state,file = read_state(tmp_path)
         seen.add(file.name)
-        if file==new: assert str(flat(state))==want
+        if file==new: assert repr(flat(state))==want
         else: assert state['at']==(1,0) and 'is damaged' in capsys.readouterr().out
     assert old.name in seen
 

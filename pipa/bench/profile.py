@@ -41,8 +41,8 @@ class Clock:
 # %% ../../nbs/bench/02_profile.ipynb #5beb0035
 def _watch_ours(c, learn):
     mt,mix,px,pt = learn.mean_teacher,learn.mix,learn.pixel_contrast,learn.patch_contrast
-    c.watch(mt, True, logits='teacher')
-    c.watch(mt, label='teacher', after_step='average')
+    c.watch(mt, True, label='teacher')
+    c.watch(mt, after_step='average')
     c.watch(mix, prepare='mix, cut, augment', predict='student: mixed', score='cross-entropy')
     c.watch(pt, prepare='mix, cut, augment', predict='student: crops', score='patch contrast')
     c.watch(px, predict='pixel head', score='pixel contrast')

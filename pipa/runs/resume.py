@@ -201,7 +201,7 @@ def _rest_of_fit(learn, state, strict):
     else: load_state(learn, state)
     for learn.epoch in range(first, learn.n_epoch): learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
     if first==learn.n_epoch:   # the measures of the end, once more
-        learn.recorder.log = L()
+        learn.epoch,learn.recorder.log = first-1,L()
         learn._do_epoch_validate()
 
 # %% ../../nbs/runs/02_resume.ipynb #res00039
