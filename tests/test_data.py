@@ -252,7 +252,7 @@ def test_pair_is_a_function_of_seed_and_number(home):
     assert [a.ticket(k) for k in range(50)]==[b.ticket(k) for k in reversed(range(50))][::-1]
     assert len({a.ticket(k) for k in range(500)})==500 and a.ticket(3)!=loaders(home, seed=8).train.ticket(3)
 
-@pytest.mark.parametrize('world', [2,3])
+@pytest.mark.parametrize('world', [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_processes_share_the_pairs(home, world):
     one = loaders(home, n=12, bs=1, seed=7).train
     whole = [b for _ in range(2) for b in one]

@@ -11,7 +11,7 @@ from pipa.labels import space
 from pipa.learner import uda_learner
 from pipa.basics import one_line
 from pipa.models import light
-from tiny import city, fit, seed, toy
+from tiny import city, fit, narrow, seed, toy
 
 nan,inf = float('nan'),float('inf')
 def terms(): return [Pair(), MeanTeacher(), Mix(), PixelContrast(min_pixels=4, max_views=20), PatchContrast(size=(32,32), thresh=0., n_neg=20), FeatureDistance([1,2], min_ratio=.5)]
@@ -158,7 +158,7 @@ def test_a_learner_names_its_files(pairs, tmp_path, monkeypatch):
     src,tgt = pairs; tgt = tgt.unlabelled()
     dls = uda_dls(src, tgt, src, bs=2, n=6, size=(64,64), seed=3, device='cpu')
     x = At(1, before_batch=lambda l: l.yb[1][1].fill_(inf)); g = Guard(out=tmp_path)
-    learn = uda_learner(dls, light('mit_b0', n_out=dls.c), 'pipa', crop=(64,64), cbs=[g, x], path=tmp_path)
+    learn = uda_learner(dls, light('mit_b0', n_out=dls.c, **narrow), 'pipa', crop=(64,64), cbs=[g, x], path=tmp_path)
     text = stopped(learn); about = json.loads((tmp_path/'step_1.json').read_text(encoding='utf8'))
     assert f"target image 1 of the batch (`{about['files'][1]['target']}`) holds inf" in text and about['files'][0]['mask'] in text and 'städte' in text
     assert (about['step'], about['epoch'], about['number'])==(1, 0, 1) and about['why'] in text

@@ -458,7 +458,7 @@ def test_fixed_shapes_wait_for_nothing(form):
     assert s.names==[] and torch.is_tensor(n)
 
 @pytest.mark.parametrize('form', ['released','paper'])
-@pytest.mark.parametrize('ms,mv,mp', [(1024,100,None), (64,50,5), (3,100,1), (9000,10,1)])
+@pytest.mark.parametrize('ms,mv,mp', [(1024,100,None), (64,50,5), (3,100,1), pytest.param(9000, 10, 1, marks=pytest.mark.slow)])
 def test_fixed_draw_is_the_same_kind_of_draw(ms, mv, mp, form):
     "As many of each class of each image, hard and easy; and the loss is that of the drawn ones"
     y = (torch.rand(2,40,50)**3*6).long(); y[torch.rand(y.shape)<.1] = 255

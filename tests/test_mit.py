@@ -24,7 +24,7 @@ def test_keys(arch):
     with torch.device('meta'): m = mit(arch)
     assert {k:list(v.shape) for k,v in m.state_dict().items()} == keys[arch]
 
-@pytest.mark.parametrize('arch', ['mit_b0','mit_b5'])
+@pytest.mark.parametrize('arch', ['mit_b0', pytest.param('mit_b5', marks=pytest.mark.slow)])
 def test_golden_maps_and_gradients(arch):
     g,m = feats['models'][arch],rule_load(mit(arch)).eval()
     maps = m(inp('img', (2,3,128,160)))

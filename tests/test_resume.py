@@ -283,6 +283,7 @@ def killed_again_and_again(home, tmp_path, n, kills, workers, seed):
     same_end(home, a, b, n)
     assert not [*b.glob('.checkpoint*')], 'what a killed process left is removed'
 
+@pytest.mark.slow
 def test_killed(home, tmp_path): killed_again_and_again(home, tmp_path, 5, 3, 1, 3)
 
 @pytest.mark.slow

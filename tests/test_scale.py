@@ -152,6 +152,7 @@ def test_mistakes(home):
     assert 'is a DataLoader: use `uda_dls`' in on_ranks(lists, 2)[0]
     assert 'no batch of 2 for each of 2 processes' in on_ranks(few, 2)[1]
 
+@pytest.mark.slow
 def test_fastai_lends_its_launcher(home):
     "`distrib_ctx` of fastai, which wants accelerate: the net isn't wrapped, and the result is that of one process"
     pytest.importorskip('accelerate')
