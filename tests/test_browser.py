@@ -28,7 +28,8 @@ pairs'''
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
-    home,work = tmp_path_factory.mktemp('lab'),tmp_path_factory.mktemp('notebooks')
+    home,work = tmp_path_factory.mktemp('lab'),tmp_path_factory.mktemp('checkout')/'nbs/tutorials'
+    work.mkdir(parents=True); (work.parents[1]/'data').symlink_to(root/'data')   # a tutorial reads tables
     with server(work, home) as (url,token): yield url,token,work,home
 
 @pytest.fixture(scope='module')

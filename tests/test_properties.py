@@ -80,7 +80,8 @@ def windows_cover(H, W, h, w, sh, sw):
 
 def sliding_an_identity_is_one(seed, H, W, stride, bs):
     x = torch.randn(1, 3, 32+H, 32+W, generator=gen(seed))
-    torch.testing.assert_close(infer.slide(torch.nn.Identity(), x, 32, min(stride, 32), bs), x)
+    got = infer.slide(torch.nn.Identity(), x, 32, min(stride, 32), bs)
+    torch.testing.assert_close(got, x, rtol=1e-5, atol=2e-5)   # a pixel is the mean of up to 1024 windows
 
 def tensors_survive_files(seed, shapes, kind):
     g,dtypes = gen(seed),[torch.float32, torch.float16, torch.int64, torch.bool, torch.uint8]
