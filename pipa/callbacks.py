@@ -163,16 +163,26 @@ class MeanTeacher(Callback):
         vars(self).pop('labels', None)
 
     @cached_property
-    def labels(self): return self.label(*self.todo) # Found when they are first asked for
-    def label(self, x, v=None):
-        y,w = pseudo_label(self.logits(x).float(), self.thresh, self.trust)
-        if self.trust=='batch' and w.numel(): w = mean(w)
-        if v is not None: w = w*v
-        if any(self.margin): w = margins(w, *(round(m*x.shape[-2]) if m<1 else m for m in self.margin))
-        return y,w
+    def labels(self):
+        "`label` of this step's target, found when it is first asked for"
+        return self.label(*self.todo)
 
-    @torch.inference_mode()
-    def logits(self, x): return self.teacher(x)
+# %% ../nbs/15_callbacks.ipynb #mt000001
+@patch
+@torch.inference_mode()
+def logits(self:MeanTeacher, x): return self.teacher(x)
+
+@patch
+def label(self:MeanTeacher,
+    x:Tensor, # Images, `B×3×H×W`
+    v:Tensor=None # Where images may be trusted, `B×H×W`; `None`: everywhere
+)->tuple: # Labels and the trust in them, `B×H×W` each
+    "What the teacher says of images"
+    y,w = pseudo_label(self.logits(x).float(), self.thresh, self.trust)
+    if self.trust=='batch' and w.numel(): w = mean(w)
+    if v is not None: w = w*v
+    if any(self.margin): w = margins(w, *(round(m*x.shape[-2]) if m<1 else m for m in self.margin))
+    return y,w
 
 # %% ../nbs/15_callbacks.ipynb #2f5becbd
 @patch
