@@ -6,6 +6,7 @@
 from __future__ import annotations
 from pathlib import Path
 import pandas as pd, torch, seaborn as sns
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from fastcore.basics import patch, in_ipython
 from .draw import Fig, add_legend, grid, paint
@@ -94,8 +95,8 @@ def curves(
     df = df.drop(columns='time', errors='ignore').apply(pd.to_numeric, errors='coerce')
     df = df.assign(epoch=df['epoch'] if 'epoch' in df else range(len(df))).dropna(axis=1, how='all')
     ious = [c for c in df if c.endswith('miou')]
-    free = [c for c in df if c in label_free]
-    losses = [c for c in df if c not in [*ious, *free, 'epoch'] and not c.endswith('_n')]
+    free = [c for c in df if c in label_free and df[c].count()>1] # One point is no curve
+    losses = [c for c in df if c not in [*ious, *label_free, 'epoch'] and not c.endswith('_n')]
     panels = [(losses, 1, 'loss'), (free, 1, 'scores without labels'), (ious, 100, 'mean IoU, points')]
     panels = [o for o in panels if o[0] is not free or free]
     fig = Fig(figsize=(4.5*len(panels),3))
@@ -103,6 +104,7 @@ def curves(
         for c in cols: ax.plot(df['epoch'], df[c]*k, marker='.', label=c)
         if cols: ax.legend(fontsize=8)
         ax.set(xlabel='epoch', ylabel=label)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         sns.despine(ax=ax)
     return fig
 

@@ -104,6 +104,8 @@ def test_curves(tmp_path):
         assert [a.get_label() for a in l.lines]==['train_loss','valid_loss','pair','pixel_contrast'] and [a.get_label() for a in r.lines]==['miou']
         assert np.isnan(l.lines[3].get_ydata()[0]) and r.lines[0].get_ydata()[0]==25
     assert len(S.curves(metrics(1).drop(columns=['miou','epoch'])).axes)==2
+    for e,n in (('', 2), ('0.2', 3)): assert len(S.curves(metrics().assign(entropy=['',e,'','0.1'])).axes)==n
+    assert all(t==int(t) for ax in S.curves(metrics(3)).axes for t in ax.get_xticks())
     with pytest.raises(ValueError, match='no epoch'): S.curves(metrics()[:0])
 
 def test_iou_bars():
