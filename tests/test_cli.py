@@ -313,6 +313,7 @@ def test_eval_says_what_is_wrong(done, data, tmp_path):
 
 # pipa_export
 
+@pytest.mark.slow
 def test_export_from_the_shell(done, data, tmp_path):
     pytest.importorskip('onnxruntime')
     p = run('pipa_export', done[1]/'weights.safetensors', '--out', tmp_path/'net.onnx', '--free=batch', cwd=tmp_path/'here')

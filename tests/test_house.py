@@ -22,13 +22,13 @@ def sh(*args, cwd=root, **env):
 
 # --- every notebook is a case -----------------------------------------------------------------------------------------------------------
 # Each has a process of its own.
-def _run_nb(nb, log, cache):
+def _run_nb(nb, log, cache, skip):
     "In its own process: run the notebook as `nbdev_test` does, with everything it prints in `log`"
     say_to(log)
     os.environ.update(IN_TEST='1', XDG_CACHE_HOME=str(cache), MPLCONFIGDIR=os.environ.get('MPLCONFIGDIR') or _mpl_dir())
     signal.signal(signal.SIGINT, signal.default_int_handler)   # as in a terminal; a background job of a shell ignores it
     from nbdev.test import test_nb
-    ok,_ = test_nb(Path(nb), skip_flags=cfg['tst_flags'].split(), basepath=root)
+    ok,_ = test_nb(Path(nb), skip_flags=skip, basepath=root)
     sys.stdout.flush(); sys.stderr.flush()
     os._exit(0 if ok else 1)
 
@@ -39,19 +39,27 @@ def _mpl_dir():
 # Pages that export nothing and train for a while; *quickstart* stands for them in the normal run.
 trains = [f'tutorials/{o}' for o in 'ablation explore own_data patches scale scratch'.split()]
 
+def _notebook(nb, tmp_path, shared, skip):
+    log = tmp_path/'log'
+    code = forked(_run_nb, nb, log, shared, skip, timeout=900)   # a machine with other work may need long
+    if code is None: pytest.fail(f'{nb.name} ran for more than 15 minutes')
+    if code: pytest.fail(f'{nb.name} failed:\n{log.read_text(errors="replace")[-6000:]}', pytrace=False)
+
 @pytest.mark.parametrize('nb', [pytest.param(p, marks=[pytest.mark.slow]*(page(p) in trains)) for p in nbs], ids=page)
 def test_notebook(nb, tmp_path, shared):
     "What pages draw and count is drawn and counted once: `shared` is the cache of them all"
-    log = tmp_path/'log'
-    code = forked(_run_nb, nb, log, shared, timeout=900)   # a machine with other work may need long
-    if code is None: pytest.fail(f'{nb.name} ran for more than 15 minutes')
-    if code: pytest.fail(f'{nb.name} failed:\n{log.read_text(errors="replace")[-6000:]}', pytrace=False)
+    _notebook(nb, tmp_path, shared, cfg['tst_flags'].split())
+
+@pytest.mark.slow
+@pytest.mark.parametrize('nb', [p for p in nbs if '#| slow' in p.read_text(encoding='utf8')], ids=page)
+def test_notebook_with_its_slow_cells(nb, tmp_path, shared):
+    _notebook(nb, tmp_path, shared, ['cuda'])
 
 def test_a_failing_notebook_fails(tmp_path):
     nb = json.loads(nbs[0].read_text(encoding='utf8'))
     nb['cells'] = [dict(cell_type='code', id='a', metadata={}, execution_count=None, outputs=[], source=['assert 1==2, "on purpose"'])]
     (tmp_path/'bad.ipynb').write_text(json.dumps(nb))
-    with pytest.raises(pytest.fail.Exception, match='on purpose'): test_notebook(tmp_path/'bad.ipynb', tmp_path, tmp_path)
+    with pytest.raises(pytest.fail.Exception, match='on purpose'): _notebook(tmp_path/'bad.ipynb', tmp_path, tmp_path, [])
 
 # --- what is made is as it would be made now --------------------------------------------------------------------------------------------
 @pytest.fixture(scope='module')

@@ -186,6 +186,7 @@ def project(home, tmp_path_factory):
     (root/'codes.txt').write_text('\n'.join(space('minicity').codes))
     return root
 
+@pytest.mark.slow
 def test_command_on_two_ranks(project, tmp_path):
     def go(name, bs): return str(runs.run(**args(project, bs=bs, out=str(tmp_path/name))))
     one = go('one', 4)
