@@ -124,7 +124,7 @@ class Guard(Callback):
         self.total_skipped,self.row,self.skipped,self.good_loss,self.odd,self.told = 0,0,0,None,(),set()
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder')
+        self.run = not any(hasattr(self.learn, o) for o in ('lr_finder', 'gather_preds'))
         self.kept = [*self.model.buffers()] if self.do=='skip' else []
     def before_train(self): self.skipped = 0
 
