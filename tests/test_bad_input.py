@@ -330,7 +330,7 @@ empty | valid/images` is not a folder
 --table={w}/table.csv | has no column `method`
 --table={w}/zero.safetensors | can't be read as a table
 --runs={w}/file | is a file: name a folder
-""", pipa_check="""
+""", pipa_check=r"""
 nowhere | `nowhere` is not a folder: give
 {w}/empty | No picture
 {w}/texts | No picture

@@ -1,6 +1,7 @@
 "What is told ends nothing: code pages, closed and broken outputs, names that steer a terminal; a tilde is the home; no process that nobody asked for"
 import configparser, contextlib, importlib, io, json, os, runpy, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from pipa import basics, cli
@@ -18,6 +19,7 @@ cfg = configparser.ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini',
 scripts = dict(o.split('=') for o in cfg['DEFAULT']['console_scripts'].split())
 def function(name): mod,fn = scripts[name].split(':'); return getattr(importlib.import_module(mod), fn)
 
+pytestmark = pytest.mark.filterwarnings('ignore:Glyph')   # fonts lack such names
 tiny = dict(epochs=1, steps=1, bs=1, size='64x64', method='source', unlabelled=0, workers=0)
 chinese = ['天空','道路','汽车','→','Straße',*'abcdef']   # as many as the city has
 hostile = ['x\x1b]0;owned\x07\x1b[2J','y\x9b31mz','\u202egnp',*'abcdefgh']
@@ -52,7 +54,7 @@ def quick(monkeypatch):
         out = Path(next(o for o in cmd if o.startswith('--out='))[6:])
         (out/'row.json').write_text(json.dumps(dict(benchmark='x', method='source', seed=0, epochs=1, miou_student=.5, command='pipa_train --method=source')))
         return subprocess.CompletedProcess(cmd, 0)
-    monkeypatch.setattr(plan.subprocess, 'run', train)
+    monkeypatch.setattr(plan, 'subprocess', SimpleNamespace(run=train))
 
 def calls(w, k, out=''):
     "All commands, and a file that each leaves"
@@ -149,7 +151,7 @@ def test_no_sentence_steers_the_terminal(world, capsys):
 
 # --- the machine ------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('e,says', [(MemoryError('Unable to allocate 1 TiB'), 'The memory of this machine is full'), (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 'The memory of this machine is full'),
-    (torch.OutOfMemoryError('CUDA out of memory.'), 'The memory of the device is full'), (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.'), 'The system ended a process'), (OSError(12, 'Cannot allocate memory'), 'memory of this machine')], ids=lambda o: str(o)[:20])
+    (torch.OutOfMemoryError('CUDA out of memory.'), 'The memory of the device is full'), (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.'), 'The system ended a process'), (OSError(12, 'Cannot allocate memory'), 'The memory of this machine is full')], ids=lambda o: str(o)[:20])
 def test_memory_that_is_full_is_a_sentence(e, says, monkeypatch):
     def fail(*a, **k): raise e
     monkeypatch.setattr(cli, 'open_net', fail)

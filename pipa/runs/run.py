@@ -242,7 +242,7 @@ def resumed(
     was.setdefault('precision', 'fp32')   # a run of before there was a choice
     was['threads'] = was['versions']['threads']
     if o.get('preset') or was.get('preset'): was.pop('size', None)   # that of the preset, not what was asked for
-    asked = {k for k in o if o[k]!=usual.get(k)} | {k for k in named if o[k]!='auto'}
+    asked = {k for k in o if o[k]!=usual.get(k)} | {k for k in named if o.get(k)!='auto'}
     odd = [k for k in o if k in was and k in asked and k not in _free and o[k]!=was[k]]
     if odd: raise ValueError(
         f"The run in `{out}` was begun with {', '.join(f'--{k}={was[k]} and not {o[k]}' for k in odd)}: "
@@ -261,7 +261,7 @@ def run(
     **o # The other options
 )->Path: # Folder of the run
     "One run with its row of results in its folder"
-    between('--threads', threads, 0)
+    between('--threads', threads, 0, 1024)
     host,terms = host_terms(o['method'], o['terms'])
     method_cbs(host, terms)
     name = f"{Path(o['data']).name.replace(':', '_')}_{method_name(host, terms)}_seed{o['seed']}"
