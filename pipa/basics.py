@@ -17,8 +17,7 @@ from fastcore.script import call_parse
 
 # %% auto #0
 __all__ = ['between', 'one_of', 'at_home', 'writable', 'write_file', 'cache_home', 'stamp', 'forks', 'install_command', 'need',
-           'harmless', 'one_line', 'Console', 'telling', 'sentence_of', 'sentences', 'command', 'waiting',
-           'wait_briefly']
+           'harmless', 'one_line', 'Console', 'telling', 'of_system', 'sentences', 'command', 'waiting', 'wait_briefly']
 
 # %% ../nbs/00_basics.ipynb #lim00006
 def between(
@@ -146,8 +145,7 @@ _cures = {errno.ENOSPC: 'The disk is full: make room, or write elsewhere',
           errno.ENOENT: "It isn't there: was it moved or deleted?",
           errno.ENOTDIR: 'A part of the path is a file: name another place',
           errno.EISDIR: 'It is a folder: name a file',
-          errno.EMFILE: 'Too many files are open: use fewer workers, or raise `ulimit -n`',
-          errno.ENOMEM: 'The memory of this machine is full: end other programs, or use fewer workers'}
+          errno.EMFILE: 'Too many files are open: use fewer workers, or raise `ulimit -n`'}
 
 _steer = {i: f'\\x{i:02x}' for i in (*range(32), *range(127, 160)) if chr(i) not in '\t\n\r'}
 _steer |= {i: f'\\u{i:04x}' for i in (0x200e, 0x200f, *range(0x202a, 0x202f), *range(0x2066, 0x206a))}
@@ -220,20 +218,24 @@ def telling():
         sys.stdout,sys.stderr = was
 
 # %% ../nbs/00_basics.ipynb #tel00007
-_for_people = ValueError,OSError,KeyError,NotImplementedError,ImportError,FloatingPointError
+_memory = 'The memory of this machine is full: try a smaller --bs, --size or --net, --lean, or fewer --workers.'
+_killed = """A process that loads or draws images was killed, most often because memory is full: take fewer --workers,
+or a smaller --bs or --size. A training goes on from its last checkpoint with --resume.""".replace('\n', ' ')
+_system = {r'DataLoader worker .* is killed by|exited unexpectedly|process pool was terminated': _killed,
+           r"can't allocate memory|not enough memory|bad_?alloc|annot allocate memory|can't start new thread": _memory}
 
-def sentence_of(
-    e:Exception # Any
-)->str|None: # None for a fault of the program
-    "What a command says of an error, if it's about an argument, a file or the machine"
-    name,text,cure = type(e).__name__,str(e),'try a smaller --bs, --size or --net, or --lean'
-    if name=='OutOfMemoryError': return f'The memory of the device is full: {cure} ({one_line(e)}).'
-    if isinstance(e, MemoryError) or "can't allocate memory" in text:
-        return f'The memory of this machine is full: {cure}, or fewer --workers.'
-    if 'DataLoader worker' in text and 'Traceback' not in text or name=='BrokenProcessPool':
-        return ('The system ended a process of this run, as it does when memory is full: '
-                f'try fewer --workers ({one_line(e)}).')
-    return one_line(e) if isinstance(e, _for_people) else None
+def of_system(
+    e:BaseException # Any
+)->str|None: # A sentence, or `None`
+    "What an error means that isn't about the program but about the machine"
+    if isinstance(e, MemoryError): return _memory
+    if isinstance(e, (ConnectionError, EOFError)): return _killed   # no one else is talked to
+    if type(e).__name__=='OutOfMemoryError':   # torch's; this page does without torch
+        return f'The memory of the device is full: try a smaller --bs, --size or --net, or --lean ({one_line(e)}).'
+    return next((v for k,v in _system.items() if re.search(k, str(e))), None)
+
+# %% ../nbs/00_basics.ipynb #tel00010
+_for_people = ValueError,OSError,KeyError,NotImplementedError,ImportError,FloatingPointError
 
 @contextmanager
 def sentences():
@@ -243,7 +245,8 @@ def sentences():
         print(f'pipa: {e.args[0]}' if e.args else 'pipa: stopped', file=sys.stderr)
         sys.exit(130)
     except Exception as e:
-        if os.environ.get('PIPA_DEBUG') or not (said := sentence_of(e)): raise
+        said = of_system(e) or (one_line(e) if isinstance(e, _for_people) else None)
+        if os.environ.get('PIPA_DEBUG') or not said: raise
         sys.exit(f'pipa: {said}')
 
 # %% ../nbs/00_basics.ipynb #tel00008

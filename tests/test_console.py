@@ -151,7 +151,7 @@ def test_no_sentence_steers_the_terminal(world, capsys):
 
 # --- the machine ------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('e,says', [(MemoryError('Unable to allocate 1 TiB'), 'The memory of this machine is full'), (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 'The memory of this machine is full'),
-    (torch.OutOfMemoryError('CUDA out of memory.'), 'The memory of the device is full'), (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.'), 'The system ended a process'), (OSError(12, 'Cannot allocate memory'), 'The memory of this machine is full')], ids=lambda o: str(o)[:20])
+    (torch.OutOfMemoryError('CUDA out of memory.'), 'The memory of the device is full'), (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.'), 'A process that loads or draws images was killed'), (OSError(12, 'Cannot allocate memory'), 'The memory of this machine is full'), (BrokenPipeError(32, 'Broken pipe'), 'A process that loads')], ids=lambda o: str(o)[:20])
 def test_memory_that_is_full_is_a_sentence(e, says, monkeypatch):
     def fail(*a, **k): raise e
     monkeypatch.setattr(cli, 'open_net', fail)
