@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image
 from .data import (acdc, bdd100k, camvid, cityscapes, codes_space, dark_zurich, folder, gta, mapillary, minicity,
                        read_image, read_mask, synthia)
-from .sets.domains import Domain, class_numbers, read_numbers
+from .sets.domains import Domain, class_numbers
+from .sets.pictures import read_numbers
 from .basics import write_file
 from .sets.rare import complaints, look, remember
 from .draw import Fig, add_legend, grid, paint

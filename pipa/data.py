@@ -13,6 +13,7 @@ from fastai.data.core import Datasets, DataLoaders, TfmdDL
 from fastai.data.load import _loaders
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.vision.core import PILImage, imagenet_stats
+from .sets.pictures import *
 from .sets.domains import *
 from .sets.layouts import *
 from .basics import between, stamp, write_file
@@ -20,9 +21,9 @@ from .sets.rare import *
 
 # %% auto #0
 __all__ = ['mean_color', 'resized', 'view_box', 'cut_view', 'source_view', 'trusted', 'made_once', 'copies_size', 'PairSet',
-           'PairDL', 'ZeroPad', 'Fit', 'MaskOf', 'EvalDL', 'eval_dl', 'uda_dls', 'preset', 'image_exts', 'Domain',
-           'folder', 'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia', 'cityscapes', 'acdc',
-           'dark_zurich', 'bdd100k', 'mapillary', 'camvid', 'minicity', 'class_counts', 'rare_class_probs',
+           'PairDL', 'ZeroPad', 'Fit', 'upright', 'MaskOf', 'EvalDL', 'eval_dl', 'uda_dls', 'preset', 'image_exts',
+           'Domain', 'folder', 'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia', 'cityscapes',
+           'acdc', 'dark_zurich', 'bdd100k', 'mapillary', 'camvid', 'minicity', 'class_counts', 'rare_class_probs',
            'images_with']
 
 # %% ../nbs/12_data.ipynb #e7f36003
@@ -157,7 +158,7 @@ def copies_size(
     resize:tuple|None=None # Size that images are brought to, see `resized`; None: their own
 )->int: # Bytes, judged by the first image
     "Room that copies of a domain take"
-    with Image.open(domain.images[0]) as o: hw = o.size[::-1]
+    hw = image_size(domain.images[0])
     return int(len(domain)*np.prod(resized(hw, resize) if resize else hw)*(4 if domain.masks else 3))
 
 # %% ../nbs/12_data.ipynb #a1d0c6e8
@@ -191,15 +192,14 @@ def _small(o, resize, mask=False):
 @patch
 def _image(self:PairSet, path, resize, draft=False):
     if self.copies: return made_once(path, self.copies, lambda p: _small(read_image(p), resize), resize, 'image')
-    if not (draft and resize): return read_image(path)
-    with Image.open(path) as o: return read_image(path, resized(o.size[::-1], resize))
+    return read_image(path, resized(image_size(path), resize) if draft and resize else None)
 
 @patch
-def _mask(self:PairSet, path):
+def _mask(self:PairSet, image, path):
     sp = self.source.space
-    if not self.copies: return read_mask(path, sp)
-    make = lambda p: _small(read_mask(p, sp), self.resize, True)
-    return made_once(path, self.copies, make, self.resize, 'mask', sorted(sp.ids.items()))
+    if not self.copies: return labels_of(image, path, sp, self.source.spare)
+    make = lambda p: _small(labels_of(image, p, sp, self.source.spare), self.resize, True)
+    return made_once(path, self.copies, make, self.resize, 'mask', stamp([image]), sorted(sp.ids.items()))
 
 def _tensor(o, cls): return cls(torch.from_numpy(o).movedim(-1, 0) if o.ndim==3 else torch.from_numpy(o))
 
@@ -210,8 +210,7 @@ def _hw(o): return o.shape[:2] if isinstance(o, np.ndarray) else o.size[::-1]
 def source_part(self:PairSet, i, want, rng):
     "Image and labels of a view of source image `i`, with the wanted class if there is one"
     xs,ys = self.source.images[i],self.source.masks[i]
-    img,y = self._image(xs, self.resize),self._mask(ys)
-    if _hw(img)!=y.shape: raise ValueError(size_complaint(xs, _hw(img), ys, y.shape))
+    img,y = self._image(xs, self.resize),self._mask(xs, ys)
     x,y = source_view(img, y, self.size, rng, self.zoom, want, self.min_crop, self.max_ratio, resize=self.resize)
     return _tensor(x, TensorImage),_tensor(y, TensorMask)
 
@@ -312,11 +311,17 @@ class Fit(Transform):
         s = max(self.size[0]/o.height, self.size[1]/o.width)
         return o.resize([max(32, 32*round(d*s/32)) for d in o.size], Image.BILINEAR)
 
+def upright(
+    o:Path|str|Tensor|np.ndarray|bytes|Image.Image # Path of a picture, or what else fastai takes for one
+)->PILImage:
+    "A picture of a loader, read as in training"
+    return PILImage.create(read_image(o) if isinstance(o, (str,Path)) else o)
+
 class MaskOf(Transform):
     "The mask that belongs to an image path"
     def __init__(self, domain): # Labelled `Domain`
-        self.space,self.masks = domain.space,{str(i):m for i,m in zip(domain.images, domain.masks)}
-    def encodes(self, o:Path): return TensorMask(torch.from_numpy(read_mask(self.masks[str(o)], self.space)))
+        self.masks,self.how = {str(i):m for i,m in zip(domain.images, domain.masks)},(domain.space, domain.spare)
+    def encodes(self, o:Path): return TensorMask(torch.from_numpy(labels_of(o, self.masks[str(o)], *self.how)))
 
 # %% ../nbs/12_data.ipynb #d9d4f495
 class EvalDL(TfmdDL):
@@ -332,7 +337,8 @@ def eval_dl(
     "Loader of whole images with masks at their own size"
     if domain.masks is None:
         raise ValueError(f"The validation domain `{domain.name}` has no masks: a score needs them.")
-    tfms = [[PILImage.create, Fit(size), ToTensor()], [MaskOf(domain)]]
+    domain = fitting(domain)
+    tfms = [[upright, Fit(size), ToTensor()], [MaskOf(domain)]]
     ds = Datasets([Path(o) for o in domain.images], tfms=tfms, n_inp=1)
     return EvalDL(ds, bs=bs, device=device, num_workers=num_workers, after_batch=_after_batch())
 
@@ -389,11 +395,12 @@ def uda_dls(
     **kwargs # To `PairSet`
 )->DataLoaders: # `train` yields `(x_s, y_s, x_t)`, `valid` yields `(x, y)`
     "Pair loaders of a source and a target domain"
-    valid,device,n = valid or source,device or default_device(),n or len(source)
+    valid,device = valid or source,device or default_device()
     _in_range(bs, size, num_workers, rcs_temp=rcs_temp, **kwargs)
-    _fit_together(source, target, valid, n, bs, shard)
+    _fit_together(source, target, valid, n or len(source), bs, shard)
     for d in (source, target, valid): check_images(d)
-    counts = class_counts(source)
+    source = fitting(source)
+    n,counts = n or len(source),class_counts(source)
     if min_crop_ratio is None: kwargs.setdefault('min_crop', min_share)
     else: kwargs['min_crop'] = min_crop_ratio*(min_share if min_pixels is None else min_pixels/(size[0]*size[1]))
     draw = {} if rcs_temp is None else dict(

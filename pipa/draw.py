@@ -8,13 +8,13 @@ import io
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
-from PIL import Image, ImageOps
+from PIL import Image
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from fastai.vision.core import imagenet_stats
 from .labels import label_space
 from .basics import write_file
-from .data import read_image
+from .sets.pictures import as_rgb, read_image
 
 # %% auto #0
 __all__ = ['Fig', 'as_image', 'denorm', 'rgb', 'label_image', 'overlay', 'add_legend', 'grid', 'paint', 'show_seg', 'panels']
@@ -40,9 +40,7 @@ def as_image(
 )->Image.Image: # RGB; raises `ValueError` for an unreadable file, `TypeError` for something that isn't a picture
     "Any kind of picture as an upright RGB image"
     if isinstance(image, (str,Path)): image = read_image(image)
-    if isinstance(image, Image.Image):
-        image = ImageOps.exif_transpose(image)
-        return image if image.mode=='RGB' else image.convert('RGB')
+    if isinstance(image, Image.Image): return as_rgb(image)
     a = np.asarray(image)
     fits = a.ndim==2 or a.ndim==3 and a.shape[-1] in (3,4)
     if a.dtype==np.uint8 and fits and a.size: return Image.fromarray(a).convert('RGB')

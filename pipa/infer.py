@@ -17,7 +17,10 @@ from fastai.vision.core import imagenet_stats
 from .labels import cityscapes19
 from .basics import between, write_file
 from .models import get_logits, resize
-from .data import Domain, image_exts, read_image, read_mask
+from .data import Domain, image_exts, read_image
+from .sets.domains import labels_of
+from .sets.pictures import files_below
+from .sets.rare import fitting
 from .draw import as_image, label_image, overlay
 from .metrics import confusion, iou, iou_table
 
@@ -259,10 +262,7 @@ def _batches(domain, bs, progress):
     "Lists of `(image, train ids)` of one size, in the order of the domain"
     some = []
     for image,mask in _bar(list(zip(domain.images, domain.masks)), progress):
-        x,y = read_image(image),read_mask(mask, domain.space)
-        if x.size[::-1]!=y.shape:
-            raise ValueError(f"`{image}` has {x.height}×{x.width} pixels and its mask `{mask}` "
-                             f"{y.shape[0]}×{y.shape[1]}: they don't belong together.")
+        x,y = read_image(image),labels_of(image, mask, domain.space, domain.spare)
         if some and (len(some)>=bs or some[0][0].size!=x.size):
             yield some
             some = []
@@ -283,7 +283,7 @@ def evaluate(
     "Compare predictions with the masks of a domain, at the size of the masks"
     if domain.masks is None: raise ValueError(f"The domain `{domain.name}` has no masks: a score needs them.")
     between('bs', bs, 1)
-    sp = domain.space
+    domain,sp = fitting(domain),domain.space
     cm = torch.zeros(sp.n, sp.n, dtype=torch.int64)
     for some in _batches(domain, bs if mode=='whole' else 1, progress):
         ps = _label(model, [x for x,_ in some], size, mode=mode, bs=bs, space=sp, **kwargs)
@@ -342,8 +342,8 @@ def find_images(
     out = out and Path(out).expanduser().resolve()
     if out==images.resolve():
         raise ValueError(f"`{images}` can't hold both pictures and results: give another folder for the results.")
-    files = [p.relative_to(images) for p in sorted(images.rglob('*')) if p.suffix.lower() in image_exts and p.is_file()
-             and not p.name.startswith('.') and out not in p.resolve().parents]
+    files = [p.relative_to(images) for p in sorted(files_below(images)) if p.suffix.lower() in image_exts
+             and out not in p.resolve().parents]
     if not files:
         raise FileNotFoundError(f"No picture ({', '.join(sorted(image_exts))}) in `{images}`: is it the right folder?")
     n = Counter(p.with_suffix('') for p in files)

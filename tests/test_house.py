@@ -8,7 +8,7 @@ from apart import forked, python, say_to
 root = Path(__file__).resolve().parents[1]
 cfg = configparser.ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini', encoding='utf8')
 cfg = cfg['DEFAULT']
-def page(p): return p.relative_to(root/'nbs').with_suffix('').as_posix()     # such as `sets/00_domains`
+def page(p): return p.relative_to(root/'nbs').with_suffix('').as_posix()     # such as `sets/01_domains`
 nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(o[0] in '_.' for o in p.relative_to(root/'nbs').parts))
 modules = sorted(p for p in (root/'pipa').rglob('*.py') if p.name[0]!='_')
 stems = ['.'.join(p.relative_to(root/'pipa').with_suffix('').parts) for p in modules]     # such as `sets.domains`

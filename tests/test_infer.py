@@ -285,7 +285,7 @@ def test_evaluate_takes_images_of_one_size_together(tmp_path):
     assert [s[0] for s in net.seen]==[3,2,2,1] and torch.equal(cm, I.evaluate(net, dom, 64, bs=1, progress=False))
     assert torch.equal(I.evaluate(net, dom, 64, mode='slide', crop=96, bs=2, progress=True), cm)
 
-def test_evaluate_reads_images_as_they_are_stored(tmp_path):
+def test_evaluate_turns_a_mask_with_its_image(tmp_path):
     sp,net = label_space(['a','b','c']),Pixel()
     dom = folder_of(tmp_path, [(32,48)], sp)
     exif = Image.Exif(); exif[0x0112] = 6
@@ -334,7 +334,7 @@ def test_evaluate_refuses(tmp_path, net):
     sp = space('minicity'); dom = folder_of(tmp_path, [(32,32)], sp)
     with pytest.raises(ValueError, match='no masks'): I.evaluate(net, dom.unlabelled())
     Image.fromarray(np.zeros((16,16), np.uint8)).save(dom.masks[0])
-    with pytest.raises(ValueError, match='belong together'): I.evaluate(net, dom, progress=False)
+    with pytest.raises(ValueError, match='is 32x32, but its mask'): I.evaluate(net, dom, progress=False)
     with pytest.raises(ValueError, match='has 2'): I.evaluate(net, folder_of(tmp_path, [(32,32)], label_space(['a','b'])), progress=False)
 
 # folders

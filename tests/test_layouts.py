@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from scipy.io import savemat
 from pipa.data import *
-from pipa.sets.domains import read_numbers
+from pipa.sets.pictures import read_numbers
 from pipa.labels import cityscapes19 as cs, mapillary_space, space
 from pipa.sets.rare import complaints, look
 from pipa.learner import uda_learner

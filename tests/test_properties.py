@@ -7,7 +7,7 @@ from PIL import Image
 from pipa import checkpoints as ck, infer
 from pipa.weights import files
 from pipa.data import PairDL, rare_class_probs, read_image, read_mask, view_box
-from pipa.sets.domains import read_numbers
+from pipa.sets.pictures import read_numbers
 from pipa.guard import probe, random_state, set_random_state
 from pipa.labels import LabelSpace, label_space
 from pipa.losses import pixel_contrast, sup_contrast, weighted_ce

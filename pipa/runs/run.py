@@ -13,7 +13,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from ..basics import between, writable, write_file
 from ..ranks import place, start
-from ..sets.domains import image_size
+from ..sets.pictures import image_size
 from ..sets.named import domains
 from ..data import class_counts, uda_dls
 from ..checkpoints import save
@@ -120,7 +120,7 @@ def valid_bs(
     bs:int # Wanted
 )->int: # `bs`, or 1 where images or masks differ in size and can't be stacked
     "How many validation images may go together"
-    return bs if len({(image_size(x), image_size(y)) for x,y in zip(domain.images, domain.masks)})<2 else 1
+    return bs if len({image_size(x) for x in domain.images})<2 else 1
 
 # %% ../../nbs/runs/04_run.ipynb #run00010
 def look_at(
