@@ -5,14 +5,19 @@
 # %% ../nbs/00_basics.ipynb #lim00003
 from __future__ import annotations
 import errno, hashlib, json, math, os, re, shutil, sys
+from contextlib import contextmanager
+from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
+from multiprocessing import get_all_start_methods, get_start_method
 from numbers import Real
 from pathlib import Path
+from fastcore.basics import patch
+from fastcore.script import call_parse
 
 # %% auto #0
-__all__ = ['between', 'one_of', 'writable', 'write_file', 'cache_home', 'stamp', 'install_command', 'need', 'one_line', 'waiting',
-           'wait_briefly']
+__all__ = ['between', 'one_of', 'at_home', 'writable', 'write_file', 'cache_home', 'stamp', 'forks', 'install_command', 'need',
+           'harmless', 'one_line', 'Console', 'telling', 'of_system', 'sentences', 'command', 'waiting', 'wait_briefly']
 
 # %% ../nbs/00_basics.ipynb #lim00006
 def between(
@@ -25,8 +30,9 @@ def between(
     "A number that is in its range"
     good = isinstance(v, Real) and lo<=v<=hi and not (above and v==lo) and not (math.isinf(v) and hi==math.inf)
     if good: return v
-    if above: want = f'more than {lo:g}' + (f' and up to {hi:g}' if hi<math.inf else '')
-    else: want = f'from {lo:g} to {hi:g}' if hi<math.inf else f'{lo:g} or more'
+    a,b = (f'{o:g}' if isinstance(o, float) else o for o in (lo, hi))
+    if above: want = f'more than {a}' + (f' and up to {b}' if hi<math.inf else '')
+    else: want = f'from {a} to {b}' if hi<math.inf else f'{a} or more'
     raise ValueError(f"`{name}` is {v}: it must be {want}.")
 
 # %% ../nbs/00_basics.ipynb #lim00010
@@ -39,6 +45,17 @@ def one_of(
     if v in known: return v
     raise ValueError(f"`{name}` is {v!r}: choose one of {', '.join(map(str, known))}.")
 
+# %% ../nbs/00_basics.ipynb #hom00002
+def at_home(
+    path:str|Path # As a user wrote it
+)->Path: # Raises `ValueError` where nobody knows which home is meant
+    "A path with the home folder in the place of its tilde"
+    full = os.path.expanduser(path)
+    if str(full).startswith('~') and not os.path.lexists(full): raise ValueError(
+        f"`{path}`: nobody knows which home folder the tilde means, so write the whole path.")
+    full = Path(full)
+    return full.absolute() if str(full).startswith('~') else full   # `./~x`, also when it comes here again
+
 # %% ../nbs/00_basics.ipynb #lim00013
 def writable(
     path:str|Path, # Where results shall go
@@ -46,10 +63,12 @@ def writable(
     least:int=10**6 # Bytes that must be free
 )->Path: # `path`; raises `ValueError` if nothing can be written there
     "A place where results can be written"
-    path = Path(path).expanduser()
+    path = at_home(path)
     if folder and path.exists() and not path.is_dir():
         raise ValueError(f"`{path}` is a file: name a folder for the results.")
     if not folder and path.is_dir(): raise ValueError(f"`{path}` is a folder: name a file to write.")
+    if not folder and path.exists() and not path.is_file():
+        raise ValueError(f"`{path}` is a device or a pipe, which can't be replaced: name a file to write.")
     home = next(o for o in ((path,) if folder else ()) + (*path.absolute().parents,) if os.path.lexists(o))
     if not home.is_dir():
         raise ValueError(f"`{home}` is not a folder, so `{path}` can't be written: name another place.")
@@ -90,6 +109,11 @@ def stamp(
         return [os.path.abspath(p), s.st_size, s.st_mtime_ns]
     return hashlib.sha256(json.dumps([one(files), *more]).encode()).hexdigest()[:24]
 
+# %% ../nbs/00_basics.ipynb #frk00002
+def forks()->bool:
+    "Does this Python begin processes by forking, unless it is told otherwise?"
+    return (get_start_method(allow_none=True) or get_all_start_methods()[0])=='fork'
+
 # %% ../nbs/00_basics.ipynb #b4852a9b
 def install_command(
     extra:str # Extra of this package, such as `pretrained`
@@ -123,6 +147,15 @@ _cures = {errno.ENOSPC: 'The disk is full: make room, or write elsewhere',
           errno.EISDIR: 'It is a folder: name a file',
           errno.EMFILE: 'Too many files are open: use fewer workers, or raise `ulimit -n`'}
 
+_steer = {i: f'\\x{i:02x}' for i in (*range(32), *range(127, 160)) if chr(i) not in '\t\n\r'}
+_steer |= {i: f'\\u{i:04x}' for i in (0x200e, 0x200f, *range(0x202a, 0x202f), *range(0x2066, 0x206a))}
+
+def harmless(
+    text:str # Perhaps with names that strangers gave
+)->str:
+    "Text with the characters written out that steer a terminal or turn the direction of reading"
+    return text.translate(_steer)
+
 def one_line(
     e:BaseException # Any
 )->str: # One sentence, without traceback
@@ -132,7 +165,102 @@ def one_line(
     if text.startswith('Caught ') and 'Traceback' in text: text = re.sub(r'^[\w.]+: ', '', text.splitlines()[-1])
     if isinstance(e, OSError) and e.errno in _cures:
         return (f'`{e.filename}`: ' if e.filename else '')+_cures[e.errno]+'.'*(e.errno!=errno.ENOENT)
-    return text.splitlines()[0]
+    return harmless(text.split('\n')[0].rstrip()).replace('\r', r'\r')
+
+# %% ../nbs/00_basics.ipynb #tel00002
+_other_signs = str.maketrans({'█':'#', '→':'->', '…':'...', '×':'x', '–':'-', '±':'+-'})
+
+class Console:
+    "A stream for people: it writes what it can, and a reader who went away ends nothing"
+    def __init__(self,
+        stream # Such as `sys.stdout`
+    ): self.stream = stream
+    def __getattr__(self, k): return getattr(self.stream, k)
+    def write(self, text):
+        text = harmless(text)
+        try: self.tell(self.stream.write, text)
+        except UnicodeEncodeError:
+            code = self.stream.encoding
+            text = text.translate(_other_signs).encode(code, 'backslashreplace').decode(code)
+            self.tell(self.stream.write, text)
+        return len(text)
+    def flush(self): self.tell(self.stream.flush)
+    def isatty(self): return not self.closed and self.stream.isatty()
+
+    def tell(self, f, *args):
+        "Call `f`; if nobody can hear it, send that and the rest nowhere"
+        try: f(*args)
+        except UnicodeEncodeError: raise
+        except (OSError, ValueError): self.mute()
+
+# %% ../nbs/00_basics.ipynb #tel00003
+@patch
+def mute(self:Console):
+    "Open the stream to nowhere, so that what waits in it does no harm later"
+    try: fd = self.stream.fileno()
+    except (OSError, ValueError): return   # closed, or it has none
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, fd)
+    os.close(nowhere)
+
+@contextmanager
+def telling():
+    "Let nothing that is said, or can't be said, end what is done"
+    while (fd := os.open(os.devnull, os.O_RDWR))<3: os.set_inheritable(fd, True)   # no file of ours gets their numbers
+    os.close(fd)
+    for k in ('stdout', 'stderr'):
+        if getattr(sys, k) is None: setattr(sys, k, open(os.devnull, 'w', encoding='utf8'))
+    was = sys.stdout,sys.stderr
+    sys.stdout,sys.stderr = ours = [Console(o) for o in was]
+    try: yield
+    finally:
+        for o in ours: o.flush()
+        sys.stdout,sys.stderr = was
+
+# %% ../nbs/00_basics.ipynb #tel00007
+_memory = 'The memory of this machine is full: try a smaller --bs, --size or --net, --lean, or fewer --workers.'
+_killed = """A process that loads or draws images was killed, most often because memory is full: take fewer --workers,
+or a smaller --bs or --size. A training goes on from its last checkpoint with --resume.""".replace('\n', ' ')
+_system = {r'DataLoader worker .* is killed by|exited unexpectedly|process pool was terminated': _killed,
+           r"can't allocate memory|not enough memory|bad_?alloc|annot allocate memory|can't start new thread": _memory}
+
+def of_system(
+    e:BaseException # Any
+)->str|None: # A sentence, or `None`
+    "What an error means that isn't about the program but about the machine"
+    if isinstance(e, MemoryError): return _memory
+    if isinstance(e, (ConnectionError, EOFError)): return _killed   # no one else is talked to
+    if type(e).__name__=='OutOfMemoryError':   # torch's; this page does without torch
+        return f'The memory of the device is full: try a smaller --bs, --size or --net, or --lean ({one_line(e)}).'
+    return next((v for k,v in _system.items() if re.search(k, str(e))), None)
+
+# %% ../nbs/00_basics.ipynb #tel00010
+_for_people = ValueError,OSError,KeyError,NotImplementedError,ImportError,FloatingPointError
+
+@contextmanager
+def sentences():
+    "Turn an error about an argument, a file or the machine into one line and a status"
+    try: yield
+    except KeyboardInterrupt as e:
+        print(f'pipa: {e.args[0]}' if e.args else 'pipa: stopped', file=sys.stderr)
+        sys.exit(130)
+    except Exception as e:
+        said = of_system(e) or (one_line(e) if isinstance(e, _for_people) else None)
+        if os.environ.get('PIPA_DEBUG') or not said: raise
+        sys.exit(f'pipa: {said}')
+
+# %% ../nbs/00_basics.ipynb #tel00008
+def _path(o): return type(o)(at_home(o)) if isinstance(o, (str, Path)) and str(o).startswith('~') else o
+
+def command(
+    f # Function with a docment for each parameter
+): # The same, for Python and the shell
+    "Make a command of a function"
+    @call_parse
+    @wraps(f)
+    def run(*args, **kwargs):
+        with telling(), sentences(): return f(*map(_path, args), **{k:_path(v) for k,v in kwargs.items()})
+    return run
 
 # %% ../nbs/00_basics.ipynb #e0739f34
 def waiting(

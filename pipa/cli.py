@@ -4,15 +4,13 @@
 
 # %% ../nbs/31_cli.ipynb #c81e728d
 from __future__ import annotations
-from .basics import between, one_line, wait_briefly, writable
+from .basics import between, command, one_of, wait_briefly, writable
 wait_briefly()
 import warnings
 warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
-import os, shlex, sys
-from contextlib import contextmanager
+import shlex, sys
 from pathlib import Path
-import torch
-from fastcore.script import call_parse, store_true
+from fastcore.script import store_true
 from fastai.torch_basics import *
 from . import check, export, infer
 from .data import codes_space
@@ -25,30 +23,14 @@ from .runs.run import new_folder, run_command
 from .runs.score import eval_domain, open_net, write_scores
 
 # %% auto #0
-__all__ = ['sentences', 'pipa_train', 'pipa_eval', 'pipa_export', 'pipa_predict', 'pipa_convert', 'pipa_study', 'pipa_check']
-
-# %% ../nbs/31_cli.ipynb #aab32389
-@contextmanager
-def sentences():
-    "Turn an error about an argument or a file into one line"
-    try: yield
-    except (ValueError, OSError, KeyError, NotImplementedError, ImportError, FloatingPointError) as e:
-        if os.environ.get('PIPA_DEBUG'): raise
-        sys.exit(f'pipa: {one_line(e)}')
-    except torch.OutOfMemoryError as e:
-        if os.environ.get('PIPA_DEBUG'): raise
-        sys.exit('pipa: The memory of the device is full: '
-                 f'try a smaller --bs, --size or --net, or --lean ({one_line(e)}).')
-    except KeyboardInterrupt as e:
-        print(f'pipa: {e.args[0]}' if e.args else 'pipa: stopped', file=sys.stderr)
-        sys.exit(130)
+__all__ = ['pipa_train', 'pipa_eval', 'pipa_export', 'pipa_predict', 'pipa_convert', 'pipa_study', 'pipa_check']
 
 # %% ../nbs/31_cli.ipynb #1f0e3dad
-@call_parse
+@command
 @taking(options)
 def pipa_train(o):
     "Adapt a segmenter from a labelled source to an unlabelled target, and write a run folder"
-    with sentences(): run_command(o, sys.argv[1:])
+    run_command(o, sys.argv[1:])
 
 # %% ../nbs/31_cli.ipynb #e4000116
 def _sizes(mode, size, crop, stride, trained):
@@ -58,10 +40,12 @@ def _sizes(mode, size, crop, stride, trained):
         return parse_size(size) if size else trained,{}
     crop = parse_size(crop, '--crop') if crop else trained
     steps = stride and parse_size(stride, '--stride', 1, 1)
+    if steps and any(s>c for s,c in zip(steps, crop)): raise ValueError(
+        f"`--stride {stride}` would leave gaps: it is at most the side of a window, {crop[0]}x{crop[1]}.")
     return parse_size(size) if size else None,dict(crop=crop, stride=steps)
 
 # %% ../nbs/31_cli.ipynb #e4000117
-@call_parse
+@command
 def pipa_eval(
     weights:str, # File of weights or an .onnx file, or the folder of a run
     data:str='minicity', # minicity, a set such as cityscapes (split val), or a folder with valid/images, valid/masks
@@ -80,23 +64,24 @@ def pipa_eval(
     out:str=None # Folder for tables and pictures; default runs/eval_DATA_WEIGHTS
 ):
     "Score weights on labelled images: IoU and accuracy of each class, means, and the confusion matrix"
-    with sentences():
-        if out: writable(out)
-        net,meta,sp,file = open_net(weights, teacher)
-        trained = parse_size(meta.get('size', '128x256'))
-        hw,how = _sizes(mode, size, crop, stride, trained)
-        dom = eval_domain(data, sp, images, masks, codes, trainids, trained)
-        cm = infer.evaluate(net, dom, hw, progress=sys.stdout.isatty(), mode=mode, bs=bs, flip=flip, amp=amp, **how)
-        if not cm.sum(): raise ValueError("The masks have no labelled pixel, so there is nothing to score: "
-                                          "do they hold other numbers?")
-        out = new_folder(out or f'runs/eval_{dom.name if images else Path(data).name}_{file.stem}')
-        about = dict(benchmark=str(images or data), weights=str(file), method=meta.get('method'), mode=mode,
-                     images=len(dom), command=shlex.join(['pipa_eval', *sys.argv[1:]]), version=versions()['pipa'])
-        text = write_scores(out, cm, sp, about)
+    writable(out or 'runs')
+    one_of('--mode', mode, ('whole', 'slide'))
+    between('--bs', bs, 1, 10**5)
+    net,meta,sp,file = open_net(weights, teacher)
+    trained = parse_size(meta.get('size', '128x256'))
+    hw,how = _sizes(mode, size, crop, stride, trained)
+    dom = eval_domain(data, sp, images, masks, codes, trainids, trained)
+    cm = infer.evaluate(net, dom, hw, progress=sys.stdout.isatty(), mode=mode, bs=bs, flip=flip, amp=amp, **how)
+    if not cm.sum(): raise ValueError("The masks have no labelled pixel, so there is nothing to score: "
+                                      "do they hold other numbers?")
+    out = new_folder(out or f'runs/eval_{dom.name if images else Path(data).name}_{file.stem}')
+    about = dict(benchmark=str(images or data), weights=str(file), method=meta.get('method'), mode=mode,
+                 images=len(dom), command=shlex.join(['pipa_eval', *sys.argv[1:]]), version=versions()['pipa'])
+    text = write_scores(out, cm, sp, about)
     print(f'{text}\nIn {out.resolve()}:\n' + '\n'.join(f'  {p.name}' for p in sorted(out.iterdir())))
 
 # %% ../nbs/31_cli.ipynb #e4000121
-@call_parse
+@command
 def pipa_export(
     weights:str, # File of weights, or the folder of a run
     out:str=None, # File to write, .onnx or .pt2 (for torch); default beside the weights, .onnx
@@ -105,23 +90,22 @@ def pipa_export(
     teacher:store_true=False # The teacher of the run in place of the student
 ):
     "Write weights as a graph for other programs, and compare it with the net"
-    with sentences():
-        net,meta,sp,file = open_net(weights, teacher)
-        dest = Path(out) if out else file.with_suffix('.onnx')
-        if dest.suffix in ('.onnx', '.pt2'): writable(dest, folder=False)
-        if file.suffix=='.onnx': raise ValueError(f"`{file}` is exported already.")
-        print('Tracing the net; large ones take minutes.', flush=True)
-        hw = parse_size(size or meta.get('size', '128x256'))
-        export.export_net(dest, net, sp, hw, free, method=meta.get('method'))
-        t = export.check_export(dest, net)
-        digits = dict(max_diff='{:.1e}', largest='{:.3g}', agreement='{:.5f}')
-        print(t.to_string(index=False, formatters={k:v.format for k,v in digits.items()}))
-        print(f'Written: {dest} ({dest.stat().st_size/1e6:.1f} MB)')
-        off = (t.max_diff/t.largest.clip(lower=1)).max()
-        if off>1e-3: raise ValueError(f"`{dest}` differs from the net by {off:.2g} of its largest logit: don't use it.")
+    net,meta,sp,file = open_net(weights, teacher)
+    dest = Path(out) if out else file.with_suffix('.onnx')
+    if dest.suffix in ('.onnx', '.pt2'): writable(dest, folder=False)
+    if file.suffix=='.onnx': raise ValueError(f"`{file}` is exported already.")
+    print('Tracing the net; large ones take minutes.', flush=True)
+    hw = parse_size(size or meta.get('size', '128x256'))
+    export.export_net(dest, net, sp, hw, free, method=meta.get('method'))
+    t = export.check_export(dest, net)
+    digits = dict(max_diff='{:.1e}', largest='{:.3g}', agreement='{:.5f}')
+    print(t.to_string(index=False, formatters={k:v.format for k,v in digits.items()}))
+    print(f'Written: {dest} ({dest.stat().st_size/1e6:.1f} MB)')
+    off = (t.max_diff/t.largest.clip(lower=1)).max()
+    if off>1e-3: raise ValueError(f"`{dest}` differs from the net by {off:.2g} of its largest logit: don't use it.")
 
 # %% ../nbs/31_cli.ipynb #3c59dc04
-@call_parse
+@command
 def pipa_predict(
     images:str, # An image, or a folder of images
     weights:str='weights.safetensors', # File of weights (see also pipa_convert), an .onnx file, or the folder of a run
@@ -135,22 +119,21 @@ def pipa_predict(
     teacher:store_true=False # The teacher of the run in place of the student
 ):
     "Segment an image or a folder of images: label ids, a coloured picture and an overlay of each"
-    with sentences():
-        writable(out)
-        net,meta,sp,_ = open_net(weights, teacher)
-        if not (size or meta.get('size')): raise ValueError(
-            f'`{weights}` does not say at which size its net is used: give one, such as --size 512x1024.')
-        hw = parse_size(size or meta['size'])
-        where = dict(mode='slide', crop=hw) if slide else dict(size=hw)
-        how = dict(where, ids=ids, alpha=alpha, flip=flip, amp=amp, progress=sys.stdout.isatty())
-        n,bad = infer.predict_folder(net, images, out, sp, **how)
-        print(f'{n-len(bad)} images labelled, in {Path(out).resolve()}')
-        if bad: raise ValueError(f'{len(bad)} of {n} images could not be read, see above.')
+    writable(out)
+    net,meta,sp,_ = open_net(weights, teacher)
+    if not (size or meta.get('size')): raise ValueError(
+        f'`{weights}` does not say at which size its net is used: give one, such as --size 512x1024.')
+    hw = parse_size(size or meta['size'])
+    where = dict(mode='slide', crop=hw) if slide else dict(size=hw)
+    how = dict(where, ids=ids, alpha=alpha, flip=flip, amp=amp, progress=sys.stdout.isatty())
+    n,bad = infer.predict_folder(net, images, out, sp, **how)
+    print(f'{n-len(bad)} images labelled, in {Path(out).resolve()}')
+    if bad: raise ValueError(f'{len(bad)} of {n} images could not be read, see above.')
 
 # %% ../nbs/31_cli.ipynb #cv000002
 _endings = dict(safetensors='.safetensors', hf='_hf', official='_official.pth')
 
-@call_parse
+@command
 def pipa_convert(
     file:str, # File of weights, or a folder with one: of pipa, SegFormer, DAFormer, HRDA, MIC, PiPa or Hugging Face
     to:str='safetensors', # safetensors (for pipa), hf (folder for transformers) or official (file for the papers' code)
@@ -160,25 +143,24 @@ def pipa_convert(
     size:str=None, # Height x width at which the net is to be used, such as 512x1024; default what FILE says
 ):
     "Turn weights of other people into a file for pipa, or ours into theirs, and say what went where"
-    with sentences():
-        if to not in _endings: raise ValueError(f"`--to {to}`: choose one of {', '.join(_endings)}.")
-        net,meta = load(file, which=which)
-        dest = Path(out) if out else Path(file).with_name(Path(file).stem+_endings[to])
-        if dest.exists() and dest.samefile(file):
-            raise ValueError(f"`{dest}` is the file that is read: name another one with --out.")
-        writable(dest, folder=to=='hf')
-        sp = codes_space(classes) if classes else space_of(meta)
-        if sp and sp.n!=net.n_out:
-            raise ValueError(f"The net has {net.n_out} classes and `--classes {classes}` names {sp.n}.")
-        if size: meta['size'] = 'x'.join(map(str, parse_size(size)))
-        print(load_official(file, net, which or 'student'))
-        rest = {k:v for k,v in meta.items() if k not in ('pipa_format', 'codes', 'palette', 'space', 'versions', 'crc')}
-        if to=='safetensors': save(dest, net, sp, **rest)
-        else: (save_hf if to=='hf' else save_official)(dest, net, sp)
-        print(f'Written: {dest}')
+    if to not in _endings: raise ValueError(f"`--to {to}`: choose one of {', '.join(_endings)}.")
+    net,meta = load(file, which=which)
+    dest = Path(out) if out else Path(file).with_name(Path(file).stem+_endings[to])
+    if dest.exists() and dest.samefile(file):
+        raise ValueError(f"`{dest}` is the file that is read: name another one with --out.")
+    writable(dest, folder=to=='hf')
+    sp = codes_space(classes) if classes else space_of(meta)
+    if sp and sp.n!=net.n_out:
+        raise ValueError(f"The net has {net.n_out} classes and `--classes {classes}` names {sp.n}.")
+    if size: meta['size'] = 'x'.join(map(str, parse_size(size)))
+    said = load_official(file, net, which or 'student')
+    rest = {k:v for k,v in meta.items() if k not in ('pipa_format', 'codes', 'palette', 'space', 'versions', 'crc')}
+    if to=='safetensors': save(dest, net, sp, **rest)
+    else: (save_hf if to=='hf' else save_official)(dest, net, sp)
+    print(f'{said}\nWritten: {dest}')
 
 # %% ../nbs/31_cli.ipynb #37693cfc
-@call_parse
+@command
 def pipa_study(
     methods:str='source,self_training,pixel,patch,pipa,oracle', # Methods, separated by commas
     seeds:str='0,1,2', # Seeds, separated by commas
@@ -191,21 +173,20 @@ def pipa_study(
     sweep:str='' # Settings to vary one at a time, with values: "patch=.01,.1,1 temp=.05,.2"
 ):
     "Run methods times terms times seeds, and add a row for each to a table that hasn't got it"
-    with sentences():
-        between('--jobs', jobs, 1)
-        parse_size(size)
-        writable(runs)
-        writable(table, folder=False)
-        have,all_ = keys_of(table),plan(methods, seeds, terms, sweep, [f'--size={size}', *words(args)])
-        todo = [(n,a) for n,a in all_ if quiet_key(a) not in have]
-        for _,a in todo: possible(AttrDict(vars(parser().parse_args(a))))
+    between('--jobs', jobs, 1, 1024)
+    parse_size(size)
+    writable(runs)
+    writable(table, folder=False)
+    have,all_ = keys_of(table),plan(methods, seeds, terms, sweep, [f'--size={size}', *words(args)])
+    todo = [(n,a) for n,a in all_ if quiet_key(a) not in have]
+    for _,a in todo: possible(AttrDict(vars(parser().parse_args(a))))
     print(f'{len(all_)-len(todo)} of {len(all_)} runs are in {table}')
     if todo and '--data' not in args:   # MiniCity is drawn once, before the runs
         for o in ('oracle', 'pipa'): domains('minicity', o, parse_size(size))
     run_all(todo, table, runs, jobs)
 
 # %% ../nbs/31_cli.ipynb #c4ec0002
-@call_parse
+@command
 def pipa_check(
     data:str, # A set such as gta or cityscapes:val (split val), a folder as for pipa_train, or a folder of images
     masks:str=None, # Folder of masks, when DATA is a folder of images
@@ -215,9 +196,8 @@ def pipa_check(
     workers:int=None, # Processes; default one a core, 0 for none
 ):
     "Look at a data set before training: what is wrong or strange, how often classes occur, and a sheet of pictures"
-    with sentences():
-        writable(out)
-        between('--workers', workers or 0, 0)
-        found = check.report(check.domains_of(data, masks, codes, root), out, n_workers=workers)
-        print(f'In {Path(out).resolve()}: ' + ', '.join(sorted(p.name for p in Path(out).iterdir())))
-        if (found.level=='wrong').any(): sys.exit('pipa: training would refuse this data, see above.')
+    writable(out)
+    between('--workers', workers or 0, 0, 1024)
+    found = check.report(check.domains_of(data, masks, codes, root), out, n_workers=workers)
+    print(f'In {Path(out).resolve()}: ' + ', '.join(sorted(p.name for p in Path(out).iterdir())))
+    if (found.level=='wrong').any(): sys.exit('pipa: training would refuse this data, see above.')

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save as to_bytes
 from fastai.torch_basics import *
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.callback.training import GradientAccumulation
-from .basics import one_line, one_of, write_file
+from .basics import at_home, one_line, one_of, write_file
 from .callbacks import LossTerm, Pair, step_panels, shown_after
 from .metrics import TermColumn
 from .ranks import place, total
@@ -98,7 +98,7 @@ def keep_batch(
     **about # What the JSON file should say
 )->Path: # `file`
     "Write all that a step was made of"
-    file,mt = Path(file),getattr(learn, 'mean_teacher', None)
+    file,mt = at_home(file),getattr(learn, 'mean_teacher', None)
     t = rng[0] | {f'batch.{i}':o for i,o in enumerate(batch)}
     t |= {f'model.{k}':v for k,v in learn.model.state_dict().items()}
     if getattr(mt, 'teacher', None) is not None: t |= {f'teacher.{k}':v for k,v in mt.teacher.state_dict().items()}
@@ -124,7 +124,7 @@ class Guard(Callback):
         self.total_skipped,self.row,self.skipped,self.good_loss,self.odd,self.told = 0,0,0,None,(),set()
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder')
+        self.run = not any(hasattr(self.learn, o) for o in ('lr_finder', 'gather_preds'))
         self.kept = [*self.model.buffers()] if self.do=='skip' else []
     def before_train(self): self.skipped = 0
 
@@ -284,7 +284,8 @@ def replay(
     learn # A learner with the same net and method; its weights become those of the file
 )->str|None: # What goes wrong, or None if nothing does
     "Do a kept step again"
-    t,about,guard = load_file(file),json.loads(Path(file).with_suffix('.json').read_text(encoding='utf8')),Guard(keep=0)
+    file = at_home(file)
+    t,about,guard = load_file(file),json.loads(file.with_suffix('.json').read_text(encoding='utf8')),Guard(keep=0)
     learn.remove_cbs(learn.cbs.filter(lambda o: isinstance(o, Guard)))
     try:
         with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[_Again(t, about), guard])

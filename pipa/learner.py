@@ -151,7 +151,8 @@ def adamw(
 )->OptimWrapper:
     "AdamW that doesn't decay the norms: the group in which nothing is a matrix"
     groups = [dict(params=p, weight_decay=wd if _has_matrix(p) else 0.) for p in params]
-    return OptimWrapper(opt=torch.optim.AdamW(groups, lr=lr, fused=True, **kwargs))
+    kwargs = dict(fused=True, foreach=False) | kwargs   # not None: loggers write every number of an optimizer
+    return OptimWrapper(opt=torch.optim.AdamW(groups, lr=lr, **kwargs))
 
 # %% ../nbs/20_learner.ipynb #c20ad4d7
 def poly_lr(

@@ -5,6 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from fastcore.script import anno_parser
 from safetensors.torch import save_file
+from pipa.bench import parts
 from pipa.runs import plan
 from pipa import check, cli, data, infer, labels, learner
 from pipa.checkpoints import load, save
@@ -89,7 +90,7 @@ def place(tmp_path, monkeypatch):
 
 def shell(name, *args):
     "A command as the shell calls it, without the start of a process"
-    f = getattr(cli, name).__wrapped__
+    f = getattr(parts if name=='pipa_bench' else cli, name).__wrapped__
     o = vars(anno_parser(f, name).parse_args([*map(str, args)]))
     return f(**{k:v for k,v in o.items() if k not in ('pdb', 'xtra')})
 
@@ -99,7 +100,8 @@ def tree(*homes): return {str(p): p.stat(follow_symlinks=False).st_mtime_ns for 
 # --- commands ---------------------------------------------------------------------------------------------------------------------------
 # A row: arguments, and words of the sentence. `{w}` is the world above; what a row doesn't say is as in `usual`.
 usual = dict(pipa_train=[*tiny, '--data={w}/good', '--out=out'], pipa_eval=['{w}/w.safetensors', '--data={w}/good', '--out=out'], pipa_predict=['{w}/pics', '--weights={w}/w.safetensors', '--out=out'],
-             pipa_convert=['{w}/w.safetensors', '--out=out'], pipa_export=['{w}/w.safetensors', '--out=out.pt2'], pipa_study=['--table=out/t.csv', '--runs=out/r'], pipa_check=['{w}/good', '--out=out', '--workers=0'])
+             pipa_convert=['{w}/w.safetensors', '--out=out'], pipa_export=['{w}/w.safetensors', '--out=out.pt2'], pipa_study=['--table=out/t.csv', '--runs=out/r'], pipa_check=['{w}/good', '--out=out', '--workers=0'],
+             pipa_bench=['--parts=ema,optimizer', '--out=out.csv'])
 
 table = dict(pipa_train=r"""
 --method=pippa | no method `pippa`: choose one of
@@ -109,18 +111,26 @@ table = dict(pipa_train=r"""
 --data=nowhere | `--data nowhere` is neither
 --data= | is neither `minicity` nor a folder
 --data={w}/file | is neither
+--data=C:\data\city | `--data C:\\data\\city` is neither `minicity` nor a folder that is there
+--data=C: | nor a folder that is there
+--data=s3://bucket/city | nor a folder that is there
+--data=~nobody-of-this-name/x | nobody knows which home folder the tilde means
 --data=gta5:cityscapes | `gta5`, which is no data set
 --data=gta:cityscapes | set PIPA_DATA
 --seed=abc | argument --seed: invalid int
 --seed=-1 | `--seed` is -1: it must be from 0
 --minutes=-1 | `--minutes` is -1
 --seed=99999999999 | `--seed` is 99999999999
---epochs=0 | `--epochs` is 0: it must be 1 or more
+--epochs=0 | `--epochs` is 0: it must be from 1 to 1000000
+--epochs=10000000000000 | `--epochs` is 10000000000000: it must be from 1
 --epochs=1.5 | --epochs: invalid int
 --steps=0 | `--steps` is 0
 --steps=-2 | `--steps` is -2
+--steps=10000000000000 | `--steps` is 10000000000000: it must be from 1 to 1000000
 --bs=0 | `--bs` is 0
 --bs=-1 | `--bs` is -1
+--bs=10000000000000 | `--bs` is 10000000000000: it must be from 1 to 100000
+--size=9999968x64 | `--size 9999968x64`: a side has 32768 pixels at most
 --size=100x100 | both sides must be multiples of 32
 --size=64 | write it as 128x256
 --size=0x0 | at least 64
@@ -152,12 +162,17 @@ table = dict(pipa_train=r"""
 --form=other | `form` is 'other': choose one of released
 --preset=foo | no preset `foo`: choose one of daformer
 --rcs=-1 | `--rcs` is -1
---zoom=.5 | `--zoom` is 0.5: it must be 1 or more
+--zoom=.5 | `--zoom` is 0.5: it must be from 1 to 100
+--zoom=1e300 | `--zoom` is 1e\+300: it must be from 1 to 100
+--zoom=inf | `--zoom` is inf
 --workers=-1 | `--workers` is -1
+--workers=9999999999 | `--workers` is 9999999999: it must be from 0 to 1024
 --threads=-1 | `--threads` is -1
+--threads=9999999999 | `--threads` is 9999999999
 --unlabelled=-1 | `--unlabelled` is -1
 --out={w}/file | is a file: name a folder
 --out={w}/file/x | `{w}/file` is not a folder, so
+--out=~nobody-of-this-name/x | nobody knows which home
 --nothing=1 | unrecognized arguments: --nothing=1
 --switch=temp=.1 | unrecognized arguments: --switch=temp=.1
 no_codes | has no `codes.txt`: write the class names
@@ -225,13 +240,14 @@ valid_cut | valid/images/1.png` can't be read as a picture
 {w}/pics/a.png | not a file of weights
 {w}/export.pkl | learner that fastai pickled.* not opened: take `weights.safetensors`
 --teacher | no file `{w}/teacher.safetensors`
---mode=other | no mode `other`: choose
+--mode=other | `--mode` is 'other': choose one of whole, slide
 --crop=64x64 | add `--mode slide`
 --mode=slide --crop=33x33 | `--crop 33x33`: both sides
 --mode=slide --stride=0x0 | `--stride 0x0`
 --mode=slide --stride=128x128 | would leave gaps
 --size=33x33 | multiples of 32
---bs=0 | `bs` is 0: it must be 1 or more
+--bs=0 | `--bs` is 0: it must be from 1
+--bs=10000000000000 | `--bs` is 10000000000000
 --images={w}/pics | belong together: give both
 --images={w}/pics --masks={w}/empty | No picture .* in `{w}/empty`
 --images={w}/pics --masks={w}/pics | has 3 channels
@@ -277,6 +293,7 @@ empty | valid/images` is not a folder
 --which=teacher | holds the student alone
 --out={w}/file/x | is not a folder, so
 --out={w}/empty | is a folder: name a file
+--out=/dev/null | `/dev/null` is a device or a pipe
 --to=hf --out={w}/file | is a file: name a folder
 --classes={w}/latin_codes/codes.txt | no text in UTF-8
 """, pipa_export="""
@@ -303,6 +320,9 @@ empty | valid/images` is not a folder
 --methods=source,minent --sweep=temp=.1,.2 | `temp` would do nothing with any of source, minent: leave it out, or add
 --methods=source --args=--weight=2 | `weight` would do nothing with any of source
 --jobs=0 | `--jobs` is 0
+--jobs=99999999 | `--jobs` is 99999999: it must be from 1 to 1024
+--methods=pipa --args=--steps=10000000000000 | `--steps` is 10000000000000
+--table=/dev/null | `/dev/null` is a device or a pipe
 --size=33x33 | multiples of 32
 --args=--nope=1 | unrecognized arguments: --nope=1
 --args=" | can't be taken apart .*: close what was opened
@@ -310,7 +330,7 @@ empty | valid/images` is not a folder
 --table={w}/table.csv | has no column `method`
 --table={w}/zero.safetensors | can't be read as a table
 --runs={w}/file | is a file: name a folder
-""", pipa_check="""
+""", pipa_check=r"""
 nowhere | `nowhere` is not a folder: give
 {w}/empty | No picture
 {w}/texts | No picture
@@ -321,10 +341,34 @@ nowhere | `nowhere` is not a folder: give
 cityscapes | set PIPA_DATA
 gta --root=nowhere | has no folder `images`
 --workers=-1 | `--workers` is -1
+--workers=9999999999 | `--workers` is 9999999999
+C:\data\city | is not a folder
 --out={w}/file | is a file: name a folder
 {w}/latin_codes | no text in UTF-8
 {w}/no_codes | no file `{w}/no_codes/codes.txt`: write the class names
 {w}/one_code | two lines or more
+""", pipa_bench="""
+--parts=heads | no part heads: choose some of encoder
+--model=unet | `--model` is 'unet': choose one of light
+--arch=mit_b9 | `--arch` is 'mit_b9': choose one of mit_b0
+--arch=lite0 | `--arch` is 'lite0': choose one of mit_b0
+--size=100 | `--size` is 100: it must be a multiple of 32
+--size=0 | `--size` is 0: it must be from 64
+--size=99999968 | `--size` is 99999968
+--bs=0 | `--bs` is 0
+--classes=1 | `--classes` is 1: it must be from 2
+--samples=-1 | `--samples` is -1
+--bank=0 | `--bank` is 0
+--turns=0 | `--turns` is 0
+--threads=0 | `--threads` is 0: it must be from 1
+--threads=9999999999 | `--threads` is 9999999999
+--device=gpu | `--device gpu` can't be used here
+--device=cuda:99 | `--device cuda:99` can't be used here
+--out={w}/empty | is a folder: name a file
+--out={w}/file/x.csv | is not a folder, so
+--out={w}/zero.safetensors | can't be read as a table
+--out={w}/cut.pth | can't be read as a table
+--out=/dev/null | `/dev/null` is a device or a pipe
 """)
 rows = [(c, *map(str.strip, l.split(' | ', 1))) for c,t in table.items() for l in t.strip().splitlines()]
 
@@ -337,6 +381,7 @@ def arguments(cmd, said, w):
 @pytest.mark.parametrize('cmd,said,says', rows, ids=[f'{c[5:]} {s}' for c,s,_ in rows])
 def test_one_sentence(cmd, said, says, world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plan.subprocess, 'run', lambda *a, **k: pytest.fail('the study began'))
+    monkeypatch.setattr(parts, 'part_rows', lambda *a: pytest.fail('something was measured'))
     if cmd=='pipa_study': monkeypatch.setattr(cli, 'domains', lambda *a: pytest.fail('the study began'))
     before = tree(world)
     with pytest.raises(SystemExit) as e: shell(cmd, *arguments(cmd, said, world))

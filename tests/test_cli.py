@@ -305,7 +305,7 @@ def test_eval_says_what_is_wrong(done, data, tmp_path):
     valid = str(data/'valid/images')
     for kw,says in ((dict(data='nowhere'), 'neither `minicity` nor a folder'), (dict(data=str(tmp_path)), 'is not a folder'), (dict(images='x'), 'belong together'),
                     (dict(data=str(data), codes=str(tmp_path/'c.txt')), 'the same classes'), (dict(images=valid, masks=str(tmp_path/'m')), 'nothing to score'),
-                    (dict(data=str(data), mode='slice'), 'no mode `slice`'), (dict(data=str(data), crop='64x64'), 'add `--mode slide`'),
+                    (dict(data=str(data), mode='slice'), "`--mode` is 'slice': choose one of whole, slide"), (dict(data=str(data), crop='64x64'), 'add `--mode slide`'),
                     (dict(data=str(data), mode='slide', stride='0x9'), '`--stride 0x9`'), (dict(data=str(data), mode='slide', crop='9'), '`--crop 9` is not'), (dict(data=str(data), size='100x100'), 'multiples of 32')):
         with pytest.raises(SystemExit) as e: cli.pipa_eval(w, **kw)
         assert says in e.value.code and e.value.code.startswith('pipa: ') and '\n' not in e.value.code, kw

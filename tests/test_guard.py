@@ -196,6 +196,13 @@ def test_validate_and_predict_alone_are_as_ever(pairs, tmp_path, capsys):
     l = uda_learner(dls, light('mit_b0', n_out=dls.c), 'source', path=tmp_path)
     with l.no_bar(): assert len(l.validate())==3 and len(l.get_preds()[0])==5
     assert not capsys.readouterr().err
+    with l.no_bar(), l.no_logging(): fit(l)
+    capsys.readouterr()
+    with l.no_bar(): l.predict(tgt.images[0]); l.get_preds(dl=l.dls.test_dl(tgt.images[:2]))
+    assert not capsys.readouterr().err, 'a prediction has no score that could be odd'
+    with torch.no_grad(): next(l.model.parameters()).fill_(nan)
+    with l.no_bar(): l.validate()
+    assert 'valid_loss' in capsys.readouterr().err, 'a validation has one'
 
 def test_a_full_disk_does_not_hide_the_cause(tmp_path, capsys, monkeypatch):
     import errno, os

@@ -4,30 +4,30 @@
 
 # %% ../../nbs/bench/01_parts.ipynb #5beb0003
 from __future__ import annotations
-from ..basics import wait_briefly
+from ..basics import command, wait_briefly
 wait_briefly()
 import math, os, platform, time, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from contextlib import nullcontext
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
-from fastcore.script import call_parse, store_true
+from fastcore.script import store_true
 from .. import __version__
 from ..losses import pixel_contrast, patch_contrast, same_shapes
 from ..mix import strong_augment
-from ..mit import mit
+from ..mit import mit, mit_sizes
 from ..fast import fast
 from ..models import add_heads
 from ..callbacks import ema_, has_bf16
-from ..basics import write_file
-from ..learner import adamw, param_groups, make_net
+from ..basics import at_home, between, one_line, one_of, writable, write_file
+from ..learner import adamw, param_groups, make_net, nets
 from .plain import PlainStep, block_pairs, our_step, plain_net, plain_patch, plain_pixel
 
 # %% auto #0
-__all__ = ['parts', 'usual_settings', 'now', 'interleaved', 'part_rows', 'can_half', 'encoder_ways', 'head_ways',
+__all__ = ['parts', 'usual_settings', 'limits', 'now', 'interleaved', 'part_rows', 'can_half', 'encoder_ways', 'head_ways',
            'in_same_shapes', 'pixel_term_ways', 'patch_term_ways', 'ema_ways', 'optimizer_ways', 'augment_ways',
-           'net_and_batch', 'step_ways', 'crops_ways', 'compile_ways', 'machine', 'Settings', 'bench', 'pipa_bench',
-           'add_rows']
+           'net_and_batch', 'step_ways', 'crops_ways', 'compile_ways', 'machine', 'Settings', 'measurable', 'bench',
+           'pipa_bench', 'rows_of', 'add_rows']
 
 # %% ../../nbs/bench/01_parts.ipynb #5beb0006
 def now()->float: # Seconds
@@ -259,6 +259,25 @@ class Settings(dict):
     "Settings of a benchmark by name"
     __getattr__ = dict.__getitem__
 
+# %% ../../nbs/bench/01_parts.ipynb #5beb1027
+limits = dict(size=(64, 8192), bs=(1, 4096), classes=(2, 255), samples=(2, 10**7), bank=(1, 10**7))
+
+def measurable(
+    o, # Settings, see `pipa_bench`
+    turns:int, # See `interleaved`
+    device # Where to measure
+):
+    "Raise a `ValueError` where something couldn't be measured, before minutes are spent"
+    one_of('--model', o.model, nets)
+    one_of('--arch', o.arch, mit_sizes)
+    for k,ends in limits.items(): between(f'--{k}', o[k], *ends)
+    if o.size%32: raise ValueError(f"`--size` is {o.size}: it must be a multiple of 32.")
+    between('--turns', turns, 1, 10**6)
+    try: torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"`--device {device}` can't be used here ({one_line(e)}): take cpu.") from None
+
+# %% ../../nbs/bench/01_parts.ipynb #5beb1028
 def bench(
     names:list=None, # Parts by name or first word, see `parts`; `None`: all but compile
     turns:int=5, # See `interleaved`
@@ -270,6 +289,7 @@ def bench(
     o = Settings(usual_settings | o)
     bad = [n for n in names or () if not any(n in (k, k.split(',')[0]) for k in parts)]
     if bad: raise ValueError(f"There is no part {', '.join(bad)}: choose some of {', '.join(parts)}.")
+    measurable(o, turns, device)
     names,rows = names or [k for k in parts if k!='compile'],[]
     for k,f in parts.items():
         if k not in names and k.split(',')[0] not in names: continue
@@ -284,7 +304,7 @@ def _line(r):
     figures = f"{r['ms']:10.1f} {r['ratio']:7.2f}" if r['ms']==r['ms'] else f"{r['note']:>18}"
     return f"{r['part']:18} {r['way']:38} {figures}"
 
-@call_parse
+@command
 def pipa_bench(
     parts:str='', # Joined by commas: encoder, head, pixel, patch, ema, optimizer, augment, step, crops (all), compile
     model:str='daformer', # Net of head and step, see pipa.learner.nets
@@ -301,7 +321,8 @@ def pipa_bench(
     out:str='' # CSV file to add the rows to
 ):
     "Time the parts of a step beside a plain composition and other packages: medians of turns, ratios to the first way"
-    torch.set_num_threads(threads)
+    torch.set_num_threads(between('--threads', threads, 1, 1024))
+    if out: rows_of(writable(out, folder=False))
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     o = dict(model=model, arch=arch, size=size, bs=bs, classes=classes, samples=samples, bank=bank)
     if not json: print(f"{'part':18} {'way':38} {'ms':>10} {'ratio':>7}")
@@ -312,15 +333,23 @@ def pipa_bench(
     words = ' '.join(f'--{k} {v}' for k,v in asked.items())
     df = df.assign(threads=threads, **{k:o[k] for k in ('model','arch','size','bs')}, **machine(device))
     df['command'] = f'pipa_bench {words}'
-    if json: print(df.to_json(orient='records', indent=1))
     if out: add_rows(df, out)
+    if json: print(df.to_json(orient='records', indent=1))
 
 # %% ../../nbs/bench/01_parts.ipynb #5beb1026
+def rows_of(
+    file # CSV file
+)->pd.DataFrame: # Empty if it isn't there
+    "The rows that a file has"
+    if not at_home(file).exists(): return pd.DataFrame()
+    try: return pd.read_csv(at_home(file))
+    except ValueError as e:
+        raise ValueError(f"`{file}` can't be read as a table ({one_line(e)}): name another one.") from None
+
 def add_rows(
     df:pd.DataFrame, # Rows
     out # CSV file; made if it isn't there
 ):
     "Write rows below those that a file has"
-    out = Path(out)
-    if out.exists(): df = pd.concat([pd.read_csv(out), df], ignore_index=True)
-    write_file(out, lambda f: df.to_csv(f, index=False, float_format='%.4g'))
+    df = pd.concat([rows_of(out), df], ignore_index=True)
+    write_file(at_home(out), lambda f: df.to_csv(f, index=False, float_format='%.4g'))

@@ -4,15 +4,16 @@
 
 # %% ../../nbs/runs/03_options.ipynb #opt00003
 from __future__ import annotations
-import argparse, shlex, sys
+import argparse, math, shlex, sys, torch
 from functools import lru_cache, wraps
 from fastcore.script import store_true, anno_parser
 from fastai.torch_basics import *
-from ..basics import between, one_of
+from ..basics import between, forks, one_of
 from ..baselines import AdvSeg, MIC, MinEnt
 from ..callbacks import MeanTeacher, Mix, PatchContrast, PixelContrast, has_bf16
 from ..data import preset
-from ..learner import host_terms, method_cbs, method_name
+from ..learner import host_terms, make_net, method_cbs, method_name
+from ..weights.files import find_file
 
 # %% auto #0
 __all__ = ['ends_in', 'options', 'taking', 'parser', 'defaults', 'given', 'parse_size', 'method_args', 'data_args', 'net_args',
@@ -97,13 +98,15 @@ def parse_size(
     size:str, # Height x width, as `128x256`
     what:str='--size', # Option that it was given with
     step:int=32, # Both sides are multiples of this
-    least:int=64 # The smallest side
+    least:int=64, # The smallest side
+    most:int=2**15 # The largest side
 )->tuple: # Height and width; raises `ValueError` with a sentence
     "Read a size"
     try: h,w = map(int, str(size).lower().split('x'))
     except ValueError: raise ValueError(f"`{what} {size}` is not a height and a width: write it as 128x256.") from None
     if min(h,w)<least or h%step or w%step:
         raise ValueError(f"`{what} {size}`: both sides must be multiples of {step}, at least {least}.")
+    if max(h,w)>most: raise ValueError(f"`{what} {size}`: a side has {most} pixels at most.")
     return h,w
 
 # %% ../../nbs/runs/03_options.ipynb #opt00013
@@ -152,9 +155,11 @@ def fit_args(
 def in_range(
     o # Options, as an `AttrDict`; those that are there are looked at
 ):
-    "Refuse numbers with which no run could begin"
-    for k,least in dict(epochs=1, steps=1, bs=1, workers=0, threads=0, unlabelled=0, minutes=0, rcs=0, zoom=1).items():
-        if o.get(k) is not None: between(f'--{k}', o[k], least)
+    "Refuse numbers with which no run could begin, or end"
+    ends = dict(epochs=(1, 10**6), steps=(1, 10**6), bs=(1, 10**5), workers=(0, 1024), threads=(0, 1024), zoom=(1, 100),
+                unlabelled=(0, math.inf), minutes=(0, math.inf), rcs=(0, math.inf))
+    for k,(least,most) in ends.items():
+        if o.get(k) is not None: between(f'--{k}', o[k], least, most)
     between('--seed', o.seed, 0, 2**32-1)
     one_of('--guard', o.get('guard', 'off'), ('stop', 'skip', 'off'))
     one_of('--precision', o.get('precision', 'auto'), ('auto', 'fp32', 'bf16'))
@@ -163,9 +168,12 @@ def possible(
     o # Options, as an `AttrDict`
 ):
     "Raise a `ValueError` where no method, loader or net could be made of the options"
+    in_range(o)
     method_cbs(o.method, **method_args(o))
     data_args(o, None, None)
-    net_args(o)
+    if o.encoder: find_file(o.encoder)
+    net = net_args(o)
+    with torch.device('meta'): make_net(net['model'], 2, o.arch, **net['net'])
 
 # %% ../../nbs/runs/03_options.ipynb #bdccf1a0
 def arithmetic(
@@ -184,7 +192,7 @@ def loaders(
 )->int:
     "How many processes load data: half of the cores, four at most, where the system can fork them"
     if asked is not None: return asked
-    return min(4, (cores or num_cpus())//(2*world)) if sys.platform.startswith('linux') else 0
+    return min(4, (cores or num_cpus())//(2*world)) if forks() else 0
 
 # %% ../../nbs/runs/03_options.ipynb #opt00020
 _late = Mix,MinEnt,AdvSeg,MIC,PatchContrast

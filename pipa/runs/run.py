@@ -204,7 +204,7 @@ def fit_in_folder(
     "One run, from data to pictures; on several processes rank 0 writes, and the row of the others is empty"
     o,(rank,world) = AttrDict(o),start()
     o.workers = loaders(o.workers, world)
-    in_range(o)
+    possible(o)
     seed_all(o.seed, o.deterministic)
     learn,before,doms = prepare(o, world)
     learn.path = out = Path(out) if o.resume else rank0_folder(out)
@@ -227,13 +227,13 @@ _free = 'out threads workers resume minutes guard'.split()
 
 def resumed(
     out:str, # Folder of the run
-    o:dict # Arguments of `pipa_train`
+    o:dict, # Arguments of `pipa_train`
+    named=() # Those that were given, though they may have the default's value
 )->tuple: # Arguments of the run that goes on, `None` if it is finished, and those of its command; raises a sentence
     "What an interrupted run was asked for"
-    out,usual = Path(out),defaults()
+    out,usual,rank = Path(out),defaults(),start()[0]
     if not (out/'config.json').is_file(): raise FileNotFoundError(
         f"`{out}` holds no run that could go on: name its folder with --out, or begin one without --resume.")
-    rank,_ = start()
     if (out/'row.json').is_file():
         if not rank: print(f'`{out}` is finished, there is nothing to go on with.')
         return None,[]
@@ -242,10 +242,14 @@ def resumed(
     was.setdefault('precision', 'fp32')   # a run of before there was a choice
     was['threads'] = was['versions']['threads']
     if o.get('preset') or was.get('preset'): was.pop('size', None)   # that of the preset, not what was asked for
-    odd = [k for k in o if k in was and k not in _free and o[k]!=usual.get(k) and o[k]!=was[k]]
+    asked = {k for k in o if o[k]!=usual.get(k)} | {k for k in named if o.get(k)!='auto'}
+    odd = [k for k in o if k in was and k in asked and k not in _free and o[k]!=was[k]]
     if odd: raise ValueError(
         f"The run in `{out}` was begun with {', '.join(f'--{k}={was[k]} and not {o[k]}' for k in odd)}: "
         "leave out what it knows itself, or begin another run in another folder.")
+    a,b = was['threads'],o.get('threads') or was['threads']
+    if a!=b and not rank:
+        print(f"pipa: Begun with --threads={a}, going on with {b}: last digits may differ.", file=sys.stderr)
     keep = {k for k in _free if o.get(k)!=usual.get(k)} | {'out', 'resume'}
     return {k: o[k] if k in keep else was.get(k, o[k]) for k in o},shlex.split(was['command'])[1:]
 
@@ -253,15 +257,16 @@ def resumed(
 def run(
     out:str=None, # Folder of the run, or None
     threads:int=0, # CPU threads; 0 leaves it to torch
+    named=(), # Options that were given, though they may have the default's value
     **o # The other options
 )->Path: # Folder of the run
     "One run with its row of results in its folder"
-    between('--threads', threads, 0)
+    between('--threads', threads, 0, 1024)
     host,terms = host_terms(o['method'], o['terms'])
     method_cbs(host, terms)
     name = f"{Path(o['data']).name.replace(':', '_')}_{method_name(host, terms)}_seed{o['seed']}"
     out,said = writable(out or f'runs/{name}'),sys.argv[1:]
-    if o.get('resume'): o,said = resumed(out, dict(o, threads=threads))
+    if o.get('resume'): o,said = resumed(out, dict(o, threads=threads), named)
     if not o: return Path(out)
     threads = o.pop('threads', threads)
     if threads: torch.set_num_threads(threads)
@@ -286,7 +291,7 @@ def run_command(
     o = repeat(said := o, usual, named)
     if o['config'] and o['precision']=='auto' and 'precision' not in read_config(o['config']): o['precision'] = 'fp32'
     if not o['resume']: look_for_idle(o, {*named, *(k for k in said if said[k]!=usual[k])})
-    out = run(**o)
+    out = run(**o, named=named)
     if place()[0]: return
     print(pd.read_csv(out/'classes.csv').to_string(index=False))
     print(f'In {out.resolve()}:\n' + '\n'.join(f'  {p.name}' for p in sorted(out.iterdir())))

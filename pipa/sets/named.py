@@ -4,8 +4,9 @@
 
 # %% ../../nbs/sets/04_named.ipynb #nmd00003
 from __future__ import annotations
+import re
 from inspect import signature
-from pathlib import Path
+from ..basics import at_home
 from . import layouts
 from .domains import codes_space, folder
 from .layouts import minicity
@@ -14,6 +15,8 @@ from .layouts import minicity
 __all__ = ['domains', 'named_domains']
 
 # %% ../../nbs/sets/04_named.ipynb #1679091c
+_path_like = re.compile(r'[A-Za-z]:|.*[/\\]')   # the colon of a drive makes no pair
+
 def domains(
     data:str, # 'minicity', a pair such as 'gta:cityscapes', or a folder, see above
     method:str, # With 'oracle' the labelled target takes the place of the source
@@ -24,11 +27,11 @@ def domains(
     if data=='minicity':
         target = minicity('real', 'train', size=size, labels=oracle)
         return (target if oracle else minicity('game', 'train', size=size)),target,minicity('real', 'val', size=size)
-    if ':' in data and not Path(data).is_dir(): return named_domains(*data.split(':', 1), oracle)
-    root = Path(data)
+    root = at_home(data)
     if not data or not root.is_dir():
-        raise FileNotFoundError(f"`--data {data}` is neither `minicity` nor a folder, "
-                                "nor a pair such as gta:cityscapes.")
+        if ':' in data and not _path_like.match(data): return named_domains(*data.split(':', 1), oracle)
+        raise FileNotFoundError(f"`--data {data}` is neither `minicity` nor a folder that is there, "
+                                "nor a pair such as gta:cityscapes: check the path.")
     codes = codes_space(root/'codes.txt' if (root/'codes.txt').is_file() else _no_codes(root))
     src,tgt = ('target' if oracle else 'source'),root/'target'
     valid = root/'valid'

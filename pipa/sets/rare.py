@@ -8,7 +8,7 @@ import json, re, warnings, numpy as np
 from pathlib import Path
 from fastcore.basics import defaults
 from fastcore.parallel import parallel
-from ..basics import cache_home, stamp, write_file
+from ..basics import cache_home, forks, stamp, write_file
 from .domains import Domain, complaint, fractions, size_complaint
 from .pictures import header, intact, read_numbers, way_to_fit
 from ..labels import rgb_ids
@@ -29,9 +29,9 @@ def remember(
     f, # Called with the files of an item, gives a dictionary that JSON can hold; a function of a module
     items:list, # A tuple of paths each
     cache:str|Path|None=None, # Folder of the answers; defaults to `cache_home()`
-    n_workers:int|None=None, # Processes; defaults to the number of cores, 0 for none
+    n_workers:int|None=None, # Helpers; defaults to the number of cores, 0 for none
     size:int=32, # Items in a part
-    threads:bool=False # Threads in place of processes? For what waits for a disk rather than computes
+    threads:bool|None=None # Threads or processes? Default processes where they are forked
 )->list: # The answer for each item
     "Apply `f` to each item, in parallel and with a progress bar, unless the cache knows the answer"
     home = Path(cache or cache_home())/f.__name__
@@ -39,6 +39,7 @@ def remember(
     todo = [(f, o, home/f'{stamp(o, f.__name__)}.json') for o in parts]
     new = sum(not o[2].exists() for o in todo)
     if n_workers is None: n_workers = 0 if new*size<200 else 16 if threads else defaults.cpus
+    if threads is None: threads = not forks()
     if not (n_workers and new): res = map(_part, todo)
     else: res = parallel(_part, todo, n_workers=n_workers, progress=True, threadpool=threads)
     return [r for part in res for r in part]
