@@ -45,16 +45,6 @@ def _json(k, v):
     except (TypeError, ValueError) as e:
         raise ValueError(f"`{k}` can't be kept in a checkpoint ({e}): give numbers, text, lists or dicts.") from None
 
-def _parts(state, head):
-    "The bytes of a safetensors file, header and weights, the entries of the header in their order"
-    b = to_bytes(state, head)
-    n = 8+int.from_bytes(b[:8], 'little')
-    h = json.loads(b[8:n])
-    names = sorted((k for k in h if k!='__metadata__'), key=lambda k: (h[k]['data_offsets'], k))
-    text = json.dumps(dict(__metadata__=dict(sorted(head.items())), **{k:h[k] for k in names}), separators=(',',':'))
-    text = text.encode()+b' '*(-len(text.encode())%8)
-    return len(text).to_bytes(8, 'little')+text,memoryview(b)[n:]
-
 def space_meta(
     space:LabelSpace|None # The label space of a net
 )->dict: # Plain values; empty for None
@@ -70,6 +60,17 @@ def space_of(
     "The label space that was saved with a net"
     said = {k:meta.get(k) for k in ('codes', 'palette')}
     return LabelSpace(**dict(said, name='own') | meta.get('space', {})) if 'codes' in meta else None
+
+# %% ../nbs/13_checkpoints.ipynb #prt00001
+def _parts(state, head):
+    "The bytes of a safetensors file, header and weights, the entries of the header in their order"
+    b = to_bytes(state, head)
+    n = 8+int.from_bytes(b[:8], 'little')
+    h = json.loads(b[8:n])
+    names = sorted((k for k in h if k!='__metadata__'), key=lambda k: (h[k]['data_offsets'], k))
+    text = json.dumps(dict(__metadata__=dict(sorted(head.items())), **{k:h[k] for k in names}), separators=(',',':'))
+    text = text.encode()+b' '*(-len(text.encode())%8)
+    return len(text).to_bytes(8, 'little')+text,memoryview(b)[n:]
 
 # %% ../nbs/13_checkpoints.ipynb #6512bd43
 def save(

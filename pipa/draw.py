@@ -62,7 +62,8 @@ def as_image(
         image = ImageOps.exif_transpose(image)
         return image if image.mode=='RGB' else image.convert('RGB')
     a = image if isinstance(image, Tensor) else np.asarray(image)
-    if str(a.dtype) in ('uint8', 'torch.uint8') and (a.ndim==2 or a.ndim==3 and a.shape[-1] in (3,4)) and 0 not in a.shape:
+    fits = (a.ndim==2 or a.ndim==3 and a.shape[-1] in (3,4)) and 0 not in a.shape
+    if fits and str(a.dtype) in ('uint8', 'torch.uint8'):
         return Image.fromarray(np.asarray(a.cpu() if isinstance(a, Tensor) else a)).convert('RGB')
     raise TypeError("A picture is a path, a PIL image, or a uint8 array of shape H×W×3, "
                     + _no_picture(a if a.dtype!=object else image))

@@ -17,7 +17,7 @@ from pipa.labels import LabelSpace
 from pipa.learner import *
 from pipa.losses import weighted_ce
 from pipa.metrics import confusion, miou
-from pipa.models import adapt, daformer, light
+from pipa.models import Feats, adapt, daformer, light
 from tiny import city, seed
 
 golden = Path(__file__).parent/'golden'
@@ -424,14 +424,17 @@ def test_validation_of_another_size(home, tmp_path):
 
 class Plain(torch.nn.Module):
     "A net that doesn't say how many classes it has"
-    def __init__(self, k): super().__init__(); self.c = torch.nn.Conv2d(3, k, 1)
-    def forward(self, x): return self.c(x)
+    widths,fused_dim = (8,),8
+    def __init__(self, k): super().__init__(); self.backbone,self.c = torch.nn.Conv2d(3, 8, 1, 4),torch.nn.Conv2d(8, k, 1)
+    def forward(self, x):
+        f = self.backbone(x); z = self.c(f)
+        return (z, Feats([f], f)) if self.training else torch.nn.functional.interpolate(z, x.shape[-2:])
 
 @pytest.mark.parametrize('n', [1, 5, 12])
 def test_a_net_of_other_classes_is_refused_at_once(n, home, tmp_path):
     says = 'has 1 logit a pixel and `minicity` 11 classes' if n==1 else f'The net has {n} classes and `minicity` has 11: build the net with n_out=11'
     net = light('mit_b0', n_out=n)
-    for o in (net, torch.compile(net), torch.nn.DataParallel(net), adapt(net, 'decode_head.linear_fuse')):
+    for o in (net, torch.compile(net), torch.nn.DataParallel(net), adapt(net, 'decode_head.linear_fuse.bn')):
         with pytest.raises(ValueError, match=says): uda_learner(loaders(home), o, 'source', path=tmp_path)
 
 @pytest.mark.parametrize('n', [1, 5, 12])
