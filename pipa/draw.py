@@ -66,7 +66,7 @@ def as_image(
     if fits and str(a.dtype) in ('uint8', 'torch.uint8'):
         return Image.fromarray(np.asarray(a.cpu() if isinstance(a, Tensor) else a)).convert('RGB')
     raise TypeError("A picture is a path, a PIL image, or a uint8 array of shape H×W×3, "
-                    + _no_picture(a if a.dtype!=object else image))
+                    + _no_picture(a if a.ndim and a.dtype!=object else image))
 
 # %% ../nbs/14_draw.ipynb #drwf0004
 def denorm(

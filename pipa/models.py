@@ -307,12 +307,15 @@ class PatchHead(nn.Sequential):
 
 # %% ../nbs/07_models.ipynb #hds00002
 def add_heads(
-    net:nn.Module, # A net with `widths` and `fused_dim`, see `pipa.models`
+    net:nn.Module, # A net with `widths` and `fused_dim`, see `pipa.models`; another one raises a `ValueError`
     pixel_dim:int=256, # Length of a pixel embedding (the release)
     patch_dim:int=128, # Length of a patch embedding (the release)
     hidden:int|None=None # Width of the pixel head; defaults to the sum of the encoder's widths
 )->nn.Module: # The same net
     "Give `net` the heads of the two contrast terms, where it has none yet"
+    if not (hasattr(net, 'widths') and hasattr(net, 'fused_dim')): raise ValueError(
+        f"A {type(net).__name__} doesn't say what maps it has, and the contrast terms look at them: wrap the net with "
+        "`pipa.models.adapt`, and take it out of `DataParallel` (for several GPUs there is torchrun).")
     dev = next(net.parameters()).device
     if not hasattr(net, 'proj_head'): net.proj_head = ProjHead(net.widths, pixel_dim, hidden).to(dev)
     if not hasattr(net, 'project'): net.project = PatchHead(net.fused_dim, patch_dim).to(dev)

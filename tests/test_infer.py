@@ -171,7 +171,7 @@ def test_kinds_of_pictures(net, tmp_path):
     t = torch.from_numpy(img).permute(2,0,1)
     for o,cure in ((img/255, "`(a*255).round().astype('uint8')`"), (img.astype(int), "`.astype('uint8')`"), (img.astype(np.int32), "`.astype('uint8')`"), (img.astype(np.uint16)*257, "`(a/257).round().astype('uint8')`"), (img>99, 'not bool'),
                    (np.zeros((0,5,3), np.uint8), '(0, 5, 3)'), (np.zeros((3,5,5), np.float32), '`.transpose(1,2,0)`'), (img.transpose(2,0,1), '`.transpose(1,2,0)`'), (np.zeros((4,4,2), np.uint8), '(4, 4, 2)'), (t, '`.permute(1,2,0)`'),
-                   (t.float(), 'pipa.draw.denorm'), (t[None], 'one picture at a time'), (img.tolist(), 'int64'), (t.float().requires_grad_(), '`.permute(1,2,0)`'), (t.bfloat16(), 'not bfloat16'), (None, 'not a NoneType'), ({}, 'not a dict'), ([None], 'not a list')):
+                   (t.float(), 'pipa.draw.denorm'), (t[None], 'one picture at a time'), (img.tolist(), 'int64'), (t.float().requires_grad_(), '`.permute(1,2,0)`'), (t.bfloat16(), 'not bfloat16'), (None, 'not a NoneType'), (3.5, 'not a float'), (b'x', 'not a bytes'), ({}, 'not a dict'), ([None], 'not a list')):
         with pytest.raises(TypeError, match='uint8 array of shape H×W×3, not') as e: I.predict(net, o)
         assert cure in str(e.value) and '\n' not in str(e.value)
     for mode in ('I', 'F', 'I;16'):
