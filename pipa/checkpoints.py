@@ -4,7 +4,8 @@
 
 # %% ../nbs/13_checkpoints.ipynb #c81e728d
 from __future__ import annotations
-import json
+import json, re, warnings
+from contextlib import nullcontext
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
@@ -13,10 +14,11 @@ from . import __version__
 from .basics import write_file
 from .labels import LabelSpace, space as known_space
 from .weights.names import from_hf, to_hf, to_official, looks_like, as_call
-from .models import light, segformer, daformer, deeplabv2
+from .models import bare_state, unwrapped, light, segformer, daformer, deeplabv2
 from .hrda import hrda
-from .weights.files import checksum, read
-from .weights.convert import Report, convert, load_into, load_named, load_official, load_pretrained, train_heads
+from .weights.files import checksum, finite, read
+from .weights.convert import Misfit, Report, convert, find_places, fitting, train_heads
+from .weights.convert import load_into, load_named, load_official, load_pretrained
 
 # %% auto #0
 __all__ = ['inference_state', 'space_meta', 'space_of', 'save', 'classes_of', 'load', 'save_official', 'save_hf', 'Report',
@@ -28,10 +30,10 @@ _all_ = ['Report', 'read', 'load_into', 'load_official', 'load_pretrained', 'fro
 
 # %% ../nbs/13_checkpoints.ipynb #e4da3b7f
 def inference_state(
-    net:nn.Module # Any net
-)->dict: # Name of each weight and buffer, and a copy of it on the CPU
+    net:nn.Module # Any net, in wrappers or not
+)->dict: # Bare name of each weight and buffer, and a copy of it on the CPU
     "The weights of `net` without the heads that only training needs"
-    state = {k:v for k,v in net.state_dict().items() if not k.startswith(train_heads)}
+    state = {k:v for k,v in bare_state(unwrapped(net).state_dict()).items() if not k.startswith(train_heads)}
     return {k:v.detach().to('cpu', copy=True).contiguous() for k,v in state.items()}
 
 # %% ../nbs/13_checkpoints.ipynb #45c48cce
@@ -56,7 +58,19 @@ def space_of(
     meta:dict # What `load` gives beside the net
 )->LabelSpace|None: # None if the file doesn't say
     "The label space that was saved with a net"
-    return LabelSpace(codes=meta['codes'], palette=meta['palette'], **meta['space']) if 'codes' in meta else None
+    said = {k:meta.get(k) for k in ('codes', 'palette')}
+    return LabelSpace(**dict(said, name='own') | meta.get('space', {})) if 'codes' in meta else None
+
+# %% ../nbs/13_checkpoints.ipynb #prt00001
+def _parts(state, head):
+    "The bytes of a safetensors file, header and weights, the entries of the header in their order"
+    b = to_bytes(state, head)
+    n = 8+int.from_bytes(b[:8], 'little')
+    h = json.loads(b[8:n])
+    names = sorted((k for k in h if k!='__metadata__'), key=lambda k: (h[k]['data_offsets'], k))
+    text = json.dumps(dict(__metadata__=dict(sorted(head.items())), **{k:h[k] for k in names}), separators=(',',':'))
+    text = text.encode()+b' '*(-len(text.encode())%8)
+    return len(text).to_bytes(8, 'little')+text,memoryview(b)[n:]
 
 # %% ../nbs/13_checkpoints.ipynb #6512bd43
 def save(
@@ -68,43 +82,92 @@ def save(
 )->Path: # `file`; raises `ValueError` when `meta` holds something else
     "Write the inference net, with all that is needed to use it, to one file"
     state = inference_state(net)
-    meta = dict(pipa_format=1, spec=spec or getattr(net, 'spec', None), **space_meta(space),
+    meta.pop('no_classes', None)   # of another file, see `load`
+    meta = dict(pipa_format=1, spec=spec or getattr(unwrapped(net), 'spec', None), **space_meta(space),
                 versions=dict(pipa=__version__, torch=str(torch.__version__)), crc=checksum(state)) | meta
-    data = to_bytes(state, {k:_json(k, v) for k,v in meta.items()})
-    write_file(file := Path(file), lambda f: f.write(data))
+    parts = _parts(state, {k:_json(k, v) for k,v in meta.items()})
+    write_file(file := Path(file), lambda f: f.writelines(parts))
     return file
 
 # %% ../nbs/13_checkpoints.ipynb #3c59dc04
 _makers = {f.__name__:f for f in (light, segformer, daformer, deeplabv2, hrda)}
 
-def _make(spec):
+def _make(spec, plan=False):
+    "A net, or its shapes alone"
     kwargs = dict(spec); make = kwargs.pop('make', None)
-    with torch.random.fork_rng(devices=[]): return _makers[make](**kwargs)
+    where = torch.device('meta') if plan else nullcontext()
+    with torch.random.fork_rng(devices=[]), where: return _makers[make](**kwargs)
 
-def _build(file, meta):
-    spec = meta.get('spec')
+def _plan(file, meta):
+    "The shapes of the net that a file asks for"
+    spec,by = meta.get('spec'),meta.get('versions')
     if not spec: raise ValueError(f"`{file}` is of a net that `pipa` can't build, such as an adapted one: "
                                   "build the net and give it as `net=`.")
-    try: return _make(spec)
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(
+    try:
+        with warnings.catch_warnings(action='ignore'): return _make(spec, plan=True)
+    except ImportError: raise
+    except Exception as e: raise ValueError(   # a header may hold anything
         f"`{file}` asks for the net {spec}, which pipa {__version__} can't build ({e!r}): it was written by pipa "
-        f"{meta.get('versions', {}).get('pipa', '?')}; update, or build the net and give it as `net=`.") from None
+        f"{by.get('pipa', '?') if isinstance(by, dict) else '?'}; update, or build the net and give it as `net=`."
+        ) from None
+
+def _build(file, meta, state):
+    "The net of a header that fits the weights"
+    fitting(_plan(file, meta), state)
+    return _make(meta['spec'])
+
+# %% ../nbs/13_checkpoints.ipynb #hdr00001
+def _check_space(file, meta):
+    "Raise a `ValueError` with the name of the field if the header's classes can't be what they say"
+    if 'codes' not in meta: return
+    text,kw = 'codes',dict(name='')
+    try:
+        kw['codes'] = meta['codes']
+        if not (isinstance(kw['codes'], list) and all(isinstance(o, str) for o in kw['codes'])):
+            raise TypeError('not a list of names')
+        LabelSpace(**kw)
+        text,kw['palette'] = 'palette',meta.get('palette')
+        LabelSpace(**kw)
+        text = 'space'
+        space_of(meta)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as e: raise ValueError(
+        f"`{file}` has a `{text}` in its header that can't be ({e}): was it changed by hand? Copy the file again, or "
+        "write it again with `pipa.checkpoints.save`.") from None
 
 # %% ../nbs/13_checkpoints.ipynb #ck100003
-def classes_of(
-    meta:dict # What `read` found beside somebody's weights
-)->LabelSpace|None: # None if it doesn't say
-    "The classes that mmseg or Hugging Face wrote down"
-    m = meta.get('meta', {}) if isinstance(meta.get('meta', {}), dict) else {}
-    m = m.get('dataset_meta', m)
-    ids = meta.get('config', {}).get('id2label', {})
-    codes = [*(m.get('CLASSES') or m.get('classes') or [ids[k] for k in sorted(ids, key=int)])]
-    if not codes or codes[0]=='LABEL_0' or len({*codes})<len(codes): return None
+def _said(meta):
+    "Names and colours that mmseg or Hugging Face wrote, and where; raises `ValueError` if they are no names"
+    m = meta.get('meta') if isinstance(meta.get('meta'), dict) else {}
+    m = m['dataset_meta'] if isinstance(m.get('dataset_meta'), dict) else m
+    def first(*names): return next((m[k] for k in names if m.get(k) is not None), None)
+    names,where = first('CLASSES', 'classes'),"`CLASSES` of its `meta`"
+    if names is None:
+        names,where = meta.get('config', {}).get('id2label') or (),"`id2label` of `config.json`"
+        ids = {str(k):v for k,v in names.items()} if isinstance(names, dict) else {}
+        names = [ids.get(str(i)) for i in range(len(ids))] if ids else names
+    good = isinstance(names, (list, tuple)) and all(isinstance(o, str) and o.strip() for o in names)
+    if not good: raise ValueError(f"{where} is not a name for each of the classes 0, 1, 2 …")
+    if names and all(re.fullmatch(r'LABEL_\d+', o) for o in names): raise ValueError(f"{where} has numbers for names")
+    if twice := [o for o in names if names.count(o)>1]: raise ValueError(f"{where} has the name `{twice[0]}` twice")
+    return [*names],first('PALETTE', 'palette'),where
+
+def _space(meta, n=None):
+    "The label space of somebody's net with `n` classes; raises `ValueError` if what it says is of no use"
+    codes,colors,where = _said(meta)
+    if not codes: return
+    if n and n!=len(codes): raise ValueError(f"{where} has {len(codes)} names, and the net {n} classes")
     for o in ('cityscapes', 'camvid'):
         if [*map(str.lower, codes)]==known_space(o).codes: return known_space(o)
-    colors = m.get('PALETTE') or m.get('palette')
-    good = isinstance(colors, (list, tuple)) and len(colors)==len(codes)
-    return LabelSpace('own', codes, colors if good else None)
+    try: return LabelSpace('own', codes, colors)
+    except (ValueError, TypeError): return LabelSpace('own', codes)   # colours of no use
+
+# %% ../nbs/13_checkpoints.ipynb #frn00001
+def classes_of(
+    meta:dict # What `read` found beside somebody's weights
+)->LabelSpace|None: # None if it doesn't say, or says what can't be
+    "The classes that mmseg or Hugging Face wrote down"
+    try: return _space(meta)
+    except ValueError: return None
 
 def _foreign(file, state, meta, net, which):
     "Net and header for a file that `save` didn't write"
@@ -112,10 +175,13 @@ def _foreign(file, state, meta, net, which):
     if net is None and spec.get('make') not in _makers: raise ValueError(
         f"`{file}` holds weights that `pipa` didn't write, and they look like {as_call(spec)}: "
         "build a net for them and give it as `net=`.")
-    net = _make(spec) if net is None else net
+    if net is None:
+        find_places(_plan(file, dict(spec=spec)), state, which, file=file)
+        net = _make(spec)
     load_named(net, state, which, file=file)
-    space = classes_of(meta)
-    return net,dict(spec=spec, which=which, **space_meta(space if space and space.n==spec.get('n_out') else None))
+    head,n = dict(spec=spec, which=which),spec.get('n_out', getattr(unwrapped(net), 'n_out', None))
+    try: return net,head | space_meta(_space(meta, n))
+    except ValueError as e: return net,dict(head, no_classes=str(e))
 
 # %% ../nbs/13_checkpoints.ipynb #b6d767d2
 def load(
@@ -129,12 +195,13 @@ def load(
     if 'pipa_format' not in meta: net,meta = _foreign(file, state, meta, net, which or 'student')
     else:
         if meta['pipa_format']!=1: raise ValueError(
-            f"`{file}` has format {meta['pipa_format']} and pipa {__version__} knows format 1: update pipa.")
+            f"`{file}` has format {meta['pipa_format']!r} and pipa {__version__} knows format 1: update pipa.")
         if which and which!=meta.get('which', which):
             raise ValueError(f"`{file}` holds the {meta['which']} alone: the {which} has a file of its own.")
-        net = _build(file, meta) if net is None else net
-        try: load_into(net, state)
-        except ValueError as e: raise ValueError(f"`{file}` doesn't fit the net. {e}") from None
+        _check_space(file, meta)
+        finite(state, file)
+        try: net = load_into(_build(file, meta, state) if net is None else net, state)
+        except Misfit as e: raise ValueError(f"`{file}` doesn't fit the net. {e}") from None
     return net.to(device).eval(),meta
 
 # %% ../nbs/13_checkpoints.ipynb #ck100008
@@ -155,12 +222,12 @@ def save_hf(
     space:LabelSpace|None=None # What the classes are
 )->Path: # `folder`
     "Write a SegFormer for transformers"
-    folder,state = Path(folder),to_hf(inference_state(net))
+    net,folder,state = unwrapped(net),Path(folder),to_hf(inference_state(net))
     codes = space.codes if space else [f'class {i}' for i in range(net.n_out)]
     config = dict(model_type='segformer', architectures=['SegformerForSemanticSegmentation'],
         hidden_sizes=list(net.widths), depths=list(net.backbone.depths), num_attention_heads=[1,2,5,8],
         decoder_hidden_size=net.decode_head.dim,
         id2label=dict(enumerate(codes)), label2id={v:k for k,v in enumerate(codes)})
     write_file(folder/'config.json', lambda f: f.write(json.dumps(config, indent=1).encode()))
-    write_file(folder/'model.safetensors', lambda f: f.write(to_bytes(state, dict(format='pt'))))
+    write_file(folder/'model.safetensors', lambda f: f.writelines(_parts(state, dict(format='pt'))))
     return folder

@@ -35,18 +35,34 @@ class Fig(Figure):
         write_file(file, lambda f: self.savefig(f, format='png', dpi=dpi))
 
 # %% ../nbs/14_draw.ipynb #drwi0002
+def _no_picture(o):
+    "What to do about something that is no picture, in a sentence"
+    if not hasattr(o, 'dtype'): return f'not a {type(o).__name__}.'
+    kind,shape = str(o.dtype).removeprefix('torch.'),tuple(o.shape)
+    said = f'not {kind} of shape {shape}: '
+    if len(shape)==4: return said+'give one picture at a time.'
+    if len(shape)==3 and shape[0] in (1,3,4) and shape[-1] not in (3,4):
+        turn = 'permute(1,2,0)' if isinstance(o, Tensor) else 'transpose(1,2,0)'
+        more = '; normalised ones become pixels with `pipa.draw.denorm`' if 'float' in kind else ''
+        return f'{said}its channels come first, `.{turn}` puts them last{more}.'
+    if 'float' in kind: return said+"floats from 0 to 1 become bytes with `(a*255).round().astype('uint8')`."
+    if kind in ('uint16', '>u2'): return said+"16 bits become bytes with `(a/257).round().astype('uint8')`."
+    if 'int' in kind: return said+"whole numbers from 0 to 255 become bytes with `.astype('uint8')`."
+    return said+'make it one.'
+
+# %% ../nbs/14_draw.ipynb #drwi002b
 def as_image(
-    image # Path, PIL image, or uint8 array H×W×3 or H×W
+    image # Path, PIL image, or uint8 array (or tensor) H×W×3 or H×W
 )->Image.Image: # RGB; raises `ValueError` for an unreadable file, `TypeError` for something that isn't a picture
     "Any kind of picture as an upright RGB image"
     if isinstance(image, (str,Path)): image = read_image(image)
     if isinstance(image, Image.Image): return as_rgb(image)
-    a = np.asarray(image)
-    fits = a.ndim==2 or a.ndim==3 and a.shape[-1] in (3,4)
-    if a.dtype==np.uint8 and fits and a.size: return Image.fromarray(a).convert('RGB')
+    a = image if isinstance(image, Tensor) else np.asarray(image)
+    fits = (a.ndim==2 or a.ndim==3 and a.shape[-1] in (3,4)) and 0 not in a.shape
+    if fits and str(a.dtype) in ('uint8', 'torch.uint8'):
+        return Image.fromarray(np.asarray(a.cpu() if isinstance(a, Tensor) else a)).convert('RGB')
     raise TypeError("A picture is a path, a PIL image, or a uint8 array of shape H×W×3, "
-                    f"not {a.dtype} of shape {a.shape}: "
-                    "an array of floats can be made one with `(a*255).astype('uint8')`.")
+                    + _no_picture(a if a.ndim and a.dtype!=object else image))
 
 # %% ../nbs/14_draw.ipynb #drwf0004
 def denorm(
@@ -62,7 +78,7 @@ def rgb(
 )->np.ndarray: # H×W×3, uint8
     "Any image as pixels"
     if not isinstance(x, Tensor): return np.array(as_image(x))
-    return denorm(x) if x.is_floating_point() else np.array(as_image(x.numpy()))
+    return denorm(x) if x.is_floating_point() else np.array(as_image(x))
 
 # %% ../nbs/14_draw.ipynb #drwo0001
 def label_image(

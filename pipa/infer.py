@@ -16,7 +16,7 @@ from fastcore.meta import delegates
 from fastai.vision.core import imagenet_stats
 from .labels import cityscapes19
 from .basics import between, write_file
-from .models import get_logits, resize
+from .models import get_logits, resize, same_classes
 from .data import Domain, image_exts, read_image
 from .sets.domains import labels_of
 from .sets.pictures import files_below
@@ -38,6 +38,7 @@ def fit_size(
     if size is None: return tuple(max(32, o) for o in hw)
     h,w = (size,size) if isinstance(size, int) else size
     s = max(h/hw[0], w/hw[1])
+    s = min(s, max(1, 4*max(h, w)/max(hw)))   # a strip
     return tuple(max(32, 32*round(o*s/32)) for o in hw)
 
 def pixels(
@@ -150,7 +151,7 @@ def label_rows(
     n:int=2**20 # Logits that are enlarged together
 )->Tensor: # B×H×W, uint8 (int64 from 256 classes on)
     "The class with the highest logit at each pixel of an enlarged map, from logits that come band by band"
-    (a,b,w),lab,done = _between(h, hw[0]),None,0
+    (a,b,w),lab,done,nan = _between(h, hw[0]),None,0,False
     for top,z in bands:
         if z.shape[1]==0: raise ValueError("There are no classes to choose from: the net gave logits without channels.")
         if lab is None: lab = z.new_empty(len(z), *hw, dtype=torch.uint8 if z.shape[1]<256 else torch.int64)
@@ -161,8 +162,11 @@ def label_rows(
             if lo<top: rows = torch.cat([last, rows], -2)
             up = rows[..., a[s]-lo, :]
             if h!=hw[0]: up = torch.lerp(up, rows[..., b[s]-lo, :], w[s].to(z))
-            lab[:,s] = resize(up, (up.shape[-2], hw[1])).max(1).indices
+            best,lab[:,s] = resize(up, (up.shape[-2], hw[1])).max(1)
+            nan = nan | best.isnan().any()
         last,done = z[..., -1:, :].clone(),ready
+    if nan: raise ValueError("The net's logits are NaN: its weights are no numbers, or (with `amp`) too large for half "
+                             "precision. Take other weights, or leave `amp` out.")
     return lab
 
 # %% ../nbs/21_infer.ipynb #1ff1de77
@@ -215,9 +219,7 @@ def in_bands(
     "Logits whole or by windows, in bands of rows"
     if mode not in ('whole', 'slide'): raise ValueError(f"There is no mode `{mode}`: choose `whole` or `slide`.")
     for top,z in slide_bands(net, x, crop, stride, bs) if mode=='slide' else [(0,whole(net, x))]:
-        if space is not None and z.shape[1]!=space.n:
-            raise ValueError(f"The net has {z.shape[1]} classes and `{space.name}` has {space.n}: "
-                             "use the label space that it was trained with.")
+        if space is not None: same_classes(z.shape[1], space.n, f'`{space.name}`')
         yield top,z
 
 # %% ../nbs/21_infer.ipynb #33e75ff1
@@ -242,7 +244,12 @@ def _label(model, images, size=None, flip=False, amp=False, device=None, **kwarg
     hw = images[0].size[::-1]
     xs = [pixels(o, fit_size(hw, size)) for o in images]
     x = torch.cat(xs) if len(xs)>1 else xs[0]
-    with looking(model, flip, amp, device) as net: return label_rows(in_bands(net, x, **kwargs), x.shape[-2], hw).cpu()
+    def several(bands):
+        for top,z in bands:
+            same_classes(z.shape[1])
+            yield top,z
+    with looking(model, flip, amp, device) as net:
+        return label_rows(several(in_bands(net, x, **kwargs)), x.shape[-2], hw).cpu()
 
 @delegates(logits)
 def predict(

@@ -14,7 +14,7 @@ from .basics import between, one_of, write_file
 from .losses import weighted_ce
 from .metrics import MIoU, TeacherMIoU, TermColumn, validators, label_free
 from .checkpoints import load_pretrained
-from .models import add_heads, light, segformer, daformer
+from .models import add_heads, bare_names, light, same_classes, segformer, daformer, unwrapped
 from .hrda import hrda
 from .callbacks import *
 from .baselines import MinEnt, AdvSeg, AdvEnt, FDA, MIC
@@ -135,9 +135,9 @@ def param_groups(
     kinds = nn.LayerNorm,nn.modules.batchnorm._BatchNorm,nn.GroupNorm
     norms = {id(p) for m in net.modules() if isinstance(m, kinds) for p in m.parameters()}
     def group(k, p): return 2 if not k.startswith(('backbone.', 'net.')) else 1 if id(p) in norms else 0
-    res = [[],[],[]]
-    for k,p in net.named_parameters():
-        if p.requires_grad: res[group(k.removeprefix('_orig_mod.'), p)].append(p)   # the prefix: `torch.compile`
+    res,params = [[],[],[]],dict(net.named_parameters())
+    for bare,k in bare_names(params).items():
+        if params[k].requires_grad: res[group(bare, params[k])].append(params[k])
     return [o for o in res if o]
 
 # %% ../nbs/20_learner.ipynb #45c48cce
@@ -188,15 +188,22 @@ def fit_poly(self:Learner,
 # %% ../nbs/20_learner.ipynb #1f0e3dad
 class SegLoss:
     "Weighted cross-entropy that knows how predictions are read"
+    n_out,data = None,'the data'   # where nobody has said it
     def __init__(self,
-        ignore:int=255 # Label of pixels that don't count
-    ): self.ignore,self.reduction = ignore,'mean'
+        ignore:int=255, # Label of pixels that don't count
+        n_out:int|None=None, # Classes of the data: a net with another number of logits is refused, see `same_classes`
+        data:str='the data' # Name of the data, for that message
+    ): self.ignore,self.reduction,self.n_out,self.data = ignore,'mean',n_out,data
+    def check(self, pred): same_classes(pred.shape[1], self.n_out, self.data, f'build the net with n_out={self.n_out}')
     def __call__(self, pred, y):
         pred = pred[0] if isinstance(pred, (tuple,list)) else pred
+        self.check(pred)
         if self.reduction!='none': return weighted_ce(pred.float(), y, ignore=self.ignore)
         return torch.stack([weighted_ce(p[None].float(), o[None], ignore=self.ignore) for p,o in zip(pred, y)])
     def activation(self, x): return x.softmax(1)
-    def decodes(self, x): return TensorMask(x.argmax(1))
+    def decodes(self, x):
+        self.check(x)
+        return TensorMask(x.argmax(1))
 
 # %% ../nbs/20_learner.ipynb #91662b10
 def target_dl(
@@ -287,13 +294,15 @@ def uda_learner(
     net = make_net(_model_of(model, method), dls.c, arch, pretrained, **(net or {})).to(dls.device)
     parts = method_cbs(method, **kwargs) if isinstance(method, str) else _own_cbs(method, kwargs)
     _warn_of(parts)
+    loss = SegLoss(n_out=dls.c, data=f'`{dls.space.name}`' if hasattr(dls, 'space') else 'the data')
+    if isinstance(n := getattr(unwrapped(net), 'n_out', None), int): loss.check(torch.empty(0, n))
     if any(isinstance(cb, (PixelContrast, PatchContrast)) for cb in parts): add_heads(net, hidden=hidden)
     ms = _columns(parts, dls, metrics, n_unlabelled)
     parts += [Lean()]*lean + [Ranks()]*(num_distrib()>1)
     if guard and not any(isinstance(cb, Guard) for cb in parts+L(cbs)):
         parts.append(g := Guard(guard))
         ms += [g.column]*(guard=='skip')
-    return Learner(dls, net, SegLoss(), partial(adamw, wd=wd), lr=lr, splitter=param_groups, metrics=ms,
+    return Learner(dls, net, loss, partial(adamw, wd=wd), lr=lr, splitter=param_groups, metrics=ms,
                    cbs=parts+L(cbs), path=path, train_bn=False, wd_bn_bias=True)
 
 # %% ../nbs/20_learner.ipynb #e4000002
@@ -305,7 +314,9 @@ def inference_net(
     net:nn.Module # Student or teacher
 )->nn.Module: # A copy in evaluation mode, without the heads that only training needs
     "The part of a net that predicts; its parameters may be trained again"
-    net = deepcopy(net).eval().requires_grad_()
+    net = deepcopy(unwrapped(net)).eval().requires_grad_()
+    for part,k,m in [(o,k,m) for o in net.modules() for k,m in o.named_children() if unwrapped(m) is not m]:
+        setattr(part, k, unwrapped(m))
     for k in ('proj_head', 'project'):
         if hasattr(net, k): delattr(net, k)
     return net

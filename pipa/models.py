@@ -4,6 +4,8 @@
 
 # %% ../nbs/07_models.ipynb #c81e728d
 from __future__ import annotations
+import re
+from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
 from difflib import get_close_matches
@@ -19,7 +21,8 @@ from .encoders import encoder
 # %% auto #0
 __all__ = ['Feats', 'Detail', 'resize', 'mix_maps', 'ConvBN', 'SepConvBN', 'MixBN', 'SepASPP', 'Embed', 'DAFormerHead',
            'SegFormerHead', 'SegNet', 'daformer', 'segformer', 'light', 'ResNetV1c', 'DeepLabHead', 'deeplabv2',
-           'ProjHead', 'PatchHead', 'add_heads', 'get_logits', 'get_layer', 'run_with', 'Adapter', 'adapt']
+           'ProjHead', 'PatchHead', 'add_heads', 'get_logits', 'get_layer', 'run_with', 'Adapter', 'adapt',
+           'bare_names', 'bare_state', 'unwrapped', 'same_classes']
 
 # %% ../nbs/07_models.ipynb #e4da3b7f
 class Feats(tuple):
@@ -304,12 +307,15 @@ class PatchHead(nn.Sequential):
 
 # %% ../nbs/07_models.ipynb #hds00002
 def add_heads(
-    net:nn.Module, # A net with `widths` and `fused_dim`, see `pipa.models`
+    net:nn.Module, # A net with `widths` and `fused_dim`, see `pipa.models`; another one raises a `ValueError`
     pixel_dim:int=256, # Length of a pixel embedding (the release)
     patch_dim:int=128, # Length of a patch embedding (the release)
     hidden:int|None=None # Width of the pixel head; defaults to the sum of the encoder's widths
 )->nn.Module: # The same net
     "Give `net` the heads of the two contrast terms, where it has none yet"
+    if not (hasattr(net, 'widths') and hasattr(net, 'fused_dim')): raise ValueError(
+        f"A {type(net).__name__} doesn't say what maps it has, and the contrast terms look at them: wrap the net with "
+        "`pipa.models.adapt`, and take it out of `DataParallel` (for several GPUs there is torchrun).")
     dev = next(net.parameters()).device
     if not hasattr(net, 'proj_head'): net.proj_head = ProjHead(net.widths, pixel_dim, hidden).to(dev)
     if not hasattr(net, 'project'): net.project = PatchHead(net.fused_dim, patch_dim).to(dev)
@@ -394,3 +400,46 @@ def adapt(net:nn.Module,   # Images to logits, in one of the forms of `get_logit
             for m,mode in modes.items(): m.training = mode
         n_emb,n_out = n_emb or emb.shape[1],n_out or logits.shape[1]
     return Adapter(net, layer, n_emb, n_out)
+
+# %% ../nbs/07_models.ipynb #wrp00002
+_wraps = re.compile(r'(^|\.)(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+')
+
+def bare_names(
+    names # Names of weights, some with the words of wrappers
+)->dict: # Each name without those words, and the name as it was
+    "Names of weights as the net without wrappers has them"
+    bare = {k:_wraps.sub(r'\1', k) for k in names}
+    n = Counter(bare.values())
+    return {b if n[b]==1 else k:k for k,b in bare.items()}
+
+def bare_state(
+    state:dict # Tensors by name
+)->dict: # The same tensors by their bare names
+    "Weights as the net without wrappers has them"
+    return {b:state[k] for b,k in bare_names(state).items()}
+
+def unwrapped(
+    net:nn.Module # Any net
+)->nn.Module: # The net inside of `torch.compile`, `DataParallel` and their like, or `net` itself
+    "Take a net out of its wrappers"
+    kinds = nn.DataParallel,nn.parallel.DistributedDataParallel,torch.optim.swa_utils.AveragedModel
+    while True:
+        inner = net.module if isinstance(net, kinds) else getattr(net, '_orig_mod', None)
+        if inner is None: return net
+        net = inner
+
+# %% ../nbs/07_models.ipynb #sam00002
+def same_classes(
+    n:int, # Logits that a net gives for a pixel
+    want:int|None=None, # Classes of the data; `None`: not known, and only a single logit is refused
+    data:str='the data', # What the data are called, for the message
+    cure:str='use the label space that it was trained with' # What to do about another number
+):
+    "Raise a `ValueError`, with both numbers, for a net that isn't about these classes"
+    if n==1:
+        beside = '' if want is None else f" and {data} {want} class{'es'*(want!=1)}"
+        more = ' (name what is not of that class as a class, too)' if want==1 else ''
+        raise ValueError(f"The net has 1 logit a pixel{beside}: the class is the one with the largest logit, so there "
+                         f"must be one for each, and at least two{more}. Build it with `n_out={max(2, want or 2)}`; "
+                         "or let it give `torch.cat([0*z, z], 1)` for its logit z: class 1 is then where z is above 0.")
+    if want is not None and n!=want: raise ValueError(f"The net has {n} classes and {data} has {want}: {cure}.")

@@ -1,5 +1,5 @@
 "Checkpoints: what goes in comes out, and what is broken says so"
-import json, stat
+import json, stat, struct
 from copy import deepcopy
 import numpy as np, pytest, torch
 from safetensors import safe_open
@@ -129,7 +129,7 @@ def test_foreign_weights_for_a_known_net(tmp_path, net):
     assert same(other.state_dict(), ck.inference_state(net)) and meta=={'spec': net.spec, 'which': 'student'}
     assert same(ck.load(tmp_path/'f')[0].state_dict(), ck.inference_state(net))
 
-@pytest.mark.parametrize('spec', [dict(make='deepcopy', x=1), dict(make='os.system'), dict(make='light', arch='mit_b9'), dict(make='light', banana=1), dict(arch='mit_b0')])
+@pytest.mark.parametrize('spec', ['light', 3, [1], dict(make=[1]), dict(make='light', n_out=-3), dict(make='light', n_out='eleven'), dict(make='light', n_out=2.5), dict(make='light', n_out=10**30), dict(make='light', n_out=None), dict(make='light', arch=3), dict(make='light', drop_path='x'), dict(make='deepcopy', x=1), dict(make='os.system'), dict(make='light', arch='mit_b9'), dict(make='light', banana=1), dict(arch='mit_b0')])
 def test_unknown_spec(net, tmp_path, spec):
     with pytest.raises(ValueError, match='asks for the net.*net='): ck.load(ck.save(tmp_path/'x', net, spec=spec))
 
@@ -241,3 +241,96 @@ def test_load_into_with_heads_on_either_side(net):
 def test_load_into_long_lists_are_short(net):
     with pytest.raises(ValueError) as e: ck.load_into(net_of(), {})
     assert 'in all)' in str(e.value) and len(str(e.value))<400
+
+# nets in wrappers
+
+@pytest.fixture
+def alone(tmp_path):
+    "A group of one process"
+    import torch.distributed as dist
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+def part_compiled(net): net.backbone = torch.compile(net.backbone); return net
+wraps = dict(compiled=torch.compile, parallel=nn.DataParallel, both=lambda o: nn.DataParallel(torch.compile(o)), averaged=lambda o: torch.optim.swa_utils.AveragedModel(o), part=part_compiled,
+             ddp=lambda o: nn.parallel.DistributedDataParallel(torch.compile(part_compiled(o))))
+
+@pytest.mark.parametrize('wrap', list(wraps))
+def test_a_net_in_a_wrapper_is_written_as_the_net(wrap, tmp_path, alone):
+    net,space3 = net_of(),label_space(['sky','road','car'])
+    want,bare = ck.save(tmp_path/'want', net, space3, size='64x128').read_bytes(),ck.inference_state(net)
+    outer = wraps[wrap](deepcopy(net))
+    assert ck.save(tmp_path/'x', outer, space3, size='64x128').read_bytes()==want and ck.read(tmp_path/'x')[1]['spec']==net.spec
+    for f in (tmp_path/'x', ck.save_official(tmp_path/'y.pth', outer, space3), ck.save_hf(tmp_path/'hf', outer, space3)):
+        again,meta = ck.load(f)
+        assert same(again.state_dict(), bare) and ck.space_of(meta).codes==space3.codes
+        new = wraps[wrap](net_of(seed=3))
+        ck.load(f, net=new); assert same(ck.inference_state(new), bare)
+
+# the same bytes
+
+def test_the_same_net_is_the_same_bytes(net, tmp_path):
+    space3 = label_space(['sky','road','ümläut'])
+    bs = {ck.save(tmp_path/str(i), net, space3, **dict(list(dict(a=1, b='é', c=[1], d=None).items())[::1-2*(i%2)])).read_bytes() for i in range(6)}
+    assert len(bs)==1
+    n, = struct.unpack('<Q', (b := bs.pop())[:8])
+    head = json.loads(b[8:8+n])
+    assert n%8==0 and [*head['__metadata__']]==sorted(head['__metadata__']) and same(load_file(tmp_path/'0'), ck.inference_state(net))
+    with safe_open(tmp_path/'0', 'pt') as f: assert json.loads(f.metadata()['codes'])[2]=='ümläut'
+
+# headers that people changed
+
+def rewrite(file, out, **meta):
+    "The same weights, another header"
+    with safe_open(file, 'pt') as f: head = f.metadata()
+    save_file(load_file(file), out, head | {k:v if isinstance(v, str) else json.dumps(v) for k,v in meta.items()})
+    return out
+
+wrong = [('codes',3), ('codes','abc'), ('codes',['a','a','b']), ('codes',[1,2,3]), ('codes',[]), ('codes',None), ('codes',['a']*300), ('codes',dict(a=1)), ('palette',3), ('palette',[[1,2]]), ('palette',[[1,2,3]]*9), ('palette',[[300,0,0]]*3),
+         ('palette',[['a','b','c']]*3), ('palette',[[1.5,0,0]]*3), ('palette',[[10**30,0,0]]*3), ('space',3), ('space',[]), ('space',dict(banana=1)), ('space',dict(ignore='x')), ('space',dict(ignore=1)), ('space',dict(ids=[1])), ('space',dict(ids={'x':1})),
+         ('space',dict(ids={'1':77})), ('space',dict(things='abc')), ('space',dict(things=[9])), ('space',dict(subsets=3)), ('space',dict(subsets=dict(a=[9])))]
+
+@pytest.mark.parametrize('field,v', wrong, ids=str)
+def test_wrong_classes_in_a_header(field, v, file, tmp_path):
+    f = rewrite(file, tmp_path/'x', **{field:json.dumps(v)})
+    with pytest.raises(ValueError, match=f'has a `{field}` in its header that can.t be') as e: ck.load(f)
+    assert str(f) in str(e.value) and '\n' not in str(e.value) and 'checkpoints.save' in str(e.value)
+
+@pytest.mark.parametrize('kw,word', [(dict(pipa_format='"1"'), "has format '1'"), (dict(pipa_format=2), 'update pipa'), (dict(pipa_format=[]), 'update pipa'), (dict(codes='"["'), 'a `codes` in its header'), (dict(codes='['), 'damaged'), (dict(codes='['*9999), 'damaged'),
+    (dict(versions=3, spec=dict(make='no')), r'written by pipa \?'), (dict(crc=7), 'not those that were written'), (dict(spec=None), 'give it as `net=`'), (dict(spec=dict(make='segformer', n_out=4, dim=128)), 'of another shape')], ids=str)
+def test_wrong_values_in_a_header(kw, word, file, tmp_path):
+    with pytest.raises(ValueError, match=word) as e: ck.load(rewrite(file, tmp_path/'x', **kw))
+    assert str(tmp_path/'x') in str(e.value) and '\n' not in str(e.value)
+
+def test_a_space_may_say_little(file, tmp_path):
+    _,meta = ck.load(rewrite(file, tmp_path/'x', space={}, palette='null'))
+    assert ck.space_of(meta).codes==['sky','road','car']
+
+said = [(dict(id2label=v), w) for v,w in ((['a','b'], None), (['a'], '1 names, and the net 2 classes'), (3, 'not a name for each'), ('ab', 'not a name for each'), ({'a':'x', 'b':'y'}, 'not a name for each'), ({'0':'x', '2':'y'}, 'not a name for each'),
+    ({'0':'x', '1':3}, 'not a name for each'), ({'0':'x', '1':None}, 'not a name for each'), ({'0':'x', '1':' '}, 'not a name for each'), ({'0':'LABEL_0', '1':'LABEL_1'}, 'numbers for names'), ({'0':'x', '1':'x'}, 'the name `x` twice'),
+    ({'0':'x'}, '1 names, and the net 2 classes'), ({str(i):f'c{i}' for i in range(300)}, '300 names'), ({'0':'x', '1':'y'}, None))]
+
+@pytest.mark.parametrize('config,word', said, ids=str)
+def test_what_hugging_face_says_of_classes(config, word, tmp_path):
+    d = ck.save_hf(tmp_path/'hf', segformer('mit_b0', 2, 16))
+    (d/'config.json').write_text(json.dumps(config))
+    net,meta = ck.load(d)
+    assert (ck.space_of(meta) is None)==(word is not None) and net.n_out==2
+    assert word is None and 'no_classes' not in meta or word in meta['no_classes'] and '`id2label` of `config.json`' in meta['no_classes']
+    assert 'no_classes' not in ck.load(ck.save(tmp_path/'x', net, label_space(['a','b']), **{k:v for k,v in meta.items() if k in ('which', 'no_classes')}))[1]
+
+@pytest.mark.parametrize('text', ['[1]', '3', '"x"', 'null', '{', '', '['*10**5, '\xff'])
+def test_a_config_that_is_no_config(text, tmp_path):
+    d = ck.save_hf(tmp_path/'hf', segformer('mit_b0', 2, 16))
+    (d/'config.json').write_bytes(text.encode('latin1'))
+    with pytest.raises(ValueError, match='config.json.*copy it again, or delete it') as e: ck.load(d)
+    assert str(d) in str(e.value) and '\n' not in str(e.value)
+
+@pytest.mark.parametrize('meta', [3, 'x', [1], dict(CLASSES=3), dict(CLASSES='ab'), dict(CLASSES=(1,2)), dict(CLASSES=torch.ones(2)), dict(CLASSES={'a':1}), dict(CLASSES=('a','a')), dict(CLASSES=('a',)), dict(dataset_meta=3), dict(dataset_meta=dict(classes=[['a'],['b']])),
+    dict(CLASSES=('a','b'), PALETTE=[[300,0,0]]*2), dict(CLASSES=('a','b'), PALETTE=torch.ones(2)), dict(CLASSES=('a','b'), PALETTE=[[1],[2,3]])], ids=str)
+def test_what_mmseg_says_of_classes(meta, tmp_path):
+    torch.save(dict(state_dict=segformer('mit_b0', 2, 16).state_dict(), meta=meta), tmp_path/'x.pth')
+    _,m = ck.load(tmp_path/'x.pth')
+    if 'PALETTE' in (meta if isinstance(meta, dict) else {}): assert ck.space_of(m).codes==['a','b'] and ck.space_of(m).palette.max()>0
+    else: assert ck.space_of(m) is None and ('no_classes' in m)==(isinstance(meta, dict) and meta!=dict(dataset_meta=3))

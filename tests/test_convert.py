@@ -86,3 +86,19 @@ def test_other_peoples_nets_label_pictures(published, tmp_path, monkeypatch):
     pipa_predict('street.png', 'gta.pth', size='64x96')
     labels = [np.array(Image.open(p)) for p in Path('predictions').rglob('*.png')]
     assert labels and any(o.ndim==2 and o.shape==(70,90) and set(np.unique(o))<={0,1} for o in labels)
+
+@pytest.mark.parametrize('names,says', [(None, 'numbers for names'), (['road','road'], 'the name `road` twice'), (['a','b','c'], '3 names, and the net 2 classes')])
+def test_folders_without_names_say_what_to_do(names, says, tmp_path, monkeypatch, capsys):
+    import json
+    from pipa.cli import pipa_eval, pipa_export
+    monkeypatch.chdir(tmp_path)
+    ck.save_hf('hub', light('mit_b0', n_out=2))
+    Path('hub/config.json').write_text(json.dumps(dict(id2label=dict(enumerate(names or ['LABEL_0','LABEL_1'])))))
+    Image.fromarray(np.zeros((64,64,3), np.uint8)).save('a.png')
+    for f in (lambda: pipa_predict('a.png', 'hub', size='64x64'), lambda: pipa_eval('hub'), lambda: pipa_export('hub', size='64x64')):
+        with pytest.raises(SystemExit, match=f'`id2label` of `config.json` has.*{says}.*`pipa_convert hub --classes codes.txt`') as e: f()
+        assert 'hub' in str(e.value) and '\n' not in str(e.value)
+    Path('codes.txt').write_text('road\ncar\n')
+    pipa_convert('hub', classes='codes.txt', size='64x64')
+    pipa_predict('a.png', 'hub.safetensors')
+    assert ck.space_of(ck.load('hub.safetensors')[1]).codes==['road','car'] and 'no_classes' not in ck.read('hub.safetensors')[1]

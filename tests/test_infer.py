@@ -139,6 +139,21 @@ def test_no_classes():
 
 def test_best_class_of_many(): assert I.best_class(torch.arange(300.)[:,None,None].expand(-1,2,2), (4,4)).unique().tolist()==[299]
 
+@pytest.mark.parametrize('hw', [(1,20000), (20000,1), (3,5000), (1,1), (30,900), (2000,3), (1,129)], ids=str)
+@pytest.mark.parametrize('size', [(512,1024), 64, (64,32)], ids=str)
+def test_a_strip_is_not_blown_up(hw, size):
+    h,w = (size,size) if isinstance(size, int) else size
+    a,b = I.fit_size(hw, size)
+    s = max(h/hw[0], w/hw[1])
+    assert a%32==b%32==0 and max(a, b)<=max(4*max(h, w), max(hw)+16) and min(a, b)>=32
+    if max(h/hw[0], w/hw[1])<=4*min(h/hw[0], w/hw[1]): assert (a,b)==tuple(max(32, 32*round(o*s/32)) for o in hw)   # only strips are special
+
+def test_strips_are_labelled_and_scored(tmp_path):
+    sp,net = label_space(['a','b','c']),Pixel()
+    dom = folder_of(tmp_path, [(1,3000), (3000,2)], sp)
+    assert I.evaluate(net, dom, (512,1024), progress=False).sum()>0 and I.predict(net, picture(1,3000), (512,1024)).shape==(1,3000)
+    assert max(np.prod(s[2:]) for s in net.seen)<=32*4096
+
 def test_size_is_that_of_the_validation_loader(tmp_path):
     img = picture(52, 91); Image.fromarray(img).save(tmp_path/'i.png'); Image.fromarray(np.zeros((52,91), np.uint8)).save(tmp_path/'m.png')
     dl = eval_dl(Domain([tmp_path/'i.png'], [tmp_path/'m.png'], label_space(['a','b'])), (64,128), bs=1)
@@ -152,8 +167,15 @@ def test_kinds_of_pictures(net, tmp_path):
     for o in (Image.fromarray(img), tmp_path/'a.png', str(tmp_path/'a.png'), np.dstack([img, img[...,:1]])): assert np.array_equal(I.predict(net, o), want)
     assert I.predict(net, img[...,0]).shape==(40,50)
     assert I.predict(net, Image.fromarray(img).convert('P')).shape==(40,50)
-    for o in (img/255, img.astype(int), np.zeros((0,5,3), np.uint8), np.zeros((3,5,5), np.float32), np.zeros((4,4,2), np.uint8)):
-        with pytest.raises(TypeError, match='uint8 array'): I.predict(net, o)
+    for o in (img, torch.from_numpy(img)): assert np.array_equal(I.predict(net, o), want)
+    t = torch.from_numpy(img).permute(2,0,1)
+    for o,cure in ((img/255, "`(a*255).round().astype('uint8')`"), (img.astype(int), "`.astype('uint8')`"), (img.astype(np.int32), "`.astype('uint8')`"), (img.astype(np.uint16)*257, "`(a/257).round().astype('uint8')`"), (img>99, 'not bool'),
+                   (np.zeros((0,5,3), np.uint8), '(0, 5, 3)'), (np.zeros((3,5,5), np.float32), '`.transpose(1,2,0)`'), (img.transpose(2,0,1), '`.transpose(1,2,0)`'), (np.zeros((4,4,2), np.uint8), '(4, 4, 2)'), (t, '`.permute(1,2,0)`'),
+                   (t.float(), 'pipa.draw.denorm'), (t[None], 'one picture at a time'), (img.tolist(), 'int64'), (t.float().requires_grad_(), '`.permute(1,2,0)`'), (t.bfloat16(), 'not bfloat16'), (None, 'not a NoneType'), (3.5, 'not a float'), (b'x', 'not a bytes'), ({}, 'not a dict'), ([None], 'not a list')):
+        with pytest.raises(TypeError, match='uint8 array of shape H×W×3, not') as e: I.predict(net, o)
+        assert cure in str(e.value) and '\n' not in str(e.value)
+    for mode in ('I', 'F', 'I;16'):
+        with pytest.raises(TypeError, match=f'has 8 bits a channel, and this one has the mode {mode}'): I.predict(net, Image.new(mode, (40,50)))
     (tmp_path/'b.png').write_bytes((tmp_path/'a.png').read_bytes()[:99])
     with pytest.raises(ValueError, match='b.png'): I.predict(net, tmp_path/'b.png')
     with pytest.raises(FileNotFoundError): I.predict(net, tmp_path/'c.png')
@@ -167,6 +189,10 @@ def test_orientation(tmp_path, o):
     assert a.shape==((32,64,3) if o<5 else (64,32,3))
     corner = [a[:8,:8], a[:8,-8:], a[-8:,-8:], a[-8:,:8]][[0,1,2,3,0,1,2,3][o-1]]
     assert corner.min()==255 and np.array_equal(a, np.array(D.as_image(Image.open(tmp_path/'a.png'))))
+
+def test_what_the_cures_of_a_wrong_array_give():
+    img = picture(40, 50)
+    for a in ((img/255*255).round().astype('uint8'), img.astype(int).astype('uint8'), (img.astype(np.uint16)*257/257).round().astype('uint8'), img.transpose(2,0,1).transpose(1,2,0)): assert np.array_equal(np.array(D.as_image(a)), img)
 
 def test_modes_and_gradients_come_back(net):
     net = light('mit_b0', n_out=2).train(); net.decode_head.eval()
@@ -329,6 +355,42 @@ def test_confusion_picture_of_nineteen():
     assert all(a.y0>=b.y1-1 for a,b in zip(boxes, boxes[1:])), 'names of classes overlap'
     cell = left.get_window_extent().width/19
     assert all(t.get_window_extent().width<cell for t in left.texts if t.get_text()), 'a number is wider than its field'
+
+def test_one_logit_says_nothing(tmp_path):
+    "The largest of one is always the first: refused everywhere, with both numbers; the cure is the threshold at 0"
+    class Two(nn.Module):
+        def __init__(self, net): super().__init__(); self.net = net
+        def forward(self, x): z = self.net(x); return torch.cat([0*z, z], 1)
+    net,sp,img = Pixel(1),label_space(['no','yes']),picture(40,50)
+    dom = folder_of(tmp_path, [(32,32)], sp)
+    for f,n in ((lambda: I.predict(net, img), ':'), (lambda: I.predict(net, img, space=sp), ' and `own` 2 classes'), (lambda: I.predict(net, img, mode='slide', crop=32), ':'), (lambda: I.evaluate(net, dom, progress=False), ' and `.*` 2 classes'),
+                (lambda: I.predict_folder(net, dom.images[0], tmp_path/'o', sp, progress=False), ' and `.*` 2 classes'), (lambda: I.predict(net, img, space=label_space(['crack'])), ' and `.*` 1 class:.*name what is not')):
+        with pytest.raises(ValueError, match=f'The net has 1 logit a pixel{n}.*torch.cat') as e: f()
+    assert not (tmp_path/'o').exists() and I.logits(net, img).shape==(1,40,50)
+    assert np.array_equal(I.predict(Two(net), img, space=sp), (I.logits(net, img)[0]>0).numpy())
+
+@pytest.mark.parametrize('k', [2,4])
+def test_other_classes_than_the_data(k, tmp_path):
+    sp = label_space(['a','b','c']); dom = folder_of(tmp_path, [(32,32)], sp)
+    for f in (lambda: I.predict(Pixel(k), picture(40,50), space=sp), lambda: I.evaluate(Pixel(k), dom, progress=False), lambda: I.predict_folder(Pixel(k), dom.images[0], tmp_path/'o', sp, progress=False)):
+        with pytest.raises(ValueError, match=f'The net has {k} classes and `.*` has 3'): f()
+    assert not (tmp_path/'o').exists()
+
+@pytest.mark.parametrize('share', ['all','one'])
+@pytest.mark.parametrize('kw', [dict(), dict(mode='slide', crop=32), dict(size=64), dict(flip=True)], ids=str)
+def test_logits_that_are_nan(share, kw, tmp_path):
+    class Ill(Pixel):
+        def forward(self, x): z = self.c(x); z[..., 3, 5] = np.nan; return z
+    net = Ill(3)
+    if share=='all': net.c.bias.data[:] = np.nan
+    dom = folder_of(tmp_path, [(40,50)], label_space(['a','b','c']))
+    for f in (lambda: I.predict(net, picture(40,50), **kw), lambda: I.evaluate(net, dom, progress=False, **kw)):
+        with pytest.raises(ValueError, match="logits are NaN: its weights are no numbers"): f()
+
+def test_a_class_that_is_masked_by_infinity():
+    class Masked(Pixel):
+        def forward(self, x): z = self.c(x).clone(); z[:,1] = -np.inf; return z
+    assert 1 not in I.predict(Masked(3), picture(40,50))
 
 def test_evaluate_refuses(tmp_path, net):
     sp = space('minicity'); dom = folder_of(tmp_path, [(32,32)], sp)

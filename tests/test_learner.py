@@ -13,10 +13,11 @@ import pipa.show
 from pipa.callbacks import *
 from pipa.models import add_heads
 from pipa.data import folder, uda_dls
+from pipa.labels import LabelSpace
 from pipa.learner import *
 from pipa.losses import weighted_ce
 from pipa.metrics import confusion, miou
-from pipa.models import adapt, daformer, light
+from pipa.models import Feats, adapt, daformer, light
 from tiny import city, seed
 
 golden = Path(__file__).parent/'golden'
@@ -128,6 +129,25 @@ def test_a_compiled_net_has_the_same_groups():
     net = add_heads(light('mit_b0', n_out=3))
     want = [[id(p) for p in g] for g in param_groups(net)]
     assert len(want)==3 and [[id(p) for p in g] for g in param_groups(torch.compile(net))]==want
+
+def test_a_net_in_wrappers_has_the_same_groups():
+    net = add_heads(light('mit_b0', n_out=3))
+    want = [[id(p) for p in g] for g in param_groups(net)]
+    for o in (torch.nn.DataParallel(net), torch.nn.DataParallel(torch.compile(net))): assert [[id(p) for p in g] for g in param_groups(o)]==want
+    net.backbone = torch.compile(net.backbone)
+    assert [[id(p) for p in g] for g in param_groups(net)]==want
+
+def test_what_predicts_of_a_net_in_wrappers():
+    net = light('mit_b0', n_out=3); x = torch.randn(1,3,64,64)
+    with torch.no_grad(): want = net.eval()(x)
+    names = list(net.state_dict())
+    net.train(); add_heads(net)
+    part = deepcopy(net); part.backbone = torch.compile(part.backbone)
+    for o in (torch.compile(net), torch.nn.DataParallel(torch.compile(net)), part):
+        got = inference_net(o)
+        assert list(got.state_dict())==names and not got.training
+        with torch.no_grad(): assert torch.equal(got(x), want)
+    assert hasattr(net, 'project') and '_orig_mod' in str([*part.state_dict()])
 
 def test_rates_without_heads(home, tmp_path):
     "A net from elsewhere without our heads has no faster group, though it has norms"
@@ -399,3 +419,41 @@ def test_validation_of_another_size(home, tmp_path):
     with torch.no_grad(): z = learn.model.eval()(x)
     want = miou(confusion(torch.nn.functional.interpolate(z, (64,64), mode='bilinear').argmax(1), y, 11))
     assert math.isclose(v[3], want, abs_tol=1e-6) and math.isclose(v[4], want, abs_tol=1e-6), 'the teacher starts as a copy'
+
+# net and data
+
+class Plain(torch.nn.Module):
+    "A net that doesn't say how many classes it has"
+    widths,fused_dim = (8,),8
+    def __init__(self, k): super().__init__(); self.backbone,self.c = torch.nn.Conv2d(3, 8, 1, 4),torch.nn.Conv2d(8, k, 1)
+    def forward(self, x):
+        f = self.backbone(x); z = self.c(f)
+        return (z, Feats([f], f)) if self.training else torch.nn.functional.interpolate(z, x.shape[-2:])
+
+@pytest.mark.parametrize('n', [1, 5, 12])
+def test_a_net_of_other_classes_is_refused_at_once(n, home, tmp_path):
+    says = 'has 1 logit a pixel and `minicity` 11 classes' if n==1 else f'The net has {n} classes and `minicity` has 11: build the net with n_out=11'
+    net = light('mit_b0', n_out=n)
+    for o in (net, torch.compile(net), torch.nn.DataParallel(net), adapt(net, 'decode_head.linear_fuse.bn')):
+        with pytest.raises(ValueError, match=says): uda_learner(loaders(home), o, 'source', path=tmp_path)
+
+@pytest.mark.parametrize('n', [1, 5, 12])
+@pytest.mark.parametrize('method', ['source', 'self_training', 'daformer', 'minent', 'mic'])
+def test_a_net_that_says_nothing_is_refused_with_its_first_prediction(n, method, home, tmp_path):
+    says = 'has 1 logit a pixel and `minicity` 11 classes' if n==1 else f'The net has {n} classes and `minicity` has 11'
+    for f in (lambda l: l.fit(1), lambda l: l.validate(), lambda l: l.predict(l.dls.train.dataset.target.images[0])):
+        learn = uda_learner(loaders(home), Plain(n), method, path=tmp_path)
+        with pytest.raises(ValueError, match=says): quiet(f, learn, learn)
+
+def test_comparing_net_and_data_draws_nothing(home, tmp_path):
+    dls,net = loaders(home),light('mit_b0', n_out=11)
+    torch.manual_seed(5); want = torch.get_rng_state()
+    uda_learner(dls, net, 'source', path=tmp_path)
+    assert torch.equal(torch.get_rng_state(), want)
+    loss,z,y = SegLoss(n_out=3),torch.randn(2,3,4,4),torch.zeros(2,4,4).long()
+    assert torch.equal(loss(z, y), SegLoss()(z, y)) and torch.equal(SegLoss()(z, y), weighted_ce(z, y))
+
+def test_one_class_is_nothing_to_tell_apart(home, tmp_path):
+    g,r = [folder(home/d/'images', home/d/'masks', LabelSpace('thing', ['thing'], ids={i:0 if i==3 else 255 for i in range(11)})) for d in ('game', 'real')]
+    with pytest.raises(ValueError, match='has 1 logit a pixel and `thing` 1 class: .*name what is not of that class'):
+        uda_learner(uda_dls(g, r.unlabelled(), r, bs=2, size=(64,64), n=2, device='cpu'), 'light', 'source', path=tmp_path)

@@ -168,6 +168,135 @@ def test_unreadable(tmp_path):
     if os.access(f, os.R_OK): pytest.skip('this user may read everything')
     with pytest.raises(OSError): fl.read(f)
 
+# --- folders of Hugging Face in several files, and variants
+
+def cut(state, folder, index, name, write):
+    "Two files and an index, as `save_pretrained(max_shard_size=...)` leaves them"
+    folder.mkdir(exist_ok=True)
+    ks = sorted(state); files = {k:name.format(1+(i>=len(ks)//2)) for i,k in enumerate(ks)}
+    for f in {*files.values()}: write({k:state[k] for k in ks if files[k]==f}, folder/f)
+    (folder/index).write_text(json.dumps(dict(metadata=dict(total_size=1), weight_map=files)))
+    return folder
+
+shards = [('model.safetensors.index.json', 'model-0000{}-of-00002.safetensors', save_file), ('pytorch_model.bin.index.json', 'pytorch_model-0000{}-of-00002.bin', torch.save),
+          ('model.safetensors.index.fp16.json', 'model.fp16-0000{}-of-00002.safetensors', save_file), ('model.safetensors.index.fp16.json', 'model-0000{}-of-00002.fp16.safetensors', save_file)]
+
+@pytest.mark.parametrize('index,name,write', shards, ids=[o[1] for o in shards])
+def test_a_net_in_several_files(index, name, write, tmp_path):
+    net = segformer('mit_b0', 3, 16)
+    d = cut(to_hf(state(net)), tmp_path/'hub', index, name, write)
+    (d/'config.json').write_text(json.dumps(dict(id2label={'0':'sky', '1':'road', '2':'car'})))
+    for path in (d, d/index):
+        got,meta = ck.load(path)
+        assert same(state(got), state(net)) and ck.space_of(meta).codes==['sky','road','car']
+    next(d.glob('*00002-of*')).unlink()
+    with pytest.raises(FileNotFoundError, match='names 2 files, and `.*00002-of.*` isn.t there'): fl.read(d)
+
+@pytest.mark.parametrize('files,word', [(['model.fp16.safetensors'], None), (['pytorch_model.fp16.bin'], None), (['model.fp16.safetensors', 'pytorch_model.fp16.bin'], None), (['model.safetensors', 'model.fp16.safetensors'], None),
+                                        (['model.fp16.safetensors', 'model.bf16.safetensors'], 'several variants, model.bf16.safetensors, model.fp16.safetensors: name the file'), (['model-00001-of-00002.safetensors'], 'has none of the files')])
+def test_variants_of_precision(files, word, tmp_path):
+    for i,f in enumerate(files): (save_file if f.endswith('safetensors') else torch.save)({'w':torch.full((2,), float(i)).half()}, tmp_path/f)
+    if word is None: assert fl.read(tmp_path)[0]['w'].tolist()==[0,0]
+    else:
+        with pytest.raises(FileNotFoundError, match=word): fl.read(tmp_path)
+
+@pytest.mark.parametrize('text,word', [('', 'not the index'), ('[]', 'not the index'), ('{}', 'not the index'), ('{"weight_map": 3}', 'not the index'), ('{"weight_map": {"a": 3}}', 'not the index'), ('['*10**5, 'not the index'),
+    ('{"weight_map": {"a": "../a.safetensors"}}', 'not a file beside it'), ('{"weight_map": {"a": "/etc/passwd"}}', 'not a file beside it'), ('{"weight_map": {"a": ".."}}', 'isn.t there'),
+    ('{"weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}', 'the weight `b`, which is in none'), ('{"weight_map": {"a": "model.safetensors.index.json"}}', 'not a file of weights')])
+def test_an_index_of_strangers(text, word, tmp_path):
+    save_file({'a':torch.ones(1)}, tmp_path/'a.safetensors')
+    (tmp_path/'model.safetensors.index.json').write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=word) as e: fl.read(tmp_path)
+    assert str(tmp_path) in str(e.value) and '\n' not in str(e.value)
+
+# --- files that claim more than they hold
+
+def test_zips_that_unpack_to_a_thousand_times_their_size(tmp_path):
+    b = zipped(w, tmp_path/'w.pth').read_bytes()
+    for name,entry in (('pickle','x/data.pkl'), ('more','x/data/9')):
+        (tmp_path/name).write_bytes(b)
+        with zipfile.ZipFile(tmp_path/name, 'a', zipfile.ZIP_DEFLATED) as z: z.writestr(entry, bytes(30*10**6))
+        assert (tmp_path/name).stat().st_size<10**5
+        with pytest.raises(ValueError, match='would unpack to 30 MB') as e: fl.read(tmp_path/name)
+        assert str(tmp_path/name) in str(e.value)
+
+def test_a_zip_that_was_packed_again_is_fine(tmp_path):
+    with zipfile.ZipFile(zipped({'a':torch.randn(99,99), 'b':torch.zeros(99,99)}, tmp_path/'a.pth')) as a, zipfile.ZipFile(tmp_path/'b.pth', 'w', zipfile.ZIP_DEFLATED) as b:
+        for i in a.infolist(): b.writestr(i.filename, a.read(i))
+    assert same(*[fl.read(tmp_path/o)[0] for o in ('a.pth','b.pth')])
+
+@pytest.mark.parametrize('odd', [lambda: torch.zeros(1).expand(10**12), lambda: torch.zeros(3, 1).expand(3, 10**10), lambda: torch.zeros(9, device='meta'), lambda: torch.eye(3).to_sparse()])
+@pytest.mark.parametrize('write', [zipped, legacy])
+def test_tensors_that_are_larger_than_their_file(odd, write, tmp_path):
+    with pytest.raises(ValueError, match='x.pth'): fl.read(write(dict(w, odd=odd()), tmp_path/'x.pth'))
+
+def hollow(n, **more):
+    "A file that says it has n classes, and has not a single number of them"
+    s = segformer('mit_b0', 2, 16).state_dict()
+    return s | {'decode_head.linear_pred.weight':torch.zeros(n, 0, 1, 1), 'decode_head.linear_pred.bias':torch.zeros(0)} | more
+
+def test_a_billion_classes_take_no_memory(tmp_path):
+    save_file(hollow(10**9), tmp_path/'x')
+    with pytest.raises(ValueError, match="`.*x` doesn't fit this net"): ck.load(tmp_path/'x')
+    net = light(n_out=2)
+    for k,v in dict(n_out=10**9, dim=10**9).items():
+        with pytest.raises(ValueError, match="doesn't fit the net.*of another shape|asks for the net"): ck.load(ck.save(tmp_path/'y', net, spec=dict(net.spec, **{k:v})))
+
+@pytest.mark.parametrize('key,v', [('patch_embed1.proj.weight', torch.tensor(1.)), ('decode_head.linear_pred.weight', torch.ones(3)), ('decode_head.linear_pred.weight', torch.tensor(0.)), ('decode_head.linear_fuse.conv.weight', torch.ones(3)),
+                                   ('block1.0.attn.kv.weight', torch.tensor(2.)), ('norm1.bias', torch.ones(0))])
+@pytest.mark.parametrize('form', [to_official, to_hf, lambda s: s])
+def test_shapes_that_no_net_has(key, v, form, tmp_path):
+    s = form(segformer('mit_b0', 2, 16).state_dict())
+    net = segformer('mit_b0', 2, 16)
+    theirs = [k for k in s if k.endswith(key.replace('backbone.',''))] or [k for k in s if k.endswith(('classifier.weight','proj.weight'))][:1]
+    torch.save(s | {theirs[0]:v}, tmp_path/'x.pth')
+    for f in (lambda: ck.load(tmp_path/'x.pth'), lambda: wt.load_official(tmp_path/'x.pth', net)):
+        with pytest.raises(ValueError): f()
+
+# --- numbers that are none
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_weights_that_are_nan_are_refused_where_they_are_used(bad, tmp_path):
+    a,b,new = [segformer('mit_b0', 2, 16) for _ in range(3)]
+    b.decode_head.linear_pred.bias.data[1] = bad
+    f = zipped(dict(state_dict={f'{o}.{k}':v for o,n in (('model',a), ('ema_model',b)) for k,v in n.state_dict().items()}), tmp_path/'x.pth')
+    assert wt.load_official(f, new).ok and ck.load(f)[0]
+    before = state(new)
+    for load in (lambda: wt.load_official(f, new, 'teacher'), lambda: ck.load(f, which='teacher'), lambda: ck.load(ck.save(tmp_path/'y', b)), lambda: ck.load(ck.save_hf(tmp_path/'hf', b)), lambda: ck.load(ck.save_official(tmp_path/'z.pth', b))):
+        with pytest.raises(ValueError, match=r'holds NaN or infinite numbers, in 1 of its \d+ weights \(`decode_head.linear_pred.bias`') as e: load()
+        assert str(tmp_path) in str(e.value)
+    assert same(state(new), before)
+
+# --- names of wrappers
+
+wrapped = ['_orig_mod.', 'module.', 'module._orig_mod.', '_orig_mod.module.', 'model.', 'model._orig_mod.', 'model.module.', 'module.model._orig_mod.', '_fsdp_wrapped_module.']
+
+@pytest.mark.parametrize('pre,inner', [(p, ['', '_orig_mod.', 'module._orig_mod.'][i%3]) for i,p in enumerate(wrapped)])
+def test_names_of_wrappers_in_any_file(pre, inner, tmp_path):
+    net = segformer('mit_b0', 2, 16); s = net.state_dict()
+    forms = dict(ours=s, official=to_official(s), hub=to_hf(s))
+    writers = [lambda o, f: save_file({k:v.clone() for k,v in o.items()}, f), lambda o, f: torch.save(dict(state_dict=o, epoch=1), f), lambda o, f: torch.save(dict(pipa_checkpoint=1, student=o, opt={}), f)]
+    three = 'model.' in pre.replace('module.', '')   # the layout of the papers, with several nets in a file
+    for i,(k,form) in enumerate(forms.items()):
+        if k=='hub' and three: continue
+        named = {pre+n.replace('decode_head.', f'decode_head.{inner}').replace('backbone.', f'backbone.{inner}'):v for n,v in form.items()}
+        writers[(i+len(pre))%3](named, tmp_path/k)
+        assert same(state(ck.load(tmp_path/k)[0]), s)
+        if k=='ours' and not three: assert same(state(wt.load_into(segformer('mit_b0', 2, 16), named)), s)
+    new = nn.DataParallel(segformer('mit_b0', 2, 16))
+    assert wt.load_official(tmp_path/'official', new).ok and same(state(new.module), s)
+
+def test_a_part_that_is_called_module(tmp_path):
+    "A net of one's own may have such a part: it is found again, whoever wrote the file"
+    def own(): return nn.ModuleDict(dict(module=nn.Linear(2,2), top=nn.ModuleDict(dict(module=nn.Linear(2,2)))))
+    a,b = own(),own()
+    assert same(state(ck.load(ck.save(tmp_path/'x', a), net=b)[0]), state(a))
+    save_file(a.state_dict(), tmp_path/'y'); c = own()
+    assert wt.load_official(tmp_path/'y', c).ok and same(state(c), state(a))
+    two = nn.ModuleDict(dict(module=nn.Linear(2,2))); two.weight,two.bias = nn.Parameter(torch.ones(2,2)),nn.Parameter(torch.zeros(2))
+    new = nn.ModuleDict(dict(module=nn.Linear(2,2))); new.weight,new.bias = nn.Parameter(torch.zeros(2,2)),nn.Parameter(torch.zeros(2))
+    assert same(state(ck.load(ck.save(tmp_path/'z', two), net=new)[0]), state(two))   # `weight` and `module.weight` stay two
+
 # --- matching
 
 def test_report_names_everything():

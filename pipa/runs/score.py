@@ -31,8 +31,10 @@ def open_net(
     if teacher and file.suffix=='.safetensors' or file.is_dir() and of_run: file = own
     net,meta = export.load_graph(file) if file.suffix=='.onnx' else load(file, default_device(), which=which)
     if space_of(meta) is None:
-        raise ValueError(f"`{file}` doesn't say what its classes are: "
-                         "save it again with `pipa.checkpoints.save` and a `space`.")
+        why = f" ({meta['no_classes']})" if 'no_classes' in meta else ''
+        cure = ('export it again with a `space`' if file.suffix=='.onnx' else
+                f"save it again with names: `pipa_convert {file} --classes codes.txt`, a text file with a name a line")
+        raise ValueError(f"`{file}` doesn't say what its classes are{why}: {cure}.")
     return net,meta,space_of(meta),file
 
 # %% ../../nbs/runs/05_score.ipynb #e4000112

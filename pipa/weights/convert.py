@@ -10,19 +10,20 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from ..encoders import lite_state
-from .files import read
+from ..models import bare_names, bare_state, unwrapped
+from .files import finite, read
 from .names import our_names, one_net, gather, looks_like, as_call
 
 # %% auto #0
-__all__ = ['train_heads', 'Report', 'match', 'load_into', 'convert', 'load_named', 'load_official', 'find_pretrained',
-           'load_pretrained']
+__all__ = ['train_heads', 'Report', 'match', 'Misfit', 'fitting', 'load_into', 'convert', 'find_places', 'load_named',
+           'load_official', 'find_pretrained', 'load_pretrained']
 
 # %% ../../nbs/weights/02_convert.ipynb #wei00017
 def _list(names, n=3):
     "A few names, or, of many, how many begin alike"
     names = list(names)
     if len(names)<=n: return ', '.join(names)
-    groups = Counter(o.removeprefix('module.').split('.')[0] for o in names)
+    groups = Counter(o.split('.')[0] for o in bare_names(names))
     return ', '.join(f'{k}.* ({v})' if v>1 else k for k,v in groups.most_common(2*n)) + ' …'*(len(groups)>2*n)
 
 class Report(NamedTuple):
@@ -71,18 +72,31 @@ def match(
         left=[*left, *(names[k] for k in odd if k.startswith(train_heads))])
 
 # %% ../../nbs/weights/02_convert.ipynb #wei00023
+class Misfit(ValueError):
+    "Weights and net are not of one kind"
+
+def fitting(
+    net:nn.Module, # Parts of it may be in wrappers
+    state:dict # Tensors by name
+)->dict: # Tensors by the names of the net; raises `ValueError` when the two don't fit
+    "The weights of a net, if they are all there"
+    own,state = net.state_dict(),bare_state(state)
+    r = match(bare_state(own), state)
+    shapes = [f'{k} ({a}, the net has {b})' for k,(a,b) in r.mismatched.items()]
+    def few(o): return ', '.join(o[:3]) + (f' … ({len(o)} in all)' if len(o)>3 else '')
+    bad = [('missing', r.missing), ('unexpected', r.unexpected), ('of another shape', shapes)]
+    bad = '; '.join(f'{k}: {few(v)}' for k,v in bad if v)
+    if bad: raise Misfit(f"These weights are not those of this net; {bad}.")
+    names = bare_names(own)
+    return {names[k]:state[k] for k in r.mapped}
+
 def load_into(
     net:nn.Module, # Changed in place
     state:dict # Tensors by name
 )->nn.Module: # The same net; raises `ValueError` and leaves it as it was when the two don't fit
     "Copy weights into a net, all of them or none"
-    r = match(net.state_dict(), state)
-    shapes = [f'{k} ({a}, the net has {b})' for k,(a,b) in r.mismatched.items()]
-    def few(o): return ', '.join(o[:3]) + (f' … ({len(o)} in all)' if len(o)>3 else '')
-    bad = [('missing', r.missing), ('unexpected', r.unexpected), ('of another shape', shapes)]
-    bad = '; '.join(f'{k}: {few(v)}' for k,v in bad if v)
-    if bad: raise ValueError(f"These weights are not those of this net; {bad}.")
-    net.load_state_dict({k:state[k] for k in r.mapped}, strict=False)
+    inner = unwrapped(net)
+    inner.load_state_dict(fitting(inner, state), strict=False)
     return net
 
 # %% ../../nbs/weights/02_convert.ipynb #wei00026
@@ -105,20 +119,22 @@ def convert(
     "The tensors of one net of a file under our names"
     chosen = one_net(state, which, heads)
     names,flip = our_names(chosen)
-    new = gather({k:state[v] for k,v in chosen.items()}, names, flip)
+    try: new = gather({k:state[v] for k,v in chosen.items()}, names, flip)
+    except (RuntimeError, IndexError, TypeError) as e: raise ValueError(   # two halves that don't fit each other
+        f"The names are those of a net that is known here, but not the shapes ({e}): copy the file again.") from None
     return new,{k:' + '.join(chosen[o] for o in v) for k,v in names.items()}
 
 # %% ../../nbs/weights/02_convert.ipynb #wei00027
-def load_named(
-    model:nn.Module, # Whole net or encoder, changed in place
+def find_places(
+    model:nn.Module, # Whole net or encoder, parts of which may be in wrappers
     state:dict, # Tensors by the names of a file
     which:str='student', # See `load_official`
     heads:bool=False, # See `load_official`
     strict:bool=True, # See `load_official`
     file='weights' # Name of the file, for messages
-)->Report: # What went where
-    "Load tensors under whatever names into a net"
-    own,(new,names) = model.state_dict(),convert(state, which, heads)
+)->tuple: # Report, and the tensors by the names of the net
+    "Find out where the tensors of a file go in a net"
+    own,(new,names) = bare_state(model.state_dict()),convert(state, which, heads)
     place,keep = _place(new, own)
     full,names = ({place[k]:o[k] for k in place} for o in (new, names))
     used = {o for v in names.values() for o in v.split(' + ')}
@@ -128,7 +144,22 @@ def load_named(
     else: hint = f'It looks like {report.looks}, your net like {mine}: build the first and load again.'
     if strict and not report.ok: raise ValueError(
         f"`{file}` doesn't fit this net. {hint} With `strict=False` what fits is loaded.\n{report}")
-    model.load_state_dict({k:full[k] for k in report.mapped}, strict=False)
+    mine = bare_names(model.state_dict())
+    return report,finite({mine[k]:full[k] for k in report.mapped}, file)
+
+# %% ../../nbs/weights/02_convert.ipynb #wei0027b
+def load_named(
+    model:nn.Module, # Whole net or encoder, changed in place
+    state:dict, # Tensors by the names of a file
+    which:str='student', # See `load_official`
+    heads:bool=False, # See `load_official`
+    strict:bool=True, # See `load_official`
+    file='weights' # Name of the file, for messages
+)->Report: # What went where
+    "Load tensors under whatever names into a net"
+    net = unwrapped(model)
+    report,full = find_places(net, state, which, heads, strict, file)
+    net.load_state_dict(full, strict=False)
     return report
 
 def load_official(
@@ -177,7 +208,7 @@ def load_pretrained(
     source:bool|str|Path=True # `True`: where the weights of this encoder usually are; or a file
 )->nn.Module: # The same net
     "Give the encoder of `net` its ImageNet weights"
-    enc = getattr(net, 'backbone', net)
+    enc = getattr(unwrapped(net), 'backbone', unwrapped(net))
     arch = looks_like(enc.state_dict()).get('arch')
     if source is not True: load_official(source, enc)
     elif arch is None: raise ValueError("No ImageNet weights are known for this encoder: name a file of weights.")

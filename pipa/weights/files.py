@@ -4,7 +4,7 @@
 
 # %% ../../nbs/weights/00_files.ipynb #fil00002
 from __future__ import annotations
-import json, re, warnings, zipfile, zlib
+import json, os, re, warnings, zipfile, zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 # %% auto #0
-__all__ = ['Unread', 'checksum', 'find_file', 'read']
+__all__ = ['Unread', 'checksum', 'finite', 'find_file', 'read']
 
 # %% ../../nbs/weights/00_files.ipynb #wei00005
 _writers = '''mmcv mmengine mmseg addict numpy argparse pathlib yacs omegaconf lightning pytorch_lightning
@@ -46,6 +46,7 @@ def _refusal(file, e):
     "The sentence for a file that PyTorch didn't read"
     if 'torchscript' in str(e).lower():
         return f"`{file}` is a TorchScript program, not weights: save the net's `state_dict()` instead."
+    if isinstance(e, OverflowError): return str(e)
     asked = re.search(r'GLOBAL ([\w.]+)', str(e))
     if asked and asked[1].endswith('.Learner'): return (f"`{file}` is a learner that fastai pickled. "
         "Opening it could run any program, so it was not opened: take `weights.safetensors` of the run, "
@@ -60,17 +61,31 @@ def _refusal(file, e):
             f"({type(e).__name__}): copy it again.")
 
 # %% ../../nbs/weights/00_files.ipynb #wei0009b
+def _check_zip(file):
+    "Refuse a zip that would unpack to far more than it is, or that is damaged"
+    if not zipfile.is_zipfile(file): return
+    with zipfile.ZipFile(file) as z:
+        size = sum(o.file_size for o in z.infolist())
+        if size>20*os.path.getsize(file): raise OverflowError(
+            f"`{file}` would unpack to {size/1e6:.0f} MB, {size//os.path.getsize(file)} times its own size. "
+            "Weights don't shrink like that, so it was not opened: get the file from whom you trust.")
+        if bad := z.testzip(): raise OSError(f'checksum of {bad}')
+
 def _torch_file(file):
     "Tensors and the rest of a file of PyTorch"
     try:
-        if zipfile.is_zipfile(file) and (bad := zipfile.ZipFile(file).testzip()): raise OSError(f'checksum of {bad}')
+        _check_zip(file)
         d = _load(file)
     except Exception as e: raise ValueError(_refusal(file, e)) from None
     top = d if isinstance(d, Mapping) else {}
-    usual = 'state_dict','model_state_dict','model','net'
+    usual = 'state_dict','model_state_dict','model','net','student'
     inner = next((top[k] for k in usual if isinstance(top.get(k), Mapping)), top)
-    state = {k:v.detach() for k,v in inner.items() if isinstance(v, torch.Tensor)}
+    state = {k:v.detach() for k,v in inner.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not state: raise ValueError(f"`{file}` holds no weights, but {', '.join(map(str, top)) or type(d).__name__}.")
+    def odd(v): return v.is_meta or v.layout!=torch.strided or v.nbytes>20*os.path.getsize(file)
+    if bad := [k for k,v in state.items() if odd(v)]: raise ValueError(
+        f"`{file}` says that `{bad[0]}` has the shape {tuple(state[bad[0]].shape)}, and holds fewer numbers than that: "
+        "it is damaged, or made to do damage. Copy it again, from whom you trust.")
     return state,{} if inner is top else {k:v for k,v in top.items() if v is not inner}
 
 # %% ../../nbs/weights/00_files.ipynb #wei00010
@@ -96,29 +111,81 @@ def _safe_file(file):
         raise ValueError(f"`{file}` is damaged, its weights are not those that were written: copy it again.")
     return state,meta
 
+# %% ../../nbs/weights/00_files.ipynb #fin00002
+def finite(
+    state:dict, # Tensors by name
+    file='weights' # Where they are from, for the message
+)->dict: # `state`; raises a `ValueError` if one of them holds NaN or ∞
+    "Weights that are numbers"
+    bad = [k for k,v in state.items() if v.is_floating_point() and not (v.float()<torch.inf).all()]
+    if not bad: return state
+    raise ValueError(f"`{file}` holds NaN or infinite numbers, in {len(bad)} of its {len(state)} weights "
+                     f"(`{bad[0]}` …): the training that wrote it went wrong. Take an earlier file, or train again.")
+
 # %% ../../nbs/weights/00_files.ipynb #wei00012
+def _variants(folder):
+    "Files of a folder of Hugging Face that has variants alone, such as half precision"
+    for o in ('model.safetensors', 'pytorch_model.bin'):
+        stem,end = o.split('.')
+        one = [p for p in folder.glob(f'{stem}.*.{end}') if not re.search(r'-\d+-of-\d+', p.name)]
+        if found := sorted([*folder.glob(f'{o}.index.*.json'), *one]): return found
+    return []
+
 def find_file(
     path:str|Path, # A file, or a folder with one in it
     which:str='student' # In a folder of `pipa_train`, 'student' or 'teacher'
-)->Path: # Raises `FileNotFoundError`
+)->Path: # Of weights, or the index of several; raises `FileNotFoundError`
     "The file of weights that is meant"
     path,first = Path(path),'teacher' if which=='teacher' else 'weights'
-    names = [f'{first}.safetensors', 'model.safetensors', 'pytorch_model.bin']
-    if path.is_dir(): path = next((path/o for o in names if (path/o).is_file()), path)
-    if path.is_dir(): raise FileNotFoundError(
-        f"The folder `{path}` has none of the files {', '.join(names)}: name a file.")
+    hub = [o+e for o in ('model.safetensors', 'pytorch_model.bin') for e in ('', '.index.json')]
+    names = [f'{first}.safetensors', *hub]
+    if path.is_dir():
+        found = [path/o for o in names if (path/o).is_file()][:1] or _variants(path)
+        if len(found)>1: raise FileNotFoundError(
+            f"The folder `{path}` has several variants, {', '.join(o.name for o in found)}: name the file.")
+        if not found: raise FileNotFoundError(
+            f"The folder `{path}` has none of the files {', '.join(names)}: name a file.")
+        path = found[0]
     if not path.is_file(): raise FileNotFoundError(f"There is no file `{path}`: check the path.")
     return path
 
+# %% ../../nbs/weights/00_files.ipynb #shd00002
+def _one(file):
+    with open(file, 'rb') as f: start = f.read(9)
+    return (_safe_file if start[8:]==b'{' else _torch_file)(file)
+
+def _parts(index):
+    "Tensors of a net that is cut into several files"
+    try:
+        where = json.loads(index.read_text(encoding='utf8'))['weight_map']
+        files = sorted({*where.values()})
+        bad = [o for o in files if Path(o).name!=o]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError): raise ValueError(
+        f"`{index}` is not the index of a net in several files: copy it again.") from None
+    if bad: raise ValueError(f"`{index}` names `{bad[0]}`, which is not a file beside it: it was not opened.")
+    if lost := [o for o in files if not (index.parent/o).is_file()]: raise FileNotFoundError(
+        f"`{index}` names {len(files)} files, and `{lost[0]}` isn't there: copy it, too.")
+    state = {k:v for o in files for k,v in _one(index.parent/o)[0].items()}
+    if lost := [k for k in where if k not in state]: raise ValueError(
+        f"`{index}` names the weight `{lost[0]}`, which is in none of its files: copy them again.")
+    return state,{}
+
+def _config(file):
+    "What Hugging Face says of a net in the file beside it"
+    try: config = json.loads(file.read_text(encoding='utf8'))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"`{file}` is no JSON ({e}): copy it again, or delete it.") from None
+    if isinstance(config, dict): return config
+    raise ValueError(f"`{file}` is a {type(config).__name__} and not names with values: copy it again, or delete it.")
+
+# %% ../../nbs/weights/00_files.ipynb #shd00003
 def read(
     file:str|Path, # Safetensors or PyTorch, or a folder with such a file, see `find_file`
     which:str='student' # In a folder of `pipa_train`, 'student' or 'teacher'
 )->tuple: # Tensors by name, and a dict of what else is written; raises `ValueError` or `FileNotFoundError`
     "Read a file of weights without running it"
     file = find_file(file, which)
-    with open(file, 'rb') as f: start = f.read(9)
-    state,meta = (_safe_file if start[8:]==b'{' else _torch_file)(file)
+    cut = file.suffix=='.json' and '.index.' in file.name
+    state,meta = _parts(file) if cut else _one(file)
     config = file.with_name('config.json')
-    if 'pipa_format' in meta or not config.is_file(): return state,meta
-    try: return state,dict(meta, config=json.loads(config.read_text(encoding='utf8')))
-    except ValueError as e: raise ValueError(f"`{config}` is no JSON ({e}): copy it again, or delete it.") from None
+    return state,meta if 'pipa_format' in meta or not config.is_file() else dict(meta, config=_config(config))

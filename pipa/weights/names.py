@@ -8,6 +8,7 @@ import re, torch
 from fastcore.basics import listify
 from ..mit import mit_sizes
 from ..encoders import from_lite
+from ..models import bare_names, bare_state
 
 # %% auto #0
 __all__ = ['names_hf', 'extra_heads', 'rename', 'hf_names', 'flip_maps', 'gather', 'from_hf', 'to_hf', 'our_names', 'to_official',
@@ -95,6 +96,7 @@ def from_hf(
     state_dict:dict # Of `SegformerModel`, `SegformerForSemanticSegmentation` or `SegformerForImageClassification`
 )->dict: # Names of a `segformer` or, without a decode head, a bare `mit`; raises `ValueError` for other nets
     "Tensors of transformers' SegFormer under our names"
+    state_dict = bare_state(state_dict)
     if not any('patch_embeddings.' in k for k in state_dict): raise ValueError(
         f"These aren't the names of a SegFormer of Hugging Face: {', '.join(list(state_dict)[:3])} … "
         "For other files there is `load_official`.")
@@ -107,7 +109,7 @@ def to_hf(
 )->dict: # Raises `ValueError` for a name that SegFormer hasn't got
     "Tensors of our SegFormer under the names of Hugging Face"
     res = {}
-    for k,v in state_dict.items():
+    for k,v in bare_state(state_dict).items():
         for key,w in zip([k.replace('.kv.', f'.{o}.') for o in 'kv'], v.chunk(2)) if '.kv.' in k else [(k, v)]:
             name = rename(key.removeprefix('backbone.'), 0, 1+memory)
             if name is None: raise ValueError(f"`{k}` has no name at Hugging Face: of our nets only `segformer`, "
@@ -140,7 +142,7 @@ def to_official(
 )->dict: # The same, but for a SegFormer head
     "The tensors under the names of the papers' releases"
     def theirs(k): return re.sub(r'^decode_head\.linear_c\.(\d)\.', lambda m: f'decode_head.linear_c{int(m[1])+1}.', k)
-    return {theirs(k):flip_maps(v) if k==_fuse else v for k,v in state.items()}
+    return {theirs(k):flip_maps(v) if k==_fuse else v for k,v in bare_state(state).items()}
 
 # %% ../../nbs/weights/01_names.ipynb #nam00024
 _nets = dict(student='model.', teacher='ema_model.', imnet='imnet_model.')
@@ -153,14 +155,14 @@ def one_net(
 )->dict: # Names inside that net, and the name in the file; raises `ValueError` if it isn't there
     "Choose one of the nets in a file"
     if which not in _nets: raise ValueError(f"No net of a file is called `{which}`: choose one of {', '.join(_nets)}.")
-    bare = {k.removeprefix('module.'):k for k in keys}
+    bare = bare_names(keys)
     there = [o for o,start in _nets.items() if any(k.startswith(start) for k in bare)]
     if which not in (there or ['student']): raise ValueError(
         f"There is no {which} in this file, which holds {' and '.join(there) or 'one net'}: "
         f"choose {' or '.join(there) or 'student'}.")
     start = _nets[which] if there else ''
-    mine = [k for k in bare if k.startswith((start, *extra_heads))]
-    bare = {k.removeprefix(start).removeprefix('module.'):bare[k] for k in mine}
+    mine = [k for k in bare if k.startswith((start, *extra_heads)) and k!='n_averaged']   # a count of torch's own
+    bare = {k.removeprefix(start):bare[k] for k in mine}
     return {k:v for k,v in bare.items() if heads or not k.startswith(extra_heads)}
 
 # %% ../../nbs/weights/01_names.ipynb #nam00028
@@ -169,7 +171,7 @@ def _encoder_of(state):
     if 'layer3.22.conv1.weight' in state: return 'resnet101'
     widths,depths = [],[]
     while (k := f'patch_embed{len(widths)+1}.proj.weight') in state:
-        widths.append(len(state[k]))
+        widths.append(len(state[k]) if state[k].ndim else 0)
         depths.append(len({n.split('.')[1] for n in state if n.startswith(f'block{len(widths)}.')}))
     return next((k for k,v in mit_sizes.items() if v==(tuple(widths), tuple(depths))), None)
 
@@ -179,12 +181,13 @@ def looks_like(
     state:dict # Tensors by our names
 )->dict: # `make`, the name of the function that builds such a net, with its arguments; empty if nothing is recognised
     "Recognise a net by the names and shapes of its weights"
+    state = bare_state(state)
     body = {k.removeprefix('backbone.'):v for k,v in state.items()}
     arch = _encoder_of(body)
     for k,make in _heads.items() if arch else ():
-        if (w := state.get(f'decode_head.{k}.weight')) is not None:
+        if (w := state.get(f'decode_head.{k}.weight')) is not None and w.ndim==4:
             if make=='deeplabv2': return dict(make=make, n_out=len(w))
-            one = len(state.get('decode_head.scale_attention.conv_seg.weight', w))<len(w)
+            one = state.get('decode_head.scale_attention.conv_seg.weight', w).shape[:1]<w.shape[:1]
             return dict(make=make, arch=arch, n_out=len(w), dim=w.shape[1], **dict(classwise=False) if one else {})
     return dict(make=dict(resnet101='ResNetV1c', lite0='lite').get(arch, 'mit'), arch=arch) if arch else {}
 
