@@ -320,8 +320,10 @@ def upright(
 class MaskOf(Transform):
     "The mask that belongs to an image path"
     def __init__(self, domain): # Labelled `Domain`
-        self.masks,self.how = {str(i):m for i,m in zip(domain.images, domain.masks)},(domain.space, domain.spare)
-    def encodes(self, o:Path): return TensorMask(torch.from_numpy(labels_of(o, self.masks[str(o)], *self.how)))
+        self.space,self.ease = domain.space,domain.spare
+        self.masks = {str(i):m for i,m in zip(domain.images, domain.masks)}
+    def encodes(self, o:Path):
+        return TensorMask(torch.from_numpy(labels_of(o, self.masks[str(o)], self.space, self.ease)))
 
 # %% ../nbs/12_data.ipynb #d9d4f495
 class EvalDL(TfmdDL):
