@@ -8,7 +8,7 @@ from .basics import between, one_line, wait_briefly, writable
 wait_briefly()
 import warnings
 warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
-import os, shlex, sys
+import os, re, shlex, sys
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -19,26 +19,45 @@ from .data import codes_space
 from .checkpoints import load, load_official, save, save_hf, save_official, space_of
 from .sets.named import domains
 from .runs.options import options, parse_size, parser, possible, taking
-from .runs.plan import keys_of, plan, quiet_key, run_all, words
+from .runs.plan import *
 from .runs.record import versions
 from .runs.run import new_folder, run_command
 from .runs.score import eval_domain, open_net, write_scores
 
 # %% auto #0
-__all__ = ['sentences', 'pipa_train', 'pipa_eval', 'pipa_export', 'pipa_predict', 'pipa_convert', 'pipa_study', 'pipa_check']
+__all__ = ['of_system', 'sentences', 'pipa_train', 'pipa_eval', 'pipa_export', 'pipa_predict', 'pipa_convert', 'pipa_study',
+           'pipa_check']
 
 # %% ../nbs/31_cli.ipynb #aab32389
+_memory = 'The memory of this machine is full: try a smaller --bs, --size or --net, --lean, or fewer --workers.'
+_killed = """A process that loads or draws images was killed, most often because memory is full: take fewer --workers,
+or a smaller --bs or --size. A training goes on from its last checkpoint with --resume.""".replace('\n', ' ')
+_system = {r'DataLoader worker .* is killed by|exited unexpectedly|process pool was terminated': _killed,
+           r"can't allocate memory|not enough memory|bad_?alloc|annot allocate memory|can't start new thread": _memory}
+
+def of_system(
+    e:BaseException # Any
+)->str|None: # A sentence, or `None`
+    "What an error means that isn't about the program but about the machine"
+    if isinstance(e, MemoryError): return _memory
+    if isinstance(e, (ConnectionError, EOFError)): return _killed   # no one else is talked to
+    return next((v for k,v in _system.items() if re.search(k, str(e))), None)
+
+# %% ../nbs/31_cli.ipynb #hd000502
 @contextmanager
 def sentences():
     "Turn an error about an argument or a file into one line"
     try: yield
     except (ValueError, OSError, KeyError, NotImplementedError, ImportError, FloatingPointError) as e:
         if os.environ.get('PIPA_DEBUG'): raise
-        sys.exit(f'pipa: {one_line(e)}')
+        sys.exit(f'pipa: {of_system(e) or one_line(e)}')
     except torch.OutOfMemoryError as e:
         if os.environ.get('PIPA_DEBUG'): raise
         sys.exit('pipa: The memory of the device is full: '
                  f'try a smaller --bs, --size or --net, or --lean ({one_line(e)}).')
+    except (RuntimeError, MemoryError, EOFError) as e:
+        if os.environ.get('PIPA_DEBUG') or not (said := of_system(e)): raise
+        sys.exit(f'pipa: {said}')
     except KeyboardInterrupt as e:
         print(f'pipa: {e.args[0]}' if e.args else 'pipa: stopped', file=sys.stderr)
         sys.exit(130)
@@ -199,10 +218,10 @@ def pipa_study(
         have,all_ = keys_of(table),plan(methods, seeds, terms, sweep, [f'--size={size}', *words(args)])
         todo = [(n,a) for n,a in all_ if quiet_key(a) not in have]
         for _,a in todo: possible(AttrDict(vars(parser().parse_args(a))))
-    print(f'{len(all_)-len(todo)} of {len(all_)} runs are in {table}')
-    if todo and '--data' not in args:   # MiniCity is drawn once, before the runs
-        for o in ('oracle', 'pipa'): domains('minicity', o, parse_size(size))
-    run_all(todo, table, runs, jobs)
+        print(f'{len(all_)-len(todo)} of {len(all_)} runs are in {table}')
+        if todo and '--data' not in args:   # MiniCity is drawn once, before the runs
+            for o in ('oracle', 'pipa'): domains('minicity', o, parse_size(size))
+        run_all(todo, table, runs, jobs)
 
 # %% ../nbs/31_cli.ipynb #c4ec0002
 @call_parse

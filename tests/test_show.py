@@ -115,3 +115,26 @@ def test_iou_bars():
     assert np.allclose(sorted(h for h in hs if h>0), [50,50,100*10/15,100*10/15])
     with pytest.raises(ValueError): S.iou_bars({}, ['x'])
     with pytest.raises(ValueError): S.iou_bars({'a': cm}, ['x','y'])
+
+# names from elsewhere
+
+hostile = [r'$\frac{$', '$x$', '_hidden', r'$\mathdefault{\frac{}$', '%s {0} \\', 'a\nb', '-1', '\U0001f697']
+
+@pytest.mark.filterwarnings('ignore:Glyph')
+@pytest.mark.parametrize('usetex', [False, True])
+def test_names_are_text_in_every_picture(tmp_path, usetex):
+    "Formulas, TeX and what matplotlib hides: in legends, titles, at axes, and in a sentence"
+    from pipa.check import class_picture
+    from pipa.runs.tables import sentence
+    sp = label_space(hostile); k = sp.n; y = np.arange(k).repeat(32*64//k).reshape(32, 64); cm = torch.eye(k).long()*9+1
+    with matplotlib.rc_context({'text.usetex': usetex}):
+        figs = [D.show_seg(picture(), y, sp, title=hostile[0]), S.result_picture([picture()], [y], {hostile[0]: y}, sp), S.iou_bars({hostile[0]: cm}, sp.codes), S.confusion_picture(cm, sp), sentence(hostile[0]),
+                D.grid([[picture()]], [hostile[3]])]
+        for i,f in enumerate(figs): f.to_png(tmp_path/f'{i}.png'); assert f._repr_png_()[1:4]==b'PNG'
+    assert legend(figs[0])==legend(figs[1])==hostile
+    assert [t.get_text() for t in figs[3].axes[0].get_yticklabels()]==hostile
+    assert not [t for f in figs for t in f.findobj(matplotlib.text.Text) if t.get_parse_math() or t.get_usetex()]
+
+def test_powers_of_ten_stay_formulas():
+    fig = D.Fig(); ax = fig.subplots(); ax.loglog([1e-3,1e6], [1,1e3]); fig._repr_png_()
+    assert any(t.get_parse_math() and '10^{' in t.get_text() for t in ax.get_xticklabels())
