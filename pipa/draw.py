@@ -31,7 +31,9 @@ class Fig(Figure):
     def draw(self, renderer):
         "Draw; what stands between dollar signs is text"
         for o in (o for ax in self.axes for o in (ax.xaxis, ax.yaxis)): o.get_ticklabels(which='both')   # there by now
-        for t in self.findobj(Text): t.set(parse_math=bool(_power.fullmatch(t.get_text())), usetex=False)
+        for t in self.findobj(Text):   # names of files may hold bytes that are no text
+            said = t.get_text().encode('utf8', 'replace').decode()
+            t.set(text=said, parse_math=bool(_power.fullmatch(said)), usetex=False)
         super().draw(renderer)
 
     def _repr_png_(self):

@@ -137,6 +137,9 @@ def test_names_are_text_in_every_picture(tmp_path, usetex):
     texts = [t for f in figs for t in f.findobj(matplotlib.text.Text)]
     assert not [t for t in texts if t.get_usetex() or t.get_parse_math() and not re.fullmatch(r'\$\\mathdefault\{-?[\d.]*\}\$', t.get_text())]
 
+def test_bytes_that_are_no_text_stand_as_a_mark():
+    fig = D.grid([[picture()]], ['\udce9.png']); assert fig._repr_png_()[1:4]==b'PNG' and fig.axes[0].get_title()=='?.png'
+
 def test_powers_of_ten_stay_formulas():
     fig = D.Fig(); ax = fig.subplots(); ax.loglog([1e-3,1e6], [1,1e3]); fig._repr_png_()
     assert any(t.get_parse_math() and '10^{' in t.get_text() for t in ax.get_xticklabels())
