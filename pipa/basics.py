@@ -12,8 +12,8 @@ from numbers import Real
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['between', 'one_of', 'writable', 'to_disk', 'write_file', 'sweep_folder', 'no_formulas', 'cache_home', 'keep_file',
-           'stamp', 'end_with', 'install_command', 'need', 'one_line', 'waiting', 'wait_briefly']
+__all__ = ['between', 'one_of', 'writable', 'to_disk', 'write_file', 'sweep_folder', 'no_formulas', 'cache_home', 'stamp',
+           'end_with', 'install_command', 'need', 'one_line', 'keep_file', 'waiting', 'wait_briefly']
 
 # %% ../nbs/00_basics.ipynb #lim00006
 def between(
@@ -135,22 +135,6 @@ def cache_home()->Path:
     try: return Path.home()/'.cache/pipa'
     except RuntimeError: return Path(_for_now().name)
 
-_told = set()
-
-def keep_file(
-    file:Path, # Where to, in a cache
-    write # Called with an open binary file
-)->bool: # Was it written? If the disk doesn't take it, a line says so once for each folder
-    "Write what can be made again, see `write_file`; a disk that doesn't take it is no error"
-    try: write_file(file, write, sync=False)
-    except OSError as e:
-        home = str(Path(file).parent)
-        said = f'pipa: Nothing can be kept, so it is made each time. {one_line(e)}'
-        if home not in _told: print(said, file=sys.stderr)
-        _told.add(home)
-        return False
-    return True
-
 # %% ../nbs/00_basics.ipynb #hd00000a
 def stamp(
     files, # Paths, flat or nested
@@ -165,10 +149,11 @@ def stamp(
     return hashlib.sha256(json.dumps([one(files), *more]).encode()).hexdigest()[:24]
 
 # %% ../nbs/00_basics.ipynb #hd000008
+@lru_cache
 def end_with(
     parent:int # Number of the process that this one works for
 ):
-    "In a process that helps: end when the other one has ended, whichever way"
+    "In a process that helps: end when the other one has ended, whichever way; a second call does nothing"
     def watch():
         while os.getppid()==parent: time.sleep(1)
         os._exit(1)
@@ -217,6 +202,23 @@ def one_line(
     if isinstance(e, OSError) and e.errno in _cures:
         return (f'`{e.filename}`: ' if e.filename else '')+_cures[e.errno]+'.'*(e.errno!=errno.ENOENT)
     return text.splitlines()[0]
+
+# %% ../nbs/00_basics.ipynb #hd00000c
+_told = set()
+
+def keep_file(
+    file:Path, # Where to, in a cache
+    write # Called with an open binary file
+)->bool: # Was it written? If the disk doesn't take it, a line says so once for each folder
+    "Write what can be made again, see `write_file`; a disk that doesn't take it is no error"
+    try: write_file(file, write, sync=False)
+    except OSError as e:
+        home = str(Path(file).parent)
+        said = f'pipa: Nothing can be kept, so it is made each time. {one_line(e)}'
+        if home not in _told: print(said, file=sys.stderr)
+        _told.add(home)
+        return False
+    return True
 
 # %% ../nbs/00_basics.ipynb #e0739f34
 def waiting(
