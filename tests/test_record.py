@@ -1,5 +1,5 @@
 "A run folder tells what it was made of, and a run is made again from it to the bit, with other workers, too"
-import json, math, os, shutil, subprocess, sys
+import json, math, os, shutil, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
@@ -121,6 +121,17 @@ def test_a_damaged_repository_is_none(repo, break_):
 @pytest.mark.parametrize('data', [b'', b'DIRC', b'DIRC'+b'\xff'*8, b'DIRC\0\0\0\2'+b'\xff'*4, b'DIRC\0\0\0\4\0\0\0\1'+b'\x80'*99])
 def test_a_damaged_index_is_a_change(repo, data):
     (repo/'.git/index').write_bytes(data); assert record.revision(repo)==git(repo, 'rev-parse', 'HEAD')+'+'
+
+def test_an_index_that_never_ends(repo):
+    "Paths that grow with each entry, and one large file that is listed a million times, are given up"
+    entry = bytes(62)
+    grow = b'DIRC\0\0\0\4\0\1\0\0' + (entry+b'\0'+b'x'*999+b'\0')*65536
+    big = (repo/'big'); big.write_bytes(bytes(1<<25)); s = os.stat(big)
+    import hashlib, struct
+    one = struct.pack('>10I', 0, 0, 1, 0, 0, 0, 0o100644, 0, 0, s.st_size)+hashlib.sha1(b'blob %d\0' % s.st_size+bytes(1<<25)).digest()+struct.pack('>H', 3)+b'big\0'
+    one += bytes(-len(one)%8)
+    for data in (grow, b'DIRC\0\0\0\2\0\1\0\0'+one*65536):
+        (repo/'.git/index').write_bytes(data); t = time.process_time(); assert record.revision(repo).endswith('+') and time.process_time()-t<10
 
 # what people write into config.json
 

@@ -285,9 +285,11 @@ def run_all(
                 if out and not row: print(f"{' with seed '.join(name.split('_seed', 1))} failed, see {out}.log")
     except (KeyboardInterrupt, SystemExit) as e:
         said = 'pipa: Stopped. Runs that were under way have kept their state: the same command goes on.'
+        print(flush=True)   # after the bar
         print(said, file=sys.stderr)
         raise SystemExit(getattr(e, 'code', 130)) from None
     bad,others = [[n for n,out in lost if bool(out)==failed] for failed in (True, False)]
     said = [f'{len(bad)} of {len(todo)} runs failed, see above']*bool(bad)
     if others: said.append(f"another process is working on {', '.join(others)}, which this one has left out")
+    print(flush=True)
     if said: sys.exit(f"pipa: {'; '.join(said)}. The same command does what is missing.")

@@ -106,6 +106,7 @@ def _entries(data, n):
         if version==4: cut,end = _number(data, end)
         stop = data.index(b'\0', end)
         path = (path[:len(path)-cut] if version==4 else b'') + data[end:stop]
+        if len(path)>4096: raise ValueError('no system has such paths')
         yield fields,data[at+40:at+40+n],flags,more,path
         at = stop+1 if version==4 else at+(stop-at+8)//8*8
     yield data[at:-n]
@@ -126,8 +127,8 @@ def _is_blob(file, s, code):
     hash_ = hashlib.sha1 if len(code)==20 else hashlib.sha256
     return code in (hash_(b'blob %d\0' % len(o) + o).digest() for o in (data, data.replace(b'\r\n', b'\n')))
 
-def _as_known(root, entry, since):
-    "Is a file what the index says? `since` is when the index was written: a later file is read"
+def _as_known(root, entry, since, room):
+    "Is a file what the index says? `since` is when it was written: a later file is read, as long as there is `room`"
     (*_,sec,nano,_,_,mode,_,_,size),code,flags,more,path = entry
     kind = mode & 0o170000
     if flags & 0x8000 or more & 0x4000 or kind in (0o160000, 0o040000): return True   # git doesn't look either
@@ -136,7 +137,8 @@ def _as_known(root, entry, since):
     if stat.S_IFMT(s.st_mode)!=kind or size and size!=s.st_size & 0xffffffff: return False
     time = sec*10**9+nano
     if size and time==s.st_mtime_ns and time<since: return True
-    return _is_blob(file, s, code)
+    room[0] -= s.st_size
+    return room[0]>0 and _is_blob(file, s, code)
 
 def _tree_of(shared, commit):
     "The hash of the tree of a commit, if it has a file of its own"
@@ -156,13 +158,13 @@ def _parts(data):
 
 def _unchanged(root, own, shared, commit):
     "Are all files those of the commit? If it can't be told, they aren't"
-    data,n = _bytes(own/'index'),len(commit)//2
+    data,n,room = _bytes(own/'index'),len(commit)//2,[1<<30]
     try:
-        *files,rest = _entries(data, n)
         since = os.stat(own/'index').st_mtime_ns
-        if not all(_as_known(root, o, since) for o in files): return False
+        for o in _entries(data, n):
+            if isinstance(o, tuple) and not _as_known(root, o, since, room): return False
     except (OSError, ValueError, struct.error, IndexError): return False
-    parts = _parts(rest)
+    parts = _parts(o)
     tree = parts.get(b'TREE', b'')   # of the whole index; -1 when something was added since the last commit
     said = re.match(rb'\0\d+ \d+\n', tree)
     if not said or b'link' in parts: return False
