@@ -4,9 +4,9 @@
 
 # %% ../nbs/00_basics.ipynb #lim00003
 from __future__ import annotations
-import errno, hashlib, json, math, os, re, shutil, sys
+import errno, hashlib, json, math, os, re, secrets, shutil, sys, tempfile, threading, time
 from contextlib import contextmanager
-from functools import wraps
+from functools import lru_cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import get_all_start_methods, get_start_method
@@ -16,8 +16,9 @@ from fastcore.basics import patch
 from fastcore.script import call_parse
 
 # %% auto #0
-__all__ = ['between', 'one_of', 'at_home', 'writable', 'write_file', 'cache_home', 'stamp', 'forks', 'install_command', 'need',
-           'harmless', 'one_line', 'Console', 'telling', 'of_system', 'sentences', 'command', 'waiting', 'wait_briefly']
+__all__ = ['between', 'one_of', 'at_home', 'writable', 'to_disk', 'write_file', 'sweep_folder', 'no_formulas', 'cache_home',
+           'stamp', 'forks', 'end_with', 'install_command', 'need', 'harmless', 'one_line', 'Console', 'telling',
+           'of_system', 'sentences', 'command', 'keep_file', 'waiting', 'wait_briefly']
 
 # %% ../nbs/00_basics.ipynb #lim00006
 def between(
@@ -79,24 +80,81 @@ def writable(
     return path
 
 # %% ../nbs/00_basics.ipynb #a951801e
+def _force(fd):
+    try: os.fsync(fd)
+    except OSError as e:
+        if e.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT): raise   # any other: there is no disk behind it
+
+def to_disk(
+    path:str|Path # A file, or a folder for the names in it
+):
+    "Force what was written to disk, where the system can"
+    how = os.O_RDONLY if os.name=='posix' else os.O_RDWR
+    try: fd = os.open(path, how)
+    except OSError: return   # a folder that may be written and not read, or any on Windows
+    try: _force(fd)
+    finally: os.close(fd)
+
+def _written(tmp, write, sync):
+    with open(tmp, 'xb') as f:
+        write(f)
+        f.flush()
+        if sync: _force(f.fileno())
+
+# %% ../nbs/00_basics.ipynb #hd000009
 def write_file(
     file:Path, # Where to
-    write # Called with an open binary file
+    write, # Called with an open binary file
+    sync:bool=True # Force it to disk? Not needed for what can be made again
 ):
-    "Write a file whole or not at all: beside its place first, then renamed"
+    "Write a file whole or not at all: beside its place and to disk first, then renamed"
     file = Path(file)
-    tmp = file.with_name(f'.{file.name}.{os.getpid()}')
+    tmp = file.with_name(f'.{file.name[:40]}.{secrets.token_hex(8)}')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, 'wb') as f: write(f)
+        _written(tmp, write, sync)
         os.replace(tmp, file)
+    except OSError as e:
+        if e.errno and e.filename in (None, str(tmp)): e.filename,e.filename2 = str(file),None
+        raise
     finally: tmp.unlink(missing_ok=True)
+    if sync: to_disk(file.parent)
+
+# %% ../nbs/00_basics.ipynb #hd000002
+def sweep_folder(
+    folder # Of which no other process is writing to
+)->list: # Names of the files that are gone
+    "Remove what processes left beside their files when they were killed"
+    left = [o for o in Path(folder).iterdir() if re.fullmatch(r'\..{1,40}\.[0-9a-f]{16}', o.name) and o.is_file()]
+    for o in left: o.unlink(missing_ok=True)
+    return sorted(o.name for o in left)
+
+# %% ../nbs/00_basics.ipynb #hd000005
+def _is_number(o):
+    try: float(o)
+    except ValueError: return False
+    return True
+
+def _as_text(o):
+    return f"'{o}" if isinstance(o, str) and o.startswith((*'=+-@\t\r',)) and not _is_number(o) else o
+
+def no_formulas(
+    df # `pandas.DataFrame`
+): # Another one
+    "A table in which nothing is a formula for a spreadsheet: neither cells nor the names of rows and columns"
+    return df.map(_as_text).rename(columns=_as_text, index=_as_text)
 
 # %% ../nbs/00_basics.ipynb #deb8dd55
-def cache_home()->Path:
-    "Folder for what can be made again: `pipa` in `XDG_CACHE_HOME` or in `~/.cache`"
-    return Path(os.environ.get('XDG_CACHE_HOME', Path.home()/'.cache'))/'pipa'
+@lru_cache
+def _for_now(): return tempfile.TemporaryDirectory(prefix='pipa-', ignore_cleanup_errors=True)
 
+def cache_home()->Path:
+    "Folder for what can be made again: `pipa` in `XDG_CACHE_HOME` or in `~/.cache`; one for now if there is no home"
+    if os.path.isabs(said := os.environ.get('XDG_CACHE_HOME', '')): return Path(said)/'pipa'
+    try: return Path.home()/'.cache/pipa'
+    except RuntimeError: return Path(_for_now().name)
+
+# %% ../nbs/00_basics.ipynb #hd00000a
 def stamp(
     files, # Paths, flat or nested
     *more # Whatever else should change the stamp
@@ -113,6 +171,17 @@ def stamp(
 def forks()->bool:
     "Does this Python begin processes by forking, unless it is told otherwise?"
     return (get_start_method(allow_none=True) or get_all_start_methods()[0])=='fork'
+
+# %% ../nbs/00_basics.ipynb #hd000008
+@lru_cache
+def end_with(
+    parent:int # Number of the process that this one works for
+):
+    "In a process that helps: end when the other one has ended, whichever way; a second call does nothing"
+    def watch():
+        while os.getppid()==parent: time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/00_basics.ipynb #b4852a9b
 def install_command(
@@ -261,6 +330,23 @@ def command(
     def run(*args, **kwargs):
         with telling(), sentences(): return f(*map(_path, args), **{k:_path(v) for k,v in kwargs.items()})
     return run
+
+# %% ../nbs/00_basics.ipynb #hd00000c
+_told = set()
+
+def keep_file(
+    file:Path, # Where to, in a cache
+    write # Called with an open binary file
+)->bool: # Was it written? If the disk doesn't take it, a line says so once for each folder
+    "Write what can be made again, see `write_file`; a disk that doesn't take it is no error"
+    try: write_file(file, write, sync=False)
+    except OSError as e:
+        home = str(Path(file).parent)
+        said = f'pipa: Nothing can be kept, so it is made each time. {one_line(e)}'
+        if home not in _told: print(said, file=sys.stderr)
+        _told.add(home)
+        return False
+    return True
 
 # %% ../nbs/00_basics.ipynb #e0739f34
 def waiting(

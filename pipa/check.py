@@ -12,7 +12,7 @@ from .data import (acdc, bdd100k, camvid, cityscapes, codes_space, dark_zurich, 
                        read_image, read_mask, synthia)
 from .sets.domains import Domain, class_numbers
 from .sets.pictures import read_numbers
-from .basics import write_file
+from .basics import no_formulas, write_file
 from .sets.rare import complaints, look, remember
 from .draw import Fig, add_legend, grid, paint
 
@@ -316,7 +316,7 @@ def report(
         _say(d, rs, p, out)
         contact_sheet(d, p.file[:4]).to_png(out/f"sheet_{d.name.replace(' ', '_')}.png")
         found.append(p.assign(domain=d.name))
-    def table(df, name): write_file(out/name, lambda f: df.to_csv(f, index=False))
+    def table(df, name): write_file(out/name, lambda f: no_formulas(df).to_csv(f, index=False))
     if tables:
         table(pd.concat(tables), 'classes.csv')
         class_picture(*tables).to_png(out/'classes.png')

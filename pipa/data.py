@@ -16,7 +16,7 @@ from fastai.vision.core import PILImage, imagenet_stats
 from .sets.pictures import *
 from .sets.domains import *
 from .sets.layouts import *
-from .basics import between, stamp, write_file
+from .basics import between, keep_file, stamp
 from .sets.rare import *
 
 # %% auto #0
@@ -145,13 +145,12 @@ def made_once(
     home, # Folder of the copies
     make, # Makes the array of the path
     *key # Whatever else it depends on
-)->np.memmap: # The array, on disk
+)->np.ndarray: # The array, on disk if the disk takes it
     "Make an array once, and find it on disk from then on"
     file = Path(home)/f'{stamp([path], *key)}.npy'
-    if not file.exists():
-        a = make(path)
-        write_file(file, lambda f: np.save(f, a))
-    return np.load(file, mmap_mode='r')
+    try: return np.load(file, mmap_mode='r')
+    except (OSError, ValueError, EOFError): a = make(path)   # not there, or damaged
+    return np.load(file, mmap_mode='r') if keep_file(file, lambda f: np.save(f, a)) else a
 
 def copies_size(
     domain:Domain, # Images, with or without masks

@@ -4,13 +4,14 @@
 
 # %% ../nbs/14_draw.ipynb #drw00003
 from __future__ import annotations
-import io
+import io, re
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from PIL import Image
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from fastai.vision.core import imagenet_stats
 from .labels import label_space
 from .basics import write_file
@@ -20,10 +21,20 @@ from .sets.pictures import as_rgb, read_image
 __all__ = ['Fig', 'as_image', 'denorm', 'rgb', 'label_image', 'overlay', 'add_legend', 'grid', 'paint', 'show_seg', 'panels']
 
 # %% ../nbs/14_draw.ipynb #drwf0001
+_power = re.compile(r'\$\\mathdefault\{-?[\d.]*(\\times)?(10\^\{-?\d+\})?\}\$')   # matplotlib's own
+
 class Fig(Figure):
     "A matplotlib figure that no list keeps, and that notebooks show"
     def __init__(self, *args, layout='constrained', dpi=75, **kwargs):
         super().__init__(*args, layout=layout, dpi=dpi, **kwargs)
+
+    def draw(self, renderer):
+        "Draw; what stands between dollar signs is text"
+        for o in (o for ax in self.axes for o in (ax.xaxis, ax.yaxis)): o.get_ticklabels(which='both')   # there by now
+        for t in self.findobj(Text):   # names of files may hold bytes that are no text
+            said = t.get_text().encode('utf8', 'replace').decode()
+            t.set(text=said, parse_math=bool(_power.fullmatch(said)), usetex=False)
+        super().draw(renderer)
 
     def _repr_png_(self):
         f = io.BytesIO()
@@ -120,8 +131,9 @@ def add_legend(
     if not hs: return fig
     n_rows = -(-len(hs)//max(2, int(fig.get_figwidth()/1.05)))
     fig.set_figheight(fig.get_figheight() + .1 + .2*n_rows)
-    fig.legend(handles=hs, loc='outside lower center', ncols=-(-len(hs)//n_rows), fontsize=8, frameon=False,
-               handlelength=1, columnspacing=1)
+    l = fig.legend(hs, ['.']*len(hs), loc='outside lower center', ncols=-(-len(hs)//n_rows), fontsize=8, frameon=False,
+                   handlelength=1, columnspacing=1)
+    for t,h in zip(l.get_texts(), hs): t.set_text(h.get_label())   # given before, names with a `_` would be left out
     return fig
 
 # %% ../nbs/14_draw.ipynb #drwf0008

@@ -4,9 +4,8 @@
 
 # %% ../nbs/11_minicity.ipynb #c81e728d
 from __future__ import annotations
-import hashlib, os, sys
+import hashlib, os, signal, sys
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 from fastprogress.fastprogress import progress_bar
+from .basics import end_with, write_file
 
 # %% auto #0
 __all__ = ['CLASSES', 'SKY', 'BUILDING', 'POLE', 'ROAD', 'PAVEMENT', 'TREE', 'SIGN', 'FENCE', 'CAR', 'PEDESTRIAN', 'BICYCLIST',
@@ -592,23 +592,34 @@ def style_id(st, n=6, size=(32,64)):
     return m.hexdigest()[:8]
 
 # %% ../nbs/11_minicity.ipynb #65b9eea6
-def save_png(a, path):
-    "Write beside, then rename: a file is whole or is not there"
-    tmp = path.with_name(f'.{path.stem}.{os.getpid()}.tmp')
-    Image.fromarray(a).save(tmp, format='PNG')
-    os.replace(tmp, path)
+def save_png(a, path): write_file(path, lambda f: Image.fromarray(a).save(f, format='PNG'), sync=False)
+
+def is_drawn(path):
+    "Is the picture there, up to its last bytes? After a power cut it may be empty or cut off"
+    try:
+        with open(path, 'rb') as f:
+            f.seek(-12, os.SEEK_END)
+            return f.read()==b'\0\0\0\0IEND\xaeB`\x82'
+    except OSError: return False
 
 def save_scene(i, st, size, first, dirs):
     for a,p in zip(scene(first+i, st, size), dirs):
         if p: save_png(a, p/f'{i:05d}.png')
 
+def quiet_worker(parent):
+    "Ctrl-C is for the process that shares out the work, and none draws for one that has gone"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with(parent)
+
 def draw(f, todo, workers=None, progress=True):
     "Call `f` on each of `todo`, in forked processes where the system has them"
     if workers is None: workers = min(8, os.cpu_count() or 1)
-    serial = workers < 2 or len(todo) < 16 or not sys.platform.startswith('linux')
-    with nullcontext() if serial else ProcessPoolExecutor(workers, mp_context=get_context('fork')) as pool:
-        done = map(f, todo) if serial else pool.map(f, todo, chunksize=4)
+    def wait_for(done):
         for _ in progress_bar(done, total=len(todo), leave=False) if progress and todo else done: pass
+    if workers<2 or len(todo)<16 or not sys.platform.startswith('linux'): return wait_for(map(f, todo))
+    pool = ProcessPoolExecutor(workers, get_context('fork'), quiet_worker, (os.getpid(),))
+    try: wait_for(pool.map(f, todo, chunksize=4))
+    finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/11_minicity.ipynb #a97da629
 def cache(
@@ -631,7 +642,7 @@ def cache(
     for p in dirs:
         if p: p.mkdir(parents=True, exist_ok=True)
     names = [f'{i:05d}.png' for i in range(n)]
-    todo = [i for i,f in enumerate(names) if not all((p/f).exists() for p in dirs if p)]
+    todo = [i for i,f in enumerate(names) if not all(is_drawn(p/f) for p in dirs if p)]
     draw(partial(save_scene, st=st, size=size, first=FIRST[split], dirs=dirs), todo, workers, progress)
     xs,ys = ([p/f for f in names] if p else None for p in dirs)
     return xs,ys

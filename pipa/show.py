@@ -139,8 +139,10 @@ def confusion_picture(
     axs = fig.subplots(1, 2, width_ratios=[k, 1.3])
     def text(a, least): return [['' if not o>=least else f'{o:.0f}' for o in row] for row in a]
     kw = dict(cmap='Blues', vmin=0, vmax=100, cbar=False, fmt='', linewidths=.5, linecolor='w', annot_kws=dict(size=8))
-    sns.heatmap(share, annot=text(share, .5), ax=axs[0], xticklabels=codes, yticklabels=codes, **kw)
+    sns.heatmap(share, annot=text(share, .5), ax=axs[0], xticklabels=False, yticklabels=False, **kw)
     sns.heatmap(v, annot=text(v, 0), ax=axs[1], xticklabels=['IoU'], yticklabels=[], **kw|dict(cmap='Greens'))
+    axs[0].set_xticks([i+.5 for i in range(k)], codes)   # not by seaborn, which would look for formulas in names
+    axs[0].set_yticks([i+.5 for i in range(k)], codes)
     for ax in axs:
         ax.set_facecolor('.85')
         ax.tick_params(length=0, labelsize=9)

@@ -382,13 +382,13 @@ def fake(tmp_path, monkeypatch):
 @pytest.mark.parametrize('jobs', [1,2])
 def test_study(fake, jobs, capsys):
     study = lambda **kw: cli.pipa_study('source,patch', '0,1', table='t/r.csv', runs='runs/s', jobs=jobs, args='--epochs=2 --data=x', **kw)
-    study()
+    with pytest.raises(SystemExit, match='1 of 4 runs failed'): study()
     df = pd.read_csv('t/r.csv')
     assert sorted(map(tuple, df[['method', 'seed']].values.tolist()))==[('patch',0), ('source',0), ('source',1)]
     assert (df.miou_student==.1235).all() and df.miou_teacher.isna().all() and len(fake())==4
     assert all('--epochs=2 --data=x' in c and '--threads=' in c for c in fake())
     assert 'patch with seed 1 failed' in capsys.readouterr().out and 'out of luck' in Path('runs/s/patch_seed1.log').read_text()
-    study()
+    with pytest.raises(SystemExit, match='1 of 1 runs failed'): study()
     assert len(fake())==5 and 'patch' in fake()[-1] and len(pd.read_csv('t/r.csv'))==3, 'only what is missing is run again'
 
 def test_study_with_nothing_to_do(fake):

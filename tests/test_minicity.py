@@ -1,5 +1,5 @@
 "The city must be the same everywhere, its labels exact, its cache honest"
-import hashlib, math, re
+import errno, hashlib, math, os, re, signal, sys, time
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -197,3 +197,27 @@ def test_processes_draw_the_same(tmp_path):
     for p,q in zip(a[0]+a[1], b[0]+b[1]): assert p.read_bytes()==q.read_bytes()
 
 def test_no_images(tmp_path): assert cache(tmp_path, n=0, progress=False) == ([], [])
+
+@pytest.mark.parametrize('damage', [lambda b: b'', lambda b: b[:-1], lambda b: b[:40], lambda b: b'x'*500])
+def test_a_damaged_picture_is_drawn_again(tmp_path, damage):
+    xs,ys = tiny(tmp_path); old = [p.read_bytes() for p in (xs[1], ys[2])]
+    for p in (xs[1], ys[2]): p.write_bytes(damage(p.read_bytes()))
+    tiny(tmp_path); assert [p.read_bytes() for p in (xs[1], ys[2])]==old
+
+@pytest.mark.parametrize('n', [3, 20])
+def test_a_full_disk_names_the_place(tmp_path, monkeypatch, n):
+    "In this process and in others; nothing half-written stays"
+    def full(self, f, format): f.write(b'half'); raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(Image.Image, 'save', full)
+    with pytest.raises(OSError) as e: cache(tmp_path, n=n, size=(16,32), workers=2, progress=False)
+    assert e.value.filename.startswith(str(tmp_path)) and e.value.filename.endswith('.png') and not [p for p in tmp_path.rglob('*') if p.is_file()]
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='draws in one process')
+def test_nobody_draws_for_a_process_that_is_gone(tmp_path):
+    def go(): cache(tmp_path/'c', n=4000, size=(128,256), workers=2, progress=False)
+    def kids(pid): return Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
+    p = get_context('fork').Process(target=go); p.start(); end = time.time()+20
+    while len(ks := kids(p.pid))<2 and time.time()<end: time.sleep(.05)
+    p.kill(); p.join()
+    while (left := [k for k in ks if Path(f'/proc/{k}').exists() and ') Z' not in Path(f'/proc/{k}/stat').read_text()]) and time.time()<end: time.sleep(.1)
+    assert ks and not left

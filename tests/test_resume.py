@@ -1,5 +1,5 @@
 "A run that was stopped anywhere, by anything, ends bit by bit as one that was not"
-import errno, json, multiprocessing as mp, os, random, resource, signal, subprocess, sys, time, warnings, zipfile
+import errno, json, multiprocessing as mp, os, random, resource, shutil, signal, subprocess, sys, time, warnings, zipfile
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
@@ -637,3 +637,72 @@ def test_a_study_finds_its_interrupted_runs(data, tmp_path, monkeypatch):
     finally: p.kill(); p.join()
     Path('r/pipa_seed0/row.json').write_text('{}')
     assert plan.interrupted(Path('r/pipa_seed0'), args) is None, 'it is finished'
+
+# the data changed meanwhile
+
+def other_codes(d): a,b,*more = (d/'codes.txt').read_text().split('\n'); (d/'codes.txt').write_text('\n'.join([b,a,*more]))
+def other_picture(d, sub='target'): f = sorted((d/sub/'images').iterdir())[0]; f.write_bytes((d/sub/'images/1.png').read_bytes())
+other = dict(classes=other_codes, target=other_picture, valid=lambda d: other_picture(d, 'valid'), more=lambda d: (d/'target/images/9.png').write_bytes((d/'target/images/1.png').read_bytes()),
+    masks=lambda d: (d/'source/masks/0.png').write_bytes((d/'source/masks/1.png').read_bytes()))
+
+@pytest.fixture
+def own(data, tmp_path, monkeypatch):
+    "Data of one's own, and a run of it that was stopped: within an epoch, or before its first checkpoint"
+    monkeypatch.chdir(tmp_path)
+    def make(at):
+        shutil.copytree(data, 'd')
+        if at: command('d', at=at, out='r', **opts)
+        else:
+            def boom(*a, **kw): os.kill(os.getpid(), signal.SIGKILL)
+            with monkeypatch.context() as m: m.setattr(runs, 'plain_log', boom); command('d', out='r', **opts)
+        assert bool(checkpoints('r'))==bool(at) and Path('r/config.json').exists()
+    return make
+
+@pytest.mark.parametrize('at', [4, None])
+@pytest.mark.parametrize('what', other)
+def test_other_data_are_refused(own, what, at):
+    own(at); other[what](Path('d')); before = {p: p.read_bytes() for p in Path('r').iterdir() if p.name!='.lock'}
+    code,said = command('d', out='r', resume=True)
+    assert code==1 and 'begun with other data' in said and 'Traceback' not in said and {p: p.read_bytes() for p in Path('r').iterdir()}==before, said
+    if what=='classes': assert 'was sky, building' in said and 'is building, sky' in said
+
+def test_a_learner_refuses_other_data(home, tmp_path):
+    shutil.copytree(home, tmp_path/'h'); stopped(make(tmp_path/'h', tmp_path/'r', 'source', Do(2, term)))
+    f = tmp_path/'h/real/images/0.png'; f.write_bytes((tmp_path/'h/real/images/1.png').read_bytes())
+    b = make(tmp_path/'h', tmp_path/'r', 'source'); b.resume()
+    with pytest.raises(ValueError, match='not the one that was interrupted: target data was'): fit(b)
+
+def test_a_copy_elsewhere_goes_on(own):
+    "With other times and in another folder they are the same data"
+    own(4); shutil.copytree('d', 'e', copy_function=shutil.copyfile); shutil.rmtree('d'); Path('d').symlink_to('e')
+    code,said = command('d', out='r', resume=True); assert not code, said
+
+# what a kill leaves
+
+def test_nothing_stays_of_a_kill(own, monkeypatch):
+    "Killed in the middle of a picture, then between the row and the end: no half file, no checkpoint"
+    own(4); from pipa.draw import Fig
+    def die(self, f, **kw): f.write(b'half'); f.flush(); os.kill(os.getpid(), signal.SIGKILL)
+    with monkeypatch.context() as m: m.setattr(Fig, 'savefig', die); assert command('d', out='r', resume=True)[0]==-signal.SIGKILL
+    assert [p for p in Path('r').iterdir() if p.name.startswith('.result.png.')]
+    def boom(*a): os.kill(os.getpid(), signal.SIGKILL)
+    with monkeypatch.context() as m: m.setattr(runs, 'drop_checkpoints', boom); assert command('d', out='r', resume=True)[0]==-signal.SIGKILL
+    assert checkpoints('r') and Path('r/row.json').exists()
+    code,said = command('d', out='r', resume=True); assert not code and 'is finished' in said
+    assert not [p.name for p in Path('r').iterdir() if p.name[0]=='.' or 'checkpoint' in p.name]
+
+def test_skipped_stays_a_column(data, tmp_path, monkeypatch):
+    "Of a run with --guard skip that was killed before its first checkpoint, though a log was begun"
+    monkeypatch.chdir(tmp_path)
+    def boom(*a, **kw): Path('r/metrics.csv').write_text(''); os.kill(os.getpid(), signal.SIGKILL)
+    with monkeypatch.context() as m: m.setattr(runs, 'plain_log', boom); command(data, out='r', guard='skip', **opts)
+    code,said = command(data, out='r', resume=True); assert not code, said
+    assert 'skipped' in pd.read_csv('r/metrics.csv')
+
+def test_a_worker_that_was_killed_gets_a_sentence(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    def kill():
+        kids = [int(o) for o in Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read_text().split()]; os.kill(kids[0], signal.SIGKILL)
+    def f(*args, cbs=(), **kw): return uda_learner(*args, cbs=[*cbs, Do(4, kill)], **kw)
+    with monkeypatch.context() as m: m.setattr(runs, 'uda_learner', f); code,said = command(data, out='r', workers=1, **(opts | dict(steps=40)))
+    last = said.strip().splitlines()[-1]; assert code==1 and last.startswith('pipa: A process that loads or draws images was killed') and '--resume' in last and 'Traceback' not in said, said

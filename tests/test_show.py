@@ -1,4 +1,5 @@
 "Figures: what they hold, and that nothing global remembers them"
+import re
 import matplotlib, numpy as np, pandas as pd, pytest, torch
 matplotlib.use('agg')
 import matplotlib._pylab_helpers as state
@@ -115,3 +116,30 @@ def test_iou_bars():
     assert np.allclose(sorted(h for h in hs if h>0), [50,50,100*10/15,100*10/15])
     with pytest.raises(ValueError): S.iou_bars({}, ['x'])
     with pytest.raises(ValueError): S.iou_bars({'a': cm}, ['x','y'])
+
+# names from elsewhere
+
+hostile = [r'$\frac{$', '$x$', '_hidden', r'$\mathdefault{\frac{}$', '%s {0} \\', 'a\nb', '-1', '\U0001f697']
+
+@pytest.mark.filterwarnings('ignore:Glyph')
+@pytest.mark.parametrize('usetex', [False, True])
+def test_names_are_text_in_every_picture(tmp_path, usetex):
+    "Formulas, TeX and what matplotlib hides: in legends, titles, at axes, and in a sentence"
+    from pipa.look.measures import cosine_matrix
+    from pipa.runs.tables import sentence
+    sp = label_space(hostile); k = sp.n; y = np.arange(k).repeat(32*64//k).reshape(32, 64); cm = torch.eye(k).long()*9+1
+    with matplotlib.rc_context({'text.usetex': usetex}):
+        figs = [D.show_seg(picture(), y, sp, title=hostile[0]), S.result_picture([picture()], [y], {hostile[0]: y}, sp), S.iou_bars({hostile[0]: cm}, sp.codes), S.confusion_picture(cm, sp), sentence(hostile[0]),
+                D.grid([[picture()]], [hostile[3]]), cosine_matrix(np.eye(k), sp.codes)]
+        for i,f in enumerate(figs): f.to_png(tmp_path/f'{i}.png'); assert f._repr_png_()[1:4]==b'PNG'
+    assert legend(figs[0])==legend(figs[1])==hostile
+    assert [t.get_text() for t in figs[3].axes[0].get_yticklabels()]==hostile
+    texts = [t for f in figs for t in f.findobj(matplotlib.text.Text)]
+    assert not [t for t in texts if t.get_usetex() or t.get_parse_math() and not re.fullmatch(r'\$\\mathdefault\{-?[\d.]*\}\$', t.get_text())]
+
+def test_bytes_that_are_no_text_stand_as_a_mark():
+    fig = D.grid([[picture()]], ['\udce9.png']); assert fig._repr_png_()[1:4]==b'PNG' and fig.axes[0].get_title()=='?.png'
+
+def test_powers_of_ten_stay_formulas():
+    fig = D.Fig(); ax = fig.subplots(); ax.loglog([1e-3,1e6], [1,1e3]); fig._repr_png_()
+    assert any(t.get_parse_math() and '10^{' in t.get_text() for t in ax.get_xticklabels())

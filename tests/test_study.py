@@ -1,7 +1,9 @@
 "Tables of a study, differences with their intervals, sweeps, and pictures, also of tables with holes"
+import json, multiprocessing as mp, os, shlex, signal, subprocess, sys, textwrap, time
+from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from scipy.stats import ttest_rel
-from pipa.runs import study, tables
+from pipa.runs import plan, state, study, tables
 from pipa.learner import method_name
 from pipa.metrics import rank_correlation
 
@@ -114,3 +116,131 @@ def test_results_picture_shows_each_run(tmp_path):
     dots = np.concatenate([c.get_offsets().data for c in ax.collections if len(c.get_offsets())])
     assert len(dots)==7 and sorted(dots[:,0].round(4))==[20,21,22,50,50,60,60]
     assert [t.get_text() for t in ax.get_yticklabels()]==['source','pipa']
+
+# a table goes through many hands
+
+head = 'benchmark,method,seed,epochs,miou_student,miou_teacher,road,command\n'
+line = 'city,source,0,5,.4,,.4,pipa_train --method=source\n'
+
+@pytest.mark.parametrize('text,says', [(head+line+'city,so', 'line 3 has 2 cells under 8 columns: was it cut off?'), (head+line+'city,source,1,5,.4,,.4,"pipa_tr', 'line 3'),
+    (head+line.replace(',0,5', ',0.5,5'), "line 2: `seed` is '0.5'"), (head+line.replace(',0,5', ',x,5'), "line 2: `seed` is 'x'"), (head+line.replace(',0,5', ',-1,5'), "`seed` is '-1'"),
+    (head+line.replace(',0,5', ',1e999,5'), "`seed` is '1e999'"), (head+line.replace(',0,5', ',nan,5'), "`seed` is 'nan'"), (head+line.replace('.4,,', '"0,4",,'), "line 2: `miou_student` is '0,4'"),
+    (head.replace('road', 'seed')+line, 'the column `seed` twice'), (head+line+'\0', 'line 3'), ((head+line).encode('utf-16').decode('latin1'), '')])
+def test_a_bad_line_is_named(tmp_path, text, says):
+    f = tmp_path/'t.csv'; f.write_text(text, encoding='latin1' if says=='' else 'utf8'); old = f.read_bytes()
+    for do in (plan.keys_of, tables.read_results, lambda f: plan.add_row(f, row())):
+        with pytest.raises(ValueError) as e: do(f)
+        assert 't.csv`' in str(e.value) and says in str(e.value)
+    assert f.read_bytes()==old and [*tmp_path.iterdir()]==[f]
+
+@pytest.mark.parametrize('text', [head+line.replace(',0,5', ',0.0,5.00'), '\ufeff'+head+line, (head+line).replace('\n', '\r\n'), head+line+',,,,,,,\n\n'], ids=['whole','bom','crlf','blank'])
+def test_what_a_spreadsheet_wrote_back(tmp_path, text):
+    (tmp_path/'t.csv').write_text(text, encoding='utf8', newline=''); assert plan.keys_of(tmp_path/'t.csv')=={plan.quiet_key(['--method=source'])}
+
+def test_cells_stay_as_they_are(tmp_path):
+    "Versions, seeds and empty cells keep their letters when a row is added, however often; a formula is text, and a number is none"
+    f = tmp_path/'t.csv'; f.write_text(head.replace('road', 'version')+'city,source,007,5,0.40,,1e5,"a, ""b"""\n')
+    for i in range(2): plan.add_row(f, row(seed=i, v=-.5, command='=1+1', version='0.10', **{'@x': 1}))
+    assert f.read_text().splitlines()[1:]==['city,source,7,5,0.40,,1e5,"a, ""b""",,', *[f"minicity,self_training,{i},8,-0.5000,-0.5000,0.10,'=1+1,-0.5000,1" for i in range(2)]]
+    assert pd.read_csv(f).columns[-1]=="'@x"
+
+def test_no_row_is_lost(tmp_path):
+    "Four processes add to one table at once; what each reads is whole"
+    def work(k):
+        for i in range(12): plan.add_row(tmp_path/'t.csv', dict(method='m', seed=100*k+i)); assert len(pd.read_csv(tmp_path/'t.csv'))
+    ps = [mp.get_context('fork').Process(target=work, args=(k,)) for k in range(4)]
+    for p in ps: p.start()
+    for p in ps: p.join(60)
+    assert [p.exitcode for p in ps]==[0]*4
+    assert sorted(pd.read_csv(tmp_path/'t.csv').seed)==[100*k+i for k in range(4) for i in range(12)] and [o.name for o in tmp_path.iterdir()]==['t.csv']
+
+def test_no_row_is_lost_where_there_are_no_locks(tmp_path, monkeypatch):
+    "Nor is any where the disk has none; a lock that a killed process left counts for a minute"
+    import errno, fcntl
+    def no(*a): raise OSError(errno.ENOLCK, 'No locks available')
+    monkeypatch.setattr(fcntl, 'lockf', no)
+    (tmp_path/'.t.csv.locks').mkdir()
+    with pytest.raises(ValueError, match='Another process has held'):
+        with state.turn(tmp_path/'t.csv', wait=.1): pass
+    os.utime(tmp_path/'.t.csv.locks', (1, 1)); test_no_row_is_lost(tmp_path)
+
+# a study that is stopped, killed, called twice
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    "A `pipa_train` whose runs of `mic` last until they're told to end, then keep their state; those of `fda` fail"
+    f = tmp_path/'bin/pipa_train'; f.parent.mkdir(); monkeypatch.chdir(tmp_path)
+    f.write_text(f'#!{sys.executable}\n' + textwrap.dedent("""
+        import json, shlex, signal, sys, time
+        from pathlib import Path
+        o = dict(a[2:].partition('=')[::2] for a in sys.argv[1:]); out = Path(o['out'])
+        def kept(*a): (out/'kept').touch(); sys.exit(143)
+        signal.signal(signal.SIGTERM, kept); signal.signal(signal.SIGINT, lambda *a: (out/'twice').touch())
+        (out/'config.json').write_text(json.dumps(dict(method=o['method'], command=shlex.join(['pipa_train', *sys.argv[1:]]))))
+        with open(Path(__file__).with_name('calls'), 'a') as c: c.write(out.name+'\\n')
+        if o['method']=='fda': sys.exit('pipa: no luck')
+        while o['method']=='mic' and not Path('go').exists(): time.sleep(.02)
+        (out/'row.json').write_text(json.dumps(dict(benchmark='x', method=o['method'], seed=int(o['seed']), epochs=5, miou_student=.5, command=shlex.join(['pipa_train', *sys.argv[1:]]))))
+        """)); f.chmod(0o755); monkeypatch.setattr(sys, 'executable', str(f.with_name('python')))
+    return lambda: (tmp_path/'bin/calls').read_text().split() if (tmp_path/'bin/calls').exists() else []
+
+def study_of(methods, seeds='0', jobs=1):
+    todo = [(n,a) for n,a in plan.plan(methods, seeds) if plan.quiet_key(a) not in plan.keys_of('t.csv')]
+    plan.run_all(todo, 't.csv', 'r', jobs)
+
+def begun(*args, **kw):
+    "A study in a process of its own"
+    def go():
+        signal.signal(signal.SIGINT, signal.default_int_handler); sys.stdout = sys.stderr = open('said', 'w', buffering=1)
+        study_of(*args, **kw)
+    p = mp.get_context('fork').Process(target=go); p.start(); return p
+
+def wait(f, most=20):
+    end = time.time()+most
+    while not f(): assert time.time()<end, 'it takes too long'; time.sleep(.02)
+
+@pytest.mark.parametrize('sig,code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_a_study(fake, sig, code):
+    "Runs under way keep their state, and nothing else is begun"
+    p = begun('source,mic', '0,1', jobs=2); wait(lambda: [o for o in fake() if 'mic' in o]); os.kill(p.pid, sig); p.join(20)
+    assert p.exitcode==code and Path('r/mic_seed0/kept').exists() and not Path('r/mic_seed0/twice').exists() and 'mic_seed1' not in fake()
+    assert 'Stopped' in Path('said').read_text() and 'Traceback' not in Path('said').read_text() and not [*Path('r').glob('.*')]
+
+def test_a_second_signal_kills(fake):
+    (Path('bin')/'pipa_train').write_text((Path('bin')/'pipa_train').read_text().replace("sys.exit(143)", "pass"))
+    p = begun('mic'); wait(fake); os.kill(p.pid, signal.SIGINT); wait(lambda: Path('r/mic_seed0/kept').exists()); os.kill(p.pid, signal.SIGINT); p.join(20)
+    assert p.exitcode==130
+
+def test_a_run_that_outlived_its_study_is_taken(fake, capsys):
+    p = begun('mic'); wait(fake); p.kill(); p.join(); Path('go').touch(); wait(lambda: Path('r/mic_seed0/row.json').exists())
+    study_of('mic')
+    assert fake()==['mic_seed0'] and pd.read_csv('t.csv').method.tolist()==['mic'] and 'taken from' in capsys.readouterr().out
+    study_of('mic'); assert len(pd.read_csv('t.csv'))==1
+
+def test_two_studies_make_no_run_twice(fake):
+    p = begun('mic'); wait(fake)
+    with pytest.raises(SystemExit, match='another process is working on mic_seed0'): study_of('source,mic')
+    assert fake()==['mic_seed0', 'source_seed0']; Path('go').touch(); p.join(20); assert p.exitcode==0
+    study_of('source,mic'); assert sorted(pd.read_csv('t.csv').method)==['mic', 'source'] and len(fake())==2
+
+def test_failed_runs_are_no_success(fake, capsys):
+    with pytest.raises(SystemExit, match='1 of 2 runs failed'): study_of('source,fda')
+    assert 'failed, see r/fda_seed0.log' in capsys.readouterr().out and pd.read_csv('t.csv').method.tolist()==['source']
+
+@pytest.mark.parametrize('name', ['config.json', 'row.json'])
+@pytest.mark.parametrize('text', ['', '{"method": "mi', '[]', '['*10**5, '{"method": 5, "command": 7}', '\xff'])
+def test_a_damaged_namesake_stands_in_nobodys_way(fake, capsys, name, text):
+    d = Path('r/source_seed0'); d.mkdir(parents=True); (d/name).write_text(text, encoding='latin1'); old = (d/name).read_bytes()
+    study_of('source'); assert fake()==['source_seed0_2'] and (d/name).read_bytes()==old
+
+def test_help_ends_no_study(fake, tmp_path):
+    for o in ('--help', '-h', '--epochs=2 --hel'):
+        with pytest.raises(ValueError, match='asks for help'): plan.words(o)
+    with pytest.raises(ValueError): plan.quiet_key(['--help'])
+    Path('t.csv').write_text('method,seed,command\nsource,0,pipa_train --help --method=source\n'); study_of('source', '1'); assert fake()==['source_seed1']
+
+@pytest.mark.parametrize('name', ['seed', 'miou_student', 'entropy', 'version', 'accuracy'])
+def test_a_class_called_as_a_column(tmp_path, name):
+    from pipa.runs.record import class_columns
+    c, = class_columns([name]); csv = table(tmp_path, [row(seed=s, v=.4, **{c: .1}) for s in range(2)])
+    assert tables.results_table(csv).columns.tolist()==['seeds', 'mIoU', 'mIoU, teacher', 'road', c]

@@ -111,6 +111,8 @@ def cosine_matrix(
     "Class against class, without classes that don't occur"
     k = np.flatnonzero(~np.isnan(np.diag(m)))
     fig,names = Fig(figsize=(1.6+.42*len(k), 1.1+.36*len(k))),[codes[i] for i in k]
-    sns.heatmap(m[np.ix_(k, k)], ax=fig.subplots(), vmin=-1, vmax=1, center=0, cmap='vlag', cbar=False, linewidths=.5,
-                annot=True, fmt='.1f', annot_kws=dict(size=7), xticklabels=names, yticklabels=names)
+    ax = sns.heatmap(m[np.ix_(k, k)], ax=fig.subplots(), vmin=-1, vmax=1, center=0, cmap='vlag', cbar=False,
+                     linewidths=.5, annot=True, fmt='.1f', annot_kws=dict(size=7), xticklabels=False, yticklabels=False)
+    ax.set_xticks(np.arange(len(k))+.5, names, rotation=90)   # not by seaborn, which would look for formulas in names
+    ax.set_yticks(np.arange(len(k))+.5, names)
     return fig

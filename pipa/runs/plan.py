@@ -4,21 +4,21 @@
 
 # %% ../../nbs/runs/06_plan.ipynb #pln00003
 from __future__ import annotations
-import argparse, io, json, os, shlex, subprocess, sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import redirect_stderr
+import argparse, csv, glob, hashlib, io, json, os, shlex, signal, subprocess, sys, threading, time
+from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
-from ..basics import write_file
+from ..basics import no_formulas, one_line, write_file
 from ..learner import host_terms, method_name
 from .options import idle, key, parser, settings
+from .record import read_config
 from .run import new_folder
-from .state import claim
+from .state import claim, turn
 
 # %% auto #0
-__all__ = ['quiet_key', 'words', 'keys_of', 'plan', 'interrupted', 'add_row', 'run_all']
+__all__ = ['quiet_key', 'words', 'read_table', 'key_of', 'keys_of', 'plan', 'found', 'interrupted', 'add_row', 'run_all']
 
 # %% ../../nbs/runs/06_plan.ipynb #pln00006
 def quiet_key(
@@ -26,33 +26,86 @@ def quiet_key(
 )->tuple: # Raises `ValueError` if one of them isn't known
     "The key of a command, or an error instead of an exit"
     try:
-        with redirect_stderr(io.StringIO()): return key(settings(args))
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()): return key(settings(args))
     except SystemExit: raise ValueError(f"`{shlex.join(args)}` has an option that there isn't any more.") from None
 
 # %% ../../nbs/runs/06_plan.ipynb #pln00007
 def words(
     args:str # As one would write them in a shell
-)->list: # Raises `ValueError` where something wasn't closed
+)->list: # Raises `ValueError` where something wasn't closed, or help is asked for
     "Take a line of arguments apart"
-    try: return shlex.split(args)
+    try: res = shlex.split(args)
     except ValueError as e:
         raise ValueError(f"`--args {args}` can't be taken apart ({e}): close what was opened.") from None
+    try:
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()): parser().parse_args(res)
+    except SystemExit as e:   # what isn't known is said elsewhere
+        if not e.code: raise ValueError(f"`--args {args}` asks for help: for that call `pipa_train --help`.") from None
+    return res
+
+# %% ../../nbs/runs/06_plan.ipynb #hd000302
+def _cells(file):
+    "Lines of a table, with their numbers"
+    with open(file, newline='', encoding='utf-8-sig') as f:
+        rows,last = csv.reader(f, strict=True),0
+        try:
+            for o in rows:
+                if any(o): yield rows.line_num,o
+                last = rows.line_num
+        except (csv.Error, UnicodeDecodeError) as e:
+            at = f'`{file}`, line {last+1}'
+            raise ValueError(f"{at} can't be read as a part of a table ({e}): is it CSV in UTF-8, and whole?") from None
+
+def _number_in(v, whole):
+    try: v = float(v)
+    except ValueError: return False
+    return not whole or v.is_integer() and 0<=v<2**63
+
+# %% ../../nbs/runs/06_plan.ipynb #hd000307
+def read_table(
+    file # Table of results, CSV
+)->tuple: # Columns, and for each row its line and a dictionary of its cells as text; a `ValueError` names a bad line
+    "Read a table of results as it is, and look at each of its lines"
+    if not Path(file).is_file(): raise ValueError(f"`{file}` is no file: name a table.")
+    (_,head),*rows = [*_cells(file)] or [(0, [])]
+    if twice := [o for i,o in enumerate(head) if o in head[:i]]:
+        raise ValueError(f"`{file}` has the column `{twice[0]}` twice: rename or delete one of them.")
+    res = []
+    for n,row in rows:
+        if len(row)!=len(head): raise ValueError(f"`{file}`, line {n} has {len(row)} cells under {len(head)} columns: "
+                                                 "was it cut off? Complete it, or delete it.")
+        res.append((n, o := dict(zip(head, row))))
+        for k in ('seed', 'epochs', 'miou_student', 'miou_teacher'):
+            whole = k in ('seed', 'epochs')
+            if o.get(k) and not _number_in(o[k], whole): raise ValueError(
+                f"`{file}`, line {n}: `{k}` is {o[k]!r}: it must be a {'whole ' if whole else ''}number.")
+            if whole and k in o and o[k]: o[k] = str(int(float(o[k])))
+    return head,res
+
+# %% ../../nbs/runs/06_plan.ipynb #hd000303
+def key_of(
+    row:dict # Of a table of results
+)->tuple: # See `quiet_key`; raises `ValueError` if it had an option that is gone
+    "The settings of a row; where there is no command, the defaults"
+    columns = [f'--{k}={row[k]}' for k in ('method','seed','epochs') if row.get(k) not in (None, '')]
+    command = row['command'] if isinstance(row.get('command'), str) else ''
+    return quiet_key([*columns, *shlex.split(command)])
 
 def keys_of(
     table # Path of a table of results
 )->set: # See `pipa.runs.options.key`; empty if there is no table
     "The settings of each row; where there is no command, the defaults. A row that had an option which is gone has none"
-    if not Path(table).exists(): return set()
-    try: df = pd.read_csv(table)
-    except ValueError as e: raise ValueError(f"`{table}` can't be read as a table ({e}): name another one.") from None
-    if 'method' not in df:
-        raise ValueError(f"`{table}` has no column `method`, so it is no table of results: name another one.")
-    def key_of(r):
-        columns = [f'--{k}={r[k]}' for k in ('method','seed','epochs') if k in r]
-        command = r['command'] if isinstance(r.get('command'), str) else ''
-        try: return quiet_key([*columns, *shlex.split(command)])
+    if not os.path.lexists(table): return set()
+    head,rows = read_table(table)
+    if head and 'method' not in head: raise ValueError(
+        f"`{table}` has no column `method`, so it is no table of results: name another one"
+        + (', or separate its cells by commas.' if ';' in ''.join(head) else '.'))
+    def key_or_none(n, r):
+        for k in ('method', 'seed'):
+            if r.get(k)=='': raise ValueError(f"`{table}`, line {n} has no `{k}`: fill it in, or delete the line.")
+        try: return key_of(r)
         except ValueError: pass
-    return {key_of(r) for r in df.to_dict('records')}
+    return {key_or_none(*o) for o in rows}
 
 # %% ../../nbs/runs/06_plan.ipynb #pln00015
 def _useful(args, also=()):
@@ -96,47 +149,147 @@ def plan(
     return list(runs.values())
 
 # %% ../../nbs/runs/06_plan.ipynb #rsm00006
+def _read(file, read):
+    "What a file of a run says; one that is damaged is named"
+    try: return read(file)
+    except (ValueError, RecursionError, OSError) as e:
+        print(f'pipa: `{file}` is left alone: {one_line(e)}', file=sys.stderr)
+
+def _same(p, args):
+    said = _read(p, read_config)
+    if not said or not said.get('command', '').startswith('pipa_train'): return False
+    try: return quiet_key(shlex.split(said['command'])[1:])==quiet_key(args)
+    except ValueError: return False
+
+def _row(p, args):
+    "The row of a finished run, if it has these settings"
+    row = _read(p/'row.json', lambda f: json.loads(f.read_text(encoding='utf8')))
+    try: return row if isinstance(row, dict) and 'method' in row and key_of(row)==quiet_key(args) else None
+    except ValueError: return None
+
+# %% ../../nbs/runs/06_plan.ipynb #hd000308
+def found(
+    out:Path, # Folder that a run would have
+    args:list # Arguments of `pipa_train`
+)->tuple: # `(folder, 'finished', row)`, `(folder, 'begun' or 'busy', None)`, or three times None
+    "What there is of a run with these settings, in its folder or in that of a namesake with a number"
+    res = None,None,None
+    for p in sorted(out.parent.glob(f'{glob.escape(out.name)}*')):
+        if (p/'row.json').exists():
+            if row := _row(p, args): return p,'finished',row
+        elif (p/'config.json').is_file() and res[1]!='busy' and _same(p, args):
+            try:
+                with claim(p): res = res if res[1] else (p,'begun',None)
+            except ValueError: res = p,'busy',None
+    return res
+
 def interrupted(
     out:Path, # Folder that a run would have
     args:list # Arguments of `pipa_train`
 )->Path|None: # Its folder, or that of a namesake with a number
     "The run with these settings that was begun, is not finished, and that nobody works on"
-    for p in sorted(out.parent.glob(f'{out.name}*')):
-        if not (p/'config.json').is_file() or (p/'row.json').exists(): continue
-        said = json.loads((p/'config.json').read_text(encoding='utf8')).get('command', '')
-        try:
-            with claim(p): pass
-        except ValueError: continue
-        try: same = said.startswith('pipa_train') and quiet_key(shlex.split(said)[1:])==quiet_key(args)
-        except ValueError: continue
-        if same: return p
+    p,state,_ = found(out, args)
+    return p if state=='begun' else None
 
 # %% ../../nbs/runs/06_plan.ipynb #37693cfc
+def _cell(v): return '' if v is None or v!=v else f'{v:.4f}' if isinstance(v, float) else str(v)
+
 def add_row(
     file, # Table, CSV; made when it isn't there
     row:dict # Value of each column
 ):
     "Add a row to a table on disk, whole or not at all"
-    file,df = Path(file),pd.DataFrame([row])
-    if file.exists(): df = pd.concat([pd.read_csv(file), df])
-    write_file(file, lambda f: df.to_csv(f, index=False, float_format='%.4f'))
+    file = Path(file)
+    row, = no_formulas(pd.DataFrame([row])).to_dict('records')
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with turn(file):
+        head,rows = read_table(file) if file.exists() else ([], [])
+        rows = [*(o for _,o in rows), {k: _cell(v) for k,v in row.items()}]
+        df = pd.DataFrame(rows, columns=[*dict.fromkeys([*head, *row])], dtype=object).fillna('')
+        write_file(file, lambda f: df.to_csv(f, index=False))
 
 # %% ../../nbs/runs/06_plan.ipynb #pln00013
+def _begin(name, args, runs, jobs):
+    "Folder and process of a run that begins or goes on"
+    out = (old := interrupted(Path(runs)/name, args)) or new_folder(Path(runs)/name)
+    env,exe = dict(os.environ, OMP_WAIT_POLICY='PASSIVE'),str(Path(sys.executable).with_name('pipa_train'))
+    cmd = [exe, *args, f'--threads={max(1, defaults.cpus//jobs)}', f'--out={out}', *['--resume']*bool(old)]
+    with open(f'{out}.log', 'a' if old else 'w') as f:
+        return out,subprocess.Popen(cmd, stdin=subprocess.DEVNULL, stdout=f, stderr=f, env=env, start_new_session=True)
+
+def _stop(processes):
+    "Have them end, each with its state kept; whoever doesn't wait kills them"
+    for p in processes: p.terminate()
+    try:
+        for p in processes: p.wait()
+    except BaseException:
+        for p in processes: p.kill()
+        raise
+
+def _alone(held, runs, args):
+    "Is this the only study that does this run? `held` keeps it so"
+    name = hashlib.sha256(repr(quiet_key(args)).encode()).hexdigest()[:16]
+    try: held.enter_context(turn(Path(runs)/name, wait=0))
+    except ValueError: return False
+    return True
+
+# %% ../../nbs/runs/06_plan.ipynb #hd000305
+def _as_they_end(todo, runs, jobs):
+    "Yields name, folder and row of each run; without a row and a folder another process makes it, else it failed"
+    todo,running = [*todo],[]
+    Path(runs).mkdir(parents=True, exist_ok=True)
+    try:
+        while todo or running:
+            while todo and len(running)<jobs:
+                (name,args),held = todo.pop(0),ExitStack()
+                out,state,row = found(Path(runs)/name, args)
+                if state=='finished': print(f'{name}: taken from {out}, which is finished')
+                if state=='finished' or state=='busy' or not _alone(held, runs, args): yield name,row and out,row
+                else: running.append((name, *_begin(name, args, runs, jobs), held))
+            for o in [o for o in running if o[2].poll() is not None]:
+                running.remove(o)
+                name,out,p,held = o
+                held.close()
+                yield name,out,None if p.returncode else _read(out/'row.json', lambda f: json.loads(f.read_text()))
+            time.sleep(.05)
+    finally:
+        _stop([o[2] for o in running])
+        for o in running: o[3].close()
+
+# %% ../../nbs/runs/06_plan.ipynb #hd000309
+@contextmanager
+def _one_meaning():
+    "SIGTERM and a terminal that closes end this process as Ctrl-C does: what it started is stopped"
+    def end(sig, frame): raise SystemExit(128+sig)
+    sigs = [getattr(signal, o) for o in ('SIGTERM', 'SIGHUP') if hasattr(signal, o)]
+    if threading.current_thread() is not threading.main_thread(): sigs = []
+    olds = {s: signal.signal(s, end) for s in sigs if signal.getsignal(s) is signal.SIG_DFL}
+    try: yield
+    finally:
+        for s,f in olds.items(): signal.signal(s, f)
+
+# %% ../../nbs/runs/06_plan.ipynb #hd000306
 def run_all(
     todo:list, # Names and arguments, from `plan`
     table, # Gets a row for each
     runs, # Folder for the run folders
     jobs:int=1 # Runs at the same time
 ):
-    "Do what is missing, and add a row for each run as it comes in"
-    env,exe = dict(os.environ, OMP_WAIT_POLICY='PASSIVE'),str(Path(sys.executable).with_name('pipa_train'))
-    def one(job):
-        out = (old := interrupted(Path(runs)/job[0], job[1])) or new_folder(Path(runs)/job[0])
-        cmd = [exe, *job[1], f'--threads={max(1, defaults.cpus//jobs)}', f'--out={out}', *['--resume']*bool(old)]
-        with open(f'{out}.log', 'a' if old else 'w') as f:
-            return job[0],out,subprocess.run(cmd, stdout=f, stderr=f, env=env).returncode
-    with ThreadPoolExecutor(jobs) as pool:
-        for f in progress_bar(as_completed([pool.submit(one, o) for o in todo]), total=len(todo)):
-            name,out,code = f.result()
-            if code: print(f"{' with seed '.join(name.split('_seed', 1))} failed, see {out}.log")
-            else: add_row(table, json.loads((out/'row.json').read_text()))
+    "Do what is missing, and add a row for each run as it comes in; `SystemExit` with a sentence if one of them failed"
+    lost = []
+    try:
+        with _one_meaning(), closing(_as_they_end(todo, runs, jobs)) as results:
+            for name,out,row in progress_bar(results, total=len(todo)):
+                if row: add_row(table, row)
+                else: lost.append((name, out))
+                if out and not row: print(f"{' with seed '.join(name.split('_seed', 1))} failed, see {out}.log")
+    except (KeyboardInterrupt, SystemExit) as e:
+        said = 'pipa: Stopped. Runs that were under way have kept their state: the same command goes on.'
+        print(flush=True)   # after the bar
+        print(said, file=sys.stderr)
+        raise SystemExit(getattr(e, 'code', 130)) from None
+    bad,others = [[n for n,out in lost if bool(out)==failed] for failed in (True, False)]
+    said = [f'{len(bad)} of {len(todo)} runs failed, see above']*bool(bad)
+    if others: said.append(f"another process is working on {', '.join(others)}, which this one has left out")
+    print(flush=True)
+    if said: sys.exit(f"pipa: {'; '.join(said)}. The same command does what is missing.")

@@ -4,17 +4,20 @@
 
 # %% ../../nbs/runs/00_record.ipynb #rec00003
 from __future__ import annotations
-import hashlib, json, os, platform, re, shlex, subprocess, sys
+import hashlib, json, math, os, platform, re, shlex, stat, struct, sys, zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
 import torch
 from fastai.torch_core import set_seed
 from .. import __version__
+from ..metrics import label_free
 from ..sets.domains import Domain
 
 # %% auto #0
-__all__ = ['seed_all', 'data_stamp', 'revision', 'revisions', 'read_config', 'repeat', 'changes', 'versions', 'made_of',
-           'origins']
+__all__ = ['row_columns', 'seed_all', 'data_stamp', 'stamp_change', 'revision', 'revisions', 'read_config', 'repeat', 'changes',
+           'versions', 'made_of', 'origins', 'class_columns']
 
 # %% ../../nbs/runs/00_record.ipynb #rec00006
 def seed_all(
@@ -27,45 +30,199 @@ def seed_all(
     set_seed(seed, reproducible=True)
 
 # %% ../../nbs/runs/00_record.ipynb #rec00009
+def _ends(o):
+    "A hash of the first and last 4 kB of a file; `o` is its path, size and time"
+    with open(o[0], 'rb') as f:
+        a = f.read(4096)
+        f.seek(max(len(a), o[1]-4096))
+        return hashlib.sha256(a+f.read(4096)).digest()
+
+@lru_cache(8)
+def _content(files):
+    with ThreadPoolExecutor(8) as pool: return hashlib.sha256(b''.join(pool.map(_ends, files))).hexdigest()[:16]
+
 def data_stamp(
     domain:Domain # With or without masks
-)->dict: # `name`, number of `files`, `bytes`, and `hash` of names and sizes, 16 hexadecimal digits
+)->dict: # `name`, number of `files`, `bytes`, `hash` of names and sizes, `content`, a hash of their ends, and `classes`
     "A name for the content of a domain"
     files = [os.path.abspath(o) for o in (*domain.images, *(domain.masks or ()))]
     home = os.path.commonpath([os.path.dirname(o) for o in files])
-    seen = [(os.path.relpath(o, home).replace(os.sep, '/'), os.stat(o).st_size) for o in files]
+    stats = [os.stat(o) for o in files]
+    seen = [(os.path.relpath(o, home).replace(os.sep, '/'), s.st_size) for o,s in zip(files, stats)]
     code = hashlib.sha256(json.dumps([seen, domain.space.codes]).encode()).hexdigest()
-    return dict(name=domain.name, files=len(files), bytes=sum(n for _,n in seen), hash=code[:16])
+    content = _content(tuple((o, s.st_size, s.st_mtime_ns) for o,s in zip(files, stats) if stat.S_ISREG(s.st_mode)))
+    return dict(name=domain.name, files=len(files), bytes=sum(n for _,n in seen), hash=code[:16], content=content,
+                classes=', '.join(domain.space.codes))
+
+# %% ../../nbs/runs/00_record.ipynb #hd000106
+def stamp_change(
+    was:dict, # From `data_stamp`
+    now:dict|None # From `data_stamp`, or None for data that isn't there
+)->str: # `was …, is …`, or '' if all that both know is the same
+    "What differs between two stamps"
+    if not now: return f"was {was.get('files')} files, is not there"
+    k = next((k for k in ('classes', 'hash', 'content') if k in was and k in now and was[k]!=now[k]), None)
+    def said(o): return o[k] if k=='classes' else f"{o.get('files')} files, {o[k]}"
+    return f'was {said(was)}, is {said(now)}' if k else ''
 
 # %% ../../nbs/runs/00_record.ipynb #rec00013
+def _bytes(file, most=10**8):
+    "What a plain file holds; nothing if it is none, or a huge one"
+    try:
+        s = os.stat(file)
+        return Path(file).read_bytes() if stat.S_ISREG(s.st_mode) and s.st_size<=most else b''
+    except OSError: return b''
+
+def _text(file): return _bytes(file).decode(errors='replace').strip()
+
+def _repository(folder):
+    "Its root, the folder with its `HEAD`, and that with its objects; None where there is none"
+    folder = Path(folder).resolve()
+    for p in (folder, *folder.parents):
+        said = re.fullmatch('gitdir: (.+)', _text(p/'.git'))
+        own = p/(said[1] if said else '.git')
+        if _text(own/'HEAD'): return p,own,own/_text(own/'commondir')
+
+def _commit(own, shared):
+    "The commit that `HEAD` means"
+    head,packed = _text(own/'HEAD'),_text(shared/'packed-refs')
+    for _ in range(5):   # a name may be one for another name
+        if re.fullmatch('[0-9a-f]{40}([0-9a-f]{24})?', head): return head
+        name = re.fullmatch(r'ref: (refs/[^\s\\:]+)', head)
+        if not name or '..' in name[1]: return None
+        there = re.search(f'^([0-9a-f]+) {re.escape(name[1])}$', packed, re.M)
+        head = _text(own/name[1]) or _text(shared/name[1]) or (there[1] if there else '')
+
+# %% ../../nbs/runs/00_record.ipynb #hd000102
+def _entries(data, n):
+    "Each file of an index: its fields, hash, flags and path; then what follows. `n` is the length of a hash"
+    version,count = struct.unpack_from('>4xII', data)
+    if data[:4]!=b'DIRC' or version not in (2,3,4): raise ValueError('an index of another kind')
+    at,path = 12,b''
+    for _ in range(count):
+        fields,(flags,),end = struct.unpack_from('>10I', data, at),struct.unpack_from('>H', data, at+40+n),at+42+n
+        more = 0
+        if flags & 0x4000: (more,),end = struct.unpack_from('>H', data, end),end+2
+        if version==4: cut,end = _number(data, end)
+        stop = data.index(b'\0', end)
+        path = (path[:len(path)-cut] if version==4 else b'') + data[end:stop]
+        if len(path)>4096: raise ValueError('no system has such paths')
+        yield fields,data[at+40:at+40+n],flags,more,path
+        at = stop+1 if version==4 else at+(stop-at+8)//8*8
+    yield data[at:-n]
+
+def _number(data, at):
+    "A number of 7 bits a byte, and the place after it"
+    v = data[at] & 127
+    while data[at] & 128:
+        at += 1
+        v = (v+1)<<7 | data[at] & 127
+    return v,at+1
+
+# %% ../../nbs/runs/00_record.ipynb #hd000103
+def _is_blob(file, s, code):
+    "Has a file the content with this hash? Symbolic links are their target; what is huge is taken for changed"
+    if s.st_size>1<<26: return False
+    data = os.readlink(file) if stat.S_ISLNK(s.st_mode) else Path(os.fsdecode(file)).read_bytes()
+    hash_ = hashlib.sha1 if len(code)==20 else hashlib.sha256
+    return code in (hash_(b'blob %d\0' % len(o) + o).digest() for o in (data, data.replace(b'\r\n', b'\n')))
+
+def _as_known(root, entry, since, room):
+    "Is a file what the index says? `since` is when it was written: a later file is read, as long as there is `room`"
+    (*_,sec,nano,_,_,mode,_,_,size),code,flags,more,path = entry
+    kind = mode & 0o170000
+    if flags & 0x8000 or more & 0x4000 or kind in (0o160000, 0o040000): return True   # git doesn't look either
+    if flags & 0x3000 or more & 0x2000: return False   # a conflict, or only announced
+    s = os.lstat(file := os.path.join(os.fsencode(root), path))
+    if stat.S_IFMT(s.st_mode)!=kind or size and size!=s.st_size & 0xffffffff: return False
+    time = sec*10**9+nano
+    if size and time==s.st_mtime_ns and time<since: return True
+    room[0] -= s.st_size
+    return room[0]>0 and _is_blob(file, s, code)
+
+def _tree_of(shared, commit):
+    "The hash of the tree of a commit, if it has a file of its own"
+    try: text = zlib.decompressobj().decompress(_bytes(shared/'objects'/commit[:2]/commit[2:]), 500)
+    except zlib.error: return None
+    said = re.search(rb'\0tree ([0-9a-f]+)\n', text)
+    return bytes.fromhex(said[1].decode()) if said else None
+
+# %% ../../nbs/runs/00_record.ipynb #hd000104
+def _parts(data):
+    "What follows the files in an index, by its names of four letters"
+    res = {}
+    while len(data)>=8:
+        k,m = struct.unpack_from('>4sI', data)
+        res[k],data = data[8:8+m],data[8+m:]
+    return res
+
+def _unchanged(root, own, shared, commit):
+    "Are all files those of the commit? If it can't be told, they aren't"
+    data,n,room = _bytes(own/'index'),len(commit)//2,[1<<30]
+    try:
+        since = os.stat(own/'index').st_mtime_ns
+        for o in _entries(data, n):
+            if isinstance(o, tuple) and not _as_known(root, o, since, room): return False
+    except (OSError, ValueError, struct.error, IndexError): return False
+    parts = _parts(o)
+    tree = parts.get(b'TREE', b'')   # of the whole index; -1 when something was added since the last commit
+    said = re.match(rb'\0\d+ \d+\n', tree)
+    if not said or b'link' in parts: return False
+    return _tree_of(shared, commit) in (None, tree[said.end():said.end()+n])
+
+# %% ../../nbs/runs/00_record.ipynb #hd000105
 def revision(
     folder:str|Path='.' # Folder in a repository
-)->str|None: # The commit, with a `+` if tracked files were changed; None where there's no repository or no git
-    "The state of the code in a folder"
-    kw = dict(capture_output=True, text=True, timeout=20, check=True)
-    def git(*args): return subprocess.run(['git', '-C', str(folder), *args], **kw).stdout.strip()
-    try: return git('rev-parse', 'HEAD') + '+'*bool(git('status', '--porcelain', '--untracked-files=no'))
-    except (OSError, subprocess.SubprocessError): return None
+)->str|None: # The commit, with a `+` if files were changed or it can't be told; None where there is no repository
+    "The state of the code in a folder, without running git"
+    if not (found := _repository(folder)): return None
+    root,own,shared = found
+    if commit := _commit(own, shared): return commit + '+'*(not _unchanged(root, own, shared, commit))
 
 def revisions()->dict: # `package` and `here`, see `revision`
     "Commits of the package and of the working folder"
     return dict(package=revision(Path(__file__).parent), here=revision())
 
 # %% ../../nbs/runs/00_record.ipynb #rec00016
-_record,_not_taken = ('versions', 'command', 'data_stamps', 'git', 'ranks'),('out', 'config', 'resume')
+_record = dict(versions=dict, command=str, data_stamps=dict, git=dict, ranks=int)
+_not_taken = 'out', 'config', 'resume'
+_none_or = dict(encoder=str, preset=str, out=str, config=str, weight=float, workers=int)   # None is their default
+_words = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', dict: 'a group, `{…}`'}
 
+def _is(v, kind):
+    if kind is float: return type(v) in (int, float) and math.isfinite(v)
+    return type(v) is kind
+
+def _shown(v): return json.dumps(v)[:40]
+
+def _kinds(was, usual, file):
+    "Raise a `ValueError` that names the first value of another kind than its option has"
+    for k,v in was.items():
+        kind = _record.get(k) or _none_or.get(k) or type(usual.get(k, v))
+        free = k in _none_or or k in usual and usual[k] is None
+        if not (free and v is None or kind not in _words or _is(v, kind)): raise ValueError(
+            f"`{file}` says that `{k}` is {_shown(v)}: it must be {_words[kind]}{', or null' if free else ''}.")
+    for k in ('versions', 'data_stamps'):
+        for a,b in was.get(k, {}).items():
+            good = isinstance(b, dict) if k=='data_stamps' else b is None or type(b) is (int if a=='threads' else str)
+            if not good: raise ValueError(f"`{file}` says that `{a}` of `{k}` is {_shown(b)}, as no run writes it: "
+                                          "put back what the run wrote, or delete this entry.")
+
+# %% ../../nbs/runs/00_record.ipynb #hd000107
 def read_config(
-    file:str|Path # `config.json`, or the folder of a run
+    file:str|Path, # `config.json`, or the folder of a run
+    usual=None # Default of each option, to look at the kinds of values; `None`: what isn't an option is looked at
 )->dict: # Raises `ValueError` or `FileNotFoundError`
     "What a run folder says of its run"
     file = Path(file)/'config.json' if Path(file).is_dir() else Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"There is no file `{file}`: name the `config.json` of a run, or its folder.")
-    try: was = json.loads(file.read_text(encoding='utf8'))
-    except ValueError as e:
+    try: was = json.loads(file.read_text(encoding='utf-8-sig'))
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"`{file}` is no JSON ({e}): is it whole, and the `config.json` of a run?") from None
     if not isinstance(was, dict) or 'method' not in was:
         raise ValueError(f"`{file}` holds no options of a run: name the `config.json` that pipa_train wrote.")
+    _kinds(was, usual or {}, file)
     return was
 
 # %% ../../nbs/runs/00_record.ipynb #rec00021
@@ -81,7 +238,7 @@ def repeat(
 )->dict: # Options, those of the file `o['config']` in the place of defaults
     "The options of a run that shall be made again"
     if not o.get('config'): return o
-    was = read_config(o['config'])
+    was = read_config(o['config'], usual)
     odd = [k for k in was if k not in usual and k not in _record]
     if odd: raise ValueError(f"`{o['config']}` has the option `{odd[0]}`, which pipa_train doesn't know: "
                              "was it written by another version? Delete it there if it doesn't matter.")
@@ -90,16 +247,19 @@ def repeat(
     mine = {k for k in o if o[k]!=usual.get(k)} | {*given, *_not_taken}
     return {k: v if k in mine else was.get(k, v) for k,v in o.items()}
 
+# %% ../../nbs/runs/00_record.ipynb #hd000108
 def changes(
     was:dict, # `config.json` of a run
     now:dict # What a new one would write
 ): # Yields sentences
     "Why a run might not give the numbers of another"
-    def said(o): return 'hash' in o and f"{o['files']} files, {o['hash']}" if isinstance(o, dict) else o
-    for what in ('versions', 'data_stamps', 'git'):
+    olds,news = (o.get('data_stamps') or {} for o in (was, now))
+    for k,v in olds.items():
+        if said := stamp_change(v, news.get(k)): yield f'data_stamps {k}: {said}; numbers may differ.'
+    for what in ('versions', 'git'):
         a,b = (o.get(what) or {} for o in (was, now))
         for k in (k for k in a if a[k]!=b.get(k) and (what, k)!=('git', 'here')):
-            yield f'{what} {k}: was {said(a[k])}, is {said(b.get(k))}; numbers may differ.'
+            yield f'{what} {k}: was {a[k]}, is {b.get(k)}; numbers may differ.'
 
 # %% ../../nbs/runs/00_record.ipynb #rcd00002
 def versions()->dict:
@@ -113,19 +273,40 @@ def versions()->dict:
 def made_of()->str: # Such as `pipa 0.1.0 (d1ad15c), torch 2.14.1`
     "Versions of package and torch, in a few words, and the commit where the package lies in a repository"
     v,c = versions(),revisions()['package']
-    return f"pipa {v['pipa']}{f' ({c[:7]}{c[40:]})' if c else ''}, torch {v['torch']}"
+    return f"pipa {v['pipa']}{f' ({c[:7]}' + '+'*c.endswith('+') + ')' if c else ''}, torch {v['torch']}"
 
 # %% ../../nbs/runs/00_record.ipynb #rcd00003
 def origins(
     o, # The arguments of `pipa_train`
     src, # Source `Domain`
     tgt, # Target `Domain`
-    val=None # Domain to report on
-)->dict: # What `config.json` says beside the options
+    val=None, # Domain to report on
+    out=None # Folder of a run that goes on
+)->dict: # What `config.json` says beside the options; raises a `ValueError` if a run goes on with other data
     "What a run was made of"
     stamps = {k: data_stamp(d) for k,d in dict(source=src, target=tgt, valid=val).items() if d}
     command = shlex.join(['pipa_train', *sys.argv[1:]])
     now = dict(versions=versions(), command=command, data_stamps=stamps, git=revisions())
-    if o.get('config'):
-        for l in changes(read_config(o.config), now): print(f'pipa: {l}', file=sys.stderr)
+    was = read_config(out or o.config) if out or o.get('config') else {}
+    odd = [(k, said) for k,v in was.get('data_stamps', {}).items() if (said := stamp_change(v, stamps.get(k)))]
+    if out and odd: raise ValueError(
+        f"The run in `{out}` was begun with other data: {'; '.join(f'{k} {said}' for k,said in odd)}. "
+        "Put back what was there, or begin another run in another folder.")
+    for l in changes(was, now): print(f'pipa: {l}', file=sys.stderr)
     return now
+
+# %% ../../nbs/runs/00_record.ipynb #hd000402
+row_columns = [*'benchmark method seed epochs host terms precision settings command version'.split(),
+               *'miou_student miou_teacher miou accuracy weights mode images'.split(),
+               *label_free, 'compactness', 'separability', 'gap']   # what a row of results says beside its classes
+
+def class_columns(
+    codes, # Names of classes
+    more=() # Columns that are taken, besides `row_columns`
+)->list: # A name for each
+    "Names of the columns of classes, none of which has another meaning"
+    res = []
+    for c in codes:
+        while c in row_columns or c in more or c in res: c = f'class {c}'
+        res.append(c)
+    return res

@@ -11,7 +11,7 @@ from fastai.torch_basics import *
 from fastai.callback.core import Callback, CancelEpochException, CancelTrainException
 from fastai.learner import Learner
 from ..ranks import place, start, most
-from .state import asked_for, checkpoints, load_rng, load_state, read_together
+from .state import asked_for, checkpoints, drop_checkpoints, load_rng, load_state, read_together
 from .state import setting_changes, state_of, write_state
 
 # %% auto #0
@@ -164,7 +164,7 @@ def stop(self:Checkpoint, sig):
 @patch
 def clear(self:Checkpoint):
     "Remove all checkpoints of this run: its weights are elsewhere by now"
-    for p in checkpoints(self.path): p.unlink(missing_ok=True)
+    drop_checkpoints(self.path)
     self.file = None
 
 # %% ../../nbs/runs/02_resume.ipynb #res00038

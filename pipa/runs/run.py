@@ -11,7 +11,7 @@ from torch.nn.attention import sdpa_kernel, SDPBackend
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
-from ..basics import between, writable, write_file
+from ..basics import between, no_formulas, one_line, writable, write_file
 from ..ranks import place, start
 from ..sets.pictures import image_size
 from ..sets.named import domains
@@ -23,14 +23,14 @@ from ..learner import host_terms, make_net, method_cbs, method_name, uda_learner
 from ..metrics import iou, iou_table, miou, Validator
 from ..look.measures import tightness
 from .options import *
-from .record import made_of, origins, read_config, repeat, seed_all
+from .record import class_columns, made_of, origins, read_config, repeat, seed_all
 from .resume import Checkpoint
-from .state import checkpoints, claim, same_ranks
+from .state import checkpoints, claim, drop_checkpoints, same_ranks
 from .. import check, show
 
 # %% auto #0
 __all__ = ['new_folder', 'rank0_first', 'rank0_folder', 'Before', 'write_run', 'measures', 'valid_bs', 'look_at', 'plain_log',
-           'watch', 'halved', 'prepare', 'fit_in_folder', 'resumed', 'run', 'run_command']
+           'watch', 'halved', 'prepare', 'fit_in_folder', 'begun_with', 'resumed', 'run', 'in_file', 'run_command']
 
 # %% ../../nbs/runs/04_run.ipynb #run00006
 def new_folder(
@@ -100,12 +100,12 @@ def write_run(
     if 'teacher_miou' in ms: save(out/'teacher.safetensors', learn.mean_teacher.teacher, which='teacher', **meta)
     cm = ms['miou'].cm.cpu()
     t = iou_table(cm, sp.codes)
-    write_file(out/'classes.csv', lambda f: t.to_csv(f, index=False))
+    write_file(out/'classes.csv', lambda f: no_formulas(t).to_csv(f, index=False))
     xs,ys = ([o for b in before.batches for o in b[i]] for i in (0,1))
     show.result_picture(xs, ys, {'first epoch': before.preds, 'adapted': before.answer()}, sp).to_png(out/'result.png')
     show.curves(pd.read_csv(out/'metrics.csv')).to_png(out/'curves.png')
     return dict(miou_student=miou(cm), miou_teacher=ms['teacher_miou'].value if 'teacher_miou' in ms else float('nan'),
-                **dict(zip(sp.codes, iou(cm).tolist())))
+                **dict(zip(class_columns(sp.codes), iou(cm).tolist())))
 
 # %% ../../nbs/runs/04_run.ipynb #112dc6e3
 def measures(
@@ -208,9 +208,9 @@ def fit_in_folder(
     seed_all(o.seed, o.deterministic)
     learn,before,doms = prepare(o, world)
     learn.path = out = Path(out) if o.resume else rank0_folder(out)
-    watch(learn, o.get('guard', 'off'), out/'metrics.csv')
+    watch(learn, o.get('guard', 'off'), out/'metrics.csv' if checkpoints(out) else None)   # else it begins anew
     if not rank: held.enter_context(claim(out))
-    text = json.dumps(dict(o, ranks=world, **origins(o, *doms)), indent=1)
+    text = json.dumps(dict(o, ranks=world, **origins(o, *doms, out=out if o.resume else None)), indent=1)
     if o.resume: checkpoints(out) and learn.resume()
     elif not rank: write_file(out/'config.json', lambda f: f.write(text.encode()))
     quiet = nullcontext() if rank or sys.stdout.isatty() else plain_log(learn)
@@ -225,6 +225,18 @@ def fit_in_folder(
 # %% ../../nbs/runs/04_run.ipynb #rsm00004
 _free = 'out threads workers resume minutes guard'.split()
 
+def begun_with(
+    out:Path, # Folder of a run
+    usual:dict # Default of each option
+)->dict: # See `read_config`; raises a sentence where something is missing
+    "What a run that goes on was begun with"
+    was = read_config(out, usual)
+    lost = [k for k,v in dict(command=was, threads=was.get('versions', {})).items() if k not in v]
+    if lost: raise ValueError(f"`{out/'config.json'}` doesn't say the `{lost[0]}` that the run was begun with: "
+                              "put back what pipa_train wrote, or begin another run.")
+    return was
+
+# %% ../../nbs/runs/04_run.ipynb #hd000503
 def resumed(
     out:str, # Folder of the run
     o:dict, # Arguments of `pipa_train`
@@ -235,9 +247,11 @@ def resumed(
     if not (out/'config.json').is_file(): raise FileNotFoundError(
         f"`{out}` holds no run that could go on: name its folder with --out, or begin one without --resume.")
     if (out/'row.json').is_file():
-        if not rank: print(f'`{out}` is finished, there is nothing to go on with.')
+        if not rank:
+            with claim(out): drop_checkpoints(out)   # it may have been killed before it came to that
+            print(f'`{out}` is finished, there is nothing to go on with.')
         return None,[]
-    was = json.loads((out/'config.json').read_text(encoding='utf8'))
+    was = begun_with(out, usual)
     same_ranks(out, was.get('ranks', 1))
     was.setdefault('precision', 'fp32')   # a run of before there was a choice
     was['threads'] = was['versions']['threads']
@@ -278,10 +292,20 @@ def run(
         command = shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))])
         row |= dict(settings=apart, command=command, version=made_of())
         write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
-        for p in checkpoints(out): p.unlink(missing_ok=True)
+        drop_checkpoints(out)
     return out
 
 # %% ../../nbs/runs/04_run.ipynb #run00020
+def in_file(
+    o:dict # Options, some of them from the file `o['config']`
+):
+    "Refuse values with which no run could begin, and name the file that they may come from"
+    try:
+        in_range(AttrDict(o))
+        possible(AttrDict(o))
+    except (ValueError, KeyError) as e:
+        raise ValueError(f"`{o['config']}`, or an option beside it: {one_line(e)}") from None
+
 def run_command(
     o:dict, # Options
     argv:list # Words of the command, without its name
@@ -289,6 +313,7 @@ def run_command(
     "What `pipa_train` does: repeat, refuse what does nothing, run, and say what is there now"
     named,usual = given(o, argv),defaults()
     o = repeat(said := o, usual, named)
+    if o['config']: in_file(o)
     if o['config'] and o['precision']=='auto' and 'precision' not in read_config(o['config']): o['precision'] = 'fp32'
     if not o['resume']: look_for_idle(o, {*named, *(k for k in said if said[k]!=usual[k])})
     out = run(**o, named=named)

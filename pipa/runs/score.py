@@ -10,10 +10,11 @@ from pathlib import Path
 import pandas as pd
 from fastai.torch_basics import *
 from ..sets.layouts import minicity
-from ..basics import write_file
+from ..basics import no_formulas, write_file
 from ..data import folder
 from ..checkpoints import load, space_of
 from ..metrics import pixel_acc
+from .record import class_columns
 from .. import check, export, infer, show
 
 # %% auto #0
@@ -72,10 +73,11 @@ def write_scores(
     "Write tables and picture of a score"
     t,means = infer.score_table(cm, space),infer.mean_table(cm, space)
     matrix = pd.DataFrame(cm.numpy(), space.codes, space.codes).rename_axis('truth')
-    write_file(out/'classes.csv', lambda f: t.to_csv(f, index=False))
-    write_file(out/'confusion.csv', matrix.to_csv)
+    write_file(out/'classes.csv', lambda f: no_formulas(t).to_csv(f, index=False))
+    write_file(out/'confusion.csv', no_formulas(matrix).to_csv)
     show.confusion_picture(cm, space).to_png(out/'confusion.png')
-    row = dict(row, **dict(zip(means['mean'], means.iou)), accuracy=pixel_acc(cm), **dict(zip(space.codes, t.iou)))
+    row = row | dict(zip(['miou', *class_columns(means['mean'][1:])], means.iou)) | dict(accuracy=pixel_acc(cm))
+    row |= dict(zip(class_columns(space.codes, row), t.iou))
     write_file(out/'row.json', lambda f: f.write(json.dumps(row, indent=1).encode()))
     def line(m):
         absent = f'; absent and left out: {m.absent}' if m.absent else ''

@@ -4,8 +4,9 @@
 
 # %% ../../nbs/runs/01_state.ipynb #sta00003
 from __future__ import annotations
-import errno, hashlib, inspect, io, os, re, zipfile
-from contextlib import contextmanager
+import errno, hashlib, inspect, io, os, re, threading, time, zipfile
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
 from torch import Tensor
@@ -17,13 +18,15 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 from .. import __version__
-from ..basics import write_file
+from ..basics import sweep_folder, to_disk, write_file
 from ..ranks import place, start
+from .record import data_stamp
+from ..sets.domains import Domain
 
 # %% auto #0
 __all__ = ['pack', 'cb_state', 'load_cb_state', 'state_of', 'load_rng', 'load_state', 'asked_for', 'setting_changes',
-           'write_state', 'checkpoints', 'read_state', 'claim', 'fingerprint', 'apart', 'of_rank', 'gather_apart',
-           'same_ranks', 'read_together']
+           'write_state', 'checkpoints', 'drop_checkpoints', 'read_state', 'claim', 'turn', 'fingerprint', 'apart',
+           'of_rank', 'gather_apart', 'same_ranks', 'read_together']
 
 # %% ../../nbs/runs/01_state.ipynb #res00008
 def pack(
@@ -160,6 +163,12 @@ def _images(domain):
     ims = [Path(o).name for o in getattr(domain, 'images', ())]
     return f'{len(ims)}, from {ims[0]} to {ims[-1]}' if ims else None
 
+def _data(name, domain):
+    "What the files of a domain hold"
+    if not isinstance(domain, Domain) or not len(domain): return {}
+    s = data_stamp(domain)
+    return {f'{name} classes': s['classes'], f'{name} data': f"{s['files']} files, {s['hash']}, {s['content']}"}
+
 # %% ../../nbs/runs/01_state.ipynb #sta00019
 def asked_for(
     learn:Learner # When its fit begins
@@ -171,7 +180,9 @@ def asked_for(
     res = {f'{n}.{k}':v for n,o in parts.items() if hasattr(o, '__dict__') for k,v in _settings(o).items()}
     sched = [(k, f) for o in learn.cbs if isinstance(o, ParamScheduler) for k,f in o.scheds.items()]
     rates = {f'schedule of {k}':[np.asarray(f(p)).tolist() for p in (.01,.1,.5,.9)] for k,f in sched}
-    ims = {f'{d} images':_images(getattr(dl.dataset, d, None)) for d in ('source', 'target')}
+    doms = {d:getattr(dl.dataset, d, None) for d in ('source', 'target')}
+    ims = {f'{k} images':_images(d) for k,d in doms.items()}
+    for k,d in doms.items(): ims |= _data(k, d)
     lrs = dict(lr=[h['lr'] for h in hs], wd=[h['wd'] for h in hs])
     return pack(res | rates | ims | lrs | dict(epochs=learn.n_epoch, steps=len(dl), bs=dl.bs))
 
@@ -179,8 +190,9 @@ def setting_changes(
     was:dict, # From `asked_for`
     now:dict # From `asked_for`
 )->list: # Parts of a sentence
-    "What was asked for then and is not now"
-    said = [(k, was.get(k, 'not there'), now.get(k, 'not there')) for k in dict.fromkeys([*was, *now])]
+    "What was asked for then and is not now; a checkpoint of before there were stamps of data says nothing of them"
+    old = [k for k in now if k.endswith((' classes', ' data')) and k not in was]
+    said = [(k, was.get(k, 'not there'), now.get(k, 'not there')) for k in dict.fromkeys([*was, *now]) if k not in old]
     return [f"{k} was {a} and is {b}" for k,a,b in said if a!=b]
 
 # %% ../../nbs/runs/01_state.ipynb #res00025
@@ -190,15 +202,7 @@ def write_state(
 )->Path: # The file, such as `checkpoint_002_000137.pt`: two epochs are done and 137 batches of the third
     "Write a checkpoint, whole or not at all, and on disk when this returns"
     file = Path(folder)/'checkpoint_{:03}_{:06}.pt'.format(*state['at'])
-    def write(f):
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    write_file(file, write)
-    if os.name=='posix':   # the name, too, has to reach the disk
-        d = os.open(file.parent, os.O_RDONLY)
-        try: os.fsync(d)
-        finally: os.close(d)
+    write_file(file, lambda f: torch.save(state, f))
     return file
 
 def checkpoints(
@@ -207,6 +211,16 @@ def checkpoints(
     "The checkpoints in a folder"
     fs = Path(folder).glob('checkpoint_*.pt')
     return sorted((p for p in fs if re.fullmatch(r'checkpoint_\d+_\d+\.pt', p.name)), reverse=True)
+
+def drop_checkpoints(
+    folder # Folder of a run whose weights, tables and pictures are written
+):
+    "Remove the checkpoints of a finished run, once all else in its folder is on disk"
+    if not (olds := checkpoints(folder)): return
+    for o in Path(folder).iterdir():
+        if o not in olds and o.is_file(): to_disk(o)
+    to_disk(folder)
+    for o in olds: o.unlink(missing_ok=True)
 
 # %% ../../nbs/runs/01_state.ipynb #sta00021
 def _read(file):
@@ -237,36 +251,76 @@ def read_state(
     raise ValueError(f"{'; '.join(said)}: there is none before it, so begin anew.")
 
 # %% ../../nbs/runs/01_state.ipynb #res00030
-def _locked(file, fcntl):
-    "The open and locked file at `file`, or None if another process has it; where the disk has no locks it is open only"
+def _lock(f):
+    "Lock an open file; an `OSError` if another process has it, or if this disk has no locks"
+    try: import fcntl
+    except ImportError: return import_module('msvcrt').locking(f.fileno(), 2, 1)   # LK_NBLCK, one byte
+    fcntl.lockf(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+
+def _locked(file):
+    "The open file at `file`, and is it locked? None if this disk has no locks; without a file, another process has it"
     while True:
-        f = open(file, 'w')
+        f = open(os.open(file, os.O_RDWR|os.O_CREAT, 0o666), 'wb', buffering=0)
         try:
-            fcntl.lockf(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(f.fileno()), os.stat(file)): return f
+            _lock(f)
+            if os.path.samestat(os.fstat(f.fileno()), os.stat(file)): return f,True
         except FileNotFoundError: pass   # its owner removed it before we had it
         except OSError as e:
-            if e.errno not in (errno.EACCES, errno.EAGAIN): return f
+            if e.errno not in (errno.EACCES, errno.EAGAIN): return f,None
             f.close()
-            return None
+            return None,False
         f.close()
+
+def _release(file, f):
+    "In this order: closed, it might be another's already. (Windows removes no file that is open, and keeps it.)"
+    with suppress(PermissionError): file.unlink(missing_ok=True)
+    f.close()
 
 # %% ../../nbs/runs/01_state.ipynb #sta00023
 @contextmanager
 def claim(
     folder # Folder of a run
-): # For `with`; does nothing where the system has no such locks
+): # For `with`; where the disk has no locks nobody is kept out
     "Take a folder for this process; raises `ValueError` if another one works in it"
-    try: import fcntl
-    except ImportError:
-        yield
-        return
-    f = _locked(file := Path(folder)/'.lock', fcntl)
+    f,sure = _locked(file := Path(folder)/'.lock')
     if not f: raise ValueError(f"Another process works in `{folder}`: let it end, or take another folder.")
-    try: yield
-    finally:   # in this order: closed, it might be another's already
-        file.unlink(missing_ok=True)
-        f.close()
+    try:
+        if sure: sweep_folder(folder)
+        yield
+    finally: _release(file, f)
+
+# %% ../../nbs/runs/01_state.ipynb #hd000202
+_turns = threading.RLock()   # locks of the system are between processes, not between threads
+
+def _took(folder):
+    try: os.mkdir(folder)
+    except FileExistsError:
+        with suppress(OSError):
+            if time.time()-os.stat(folder).st_mtime>60: os.rmdir(folder)
+        return False
+    return True
+
+# %% ../../nbs/runs/01_state.ipynb #hd000204
+@contextmanager
+def turn(
+    file, # What is written anew
+    wait:float=60. # Seconds
+): # For `with`; raises a `ValueError` if nobody lets go
+    "Have a file to oneself for a moment, and wait until the others have done"
+    file,end = Path(file),time.monotonic()+wait
+    lock = file.with_name(f'.{file.name[:40]}.lock')
+    alone = lock.with_name(f'{lock.name}s')
+    with _turns:
+        f,sure = _locked(lock)
+        while not f or sure is None and not _took(alone):
+            if time.monotonic()>end: raise ValueError(
+                f"Another process has held `{file}` for {wait:g} seconds: let it end, and do this again.")
+            time.sleep(.02)
+            if not f: f,sure = _locked(lock)
+        try: yield
+        finally:
+            if sure is None: os.rmdir(alone)
+            _release(lock, f)
 
 # %% ../../nbs/runs/01_state.ipynb #res00071
 def fingerprint(

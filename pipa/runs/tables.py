@@ -7,8 +7,9 @@ from __future__ import annotations
 from pathlib import Path
 import pandas as pd, seaborn as sns
 from ..learner import host_terms
-from ..metrics import label_free
 from ..draw import Fig
+from .plan import read_table
+from .record import row_columns
 
 # %% auto #0
 __all__ = ['methods', 'terms', 'read_results', 'usual', 'kept_apart', 'results_table', 'results_markdown', 'sentence',
@@ -16,16 +17,15 @@ __all__ = ['methods', 'terms', 'read_results', 'usual', 'kept_apart', 'results_t
 
 # %% ../../nbs/runs/07_tables.ipynb #1c383cd3
 methods = ['source', 'self_training', 'pixel', 'patch', 'pipa', 'oracle']
-_known = ['benchmark', 'method', 'seed', 'epochs', 'miou_student', 'miou_teacher', 'command', 'version',
-          'host', 'terms', 'settings', *label_free, 'compactness', 'separability', 'gap']
+_needed = ['benchmark', 'method', 'seed', 'epochs', 'miou_student', 'miou_teacher']
 
 def _of_a_study(csv):
     "The file as it is, if it is the table of a study"
     if not Path(csv).is_file():
         raise FileNotFoundError(f"There are no results yet: `{csv}` is written when the study is run.")
-    try: df = pd.read_csv(csv)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError): df = pd.DataFrame(columns=_known)
-    lost = [c for c in _known[:6] if c not in df]
+    head,rows = read_table(csv)
+    df = pd.read_csv(csv) if head else pd.DataFrame(columns=_needed)
+    lost = [c for c in _needed if c not in df]
     if lost: raise ValueError(f"`{csv}` is not the table of a study: it has no column `{lost[0]}`.")
     if not len(df):
         raise ValueError(f"There are no results yet: `{csv}` has no rows; it is filled when the study is run.")
@@ -40,7 +40,7 @@ def read_results(
     df['settings'] = df['settings'].where(df['settings'].notna(), '').astype(str) if 'settings' in df else ''
     order = methods[:-1] + sorted(set(df.method)-set(methods)) + methods[-1:]   # the oracle is last
     df['method'] = pd.Categorical(df.method, [m for m in order if m in set(df.method)], ordered=True)
-    df = df.drop_duplicates([*_known[:4], 'settings'], keep='last')
+    df = df.drop_duplicates([*_needed[:4], 'settings'], keep='last')
     return df.sort_values(['benchmark', 'epochs', 'method', 'seed']).reset_index(drop=True)
 
 # %% ../../nbs/runs/07_tables.ipynb #053fddb9
@@ -72,7 +72,7 @@ def results_table(
 )->pd.DataFrame: # A row a method; strings such as `51.2 ± 0.4`, in points, `–` where there is no value
     "Mean and standard deviation over seeds, for each method"
     df = usual(read_results(csv))
-    cols = ['miou_student', 'miou_teacher'] + [c for c in df if c not in _known]
+    cols = ['miou_student', 'miou_teacher'] + [c for c in df if c not in row_columns]
     g = df.groupby(kept_apart(df), observed=True)
     t = g[cols].agg(_pm if spread else lambda v: _pm(v).split(' ')[0])
     t.insert(0, 'seeds', g['seed'].nunique())
