@@ -393,7 +393,7 @@ def uda_dls(
     _in_range(bs, size, num_workers, rcs_temp=rcs_temp, **kwargs)
     _fit_together(source, target, valid, n, bs, shard)
     for d in (source, target, valid): check_images(d)
-    counts = class_counts(source)
+    name_absent(counts := class_counts(source), source)
     if min_crop_ratio is None: kwargs.setdefault('min_crop', min_share)
     else: kwargs['min_crop'] = min_crop_ratio*(min_share if min_pixels is None else min_pixels/(size[0]*size[1]))
     draw = {} if rcs_temp is None else dict(
