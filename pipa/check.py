@@ -17,7 +17,7 @@ from .labels import rgb_ids
 from .draw import Fig, add_legend, grid, paint
 
 # %% auto #0
-__all__ = ['sets', 'fields', 'fits', 'pairing', 'picture_key', 'unlike', 'alike', 'check_record', 'inspect', 'problems',
+__all__ = ['sets', 'fields', 'fits', 'pairing', 'picture_key', 'unlike', 'alike', 'check_pair', 'inspect', 'problems',
            'same_pictures', 'repeats', 'class_table', 'class_picture', 'contact_sheet', 'domains_of', 'report']
 
 # %% ../nbs/23_check.ipynb #c5b9a847
@@ -130,19 +130,25 @@ def alike(
 def _small(s): return np.frombuffer(base64.b85decode(s), np.int8).astype(np.float32)/32
 
 # %% ../nbs/23_check.ipynb #18692cf4
-def check_record(
+def check_pair(
     image, # Path of a picture
     mask=None # Path of its mask
-)->dict: # `picture_key`, what `look` says, `fields` of the pair, `key` of the mask; or `error`
+)->dict: # `picture_key`, `most`, what `look` says, `fields` of the pair, `key` of the mask; or `error`
     "Decode a picture and its mask, and write down what a check needs"
     try: img = read_image(image)
     except (ValueError, OSError) as e: return dict(error=str(e))
-    if mask is None: return dict(picture_key(img), image=[img.height, img.width])
-    r = dict(picture_key(img), **look(image, mask))
+    r = dict(picture_key(img), most=_most(img), image=[img.height, img.width])
+    if mask is None: return r
+    r |= look(image, mask)
     if 'error' in r: return r
     y = _plane(mask)
     key = hashlib.sha256(repr(y.shape).encode()+y.astype(np.int64).tobytes()).hexdigest()[:12]
     return dict(r, fields=fields(img, y, r['values']), key=key)
+
+def _most(img):
+    "The share of the pixels with the commonest values: three neighbours, in the channel where they are fewest"
+    n = [np.convolve(o, [1,1,1]).max() for o in np.reshape(img.histogram(), (-1,256))]
+    return round(float(min(n))/(img.width*img.height), 4)
 
 def _plane(mask):
     y = read_numbers(mask)
@@ -155,7 +161,7 @@ def inspect(
     n_workers:int|None=None # Processes; defaults to the number of cores, 0 for none
 )->list: # A record for each image
     "Examine all files of a domain, or remember what was seen"
-    return remember(check_record, [*zip(domain.images, domain.masks)] if domain.masks else [(x,) for x in domain.images],
+    return remember(check_pair, [*zip(domain.images, domain.masks)] if domain.masks else [(x,) for x in domain.images],
                     cache, n_workers)
 
 # %% ../nbs/23_check.ipynb #a9929583
@@ -172,7 +178,7 @@ def problems(
     return pd.DataFrame(out, columns=['level', 'file', 'what'])
 
 # %% ../nbs/23_check.ipynb #chk00002
-_gap = -1.25   # between right pairs and exchanged ones, see the table above
+_gap = -1.   # between right pairs and exchanged ones, see the table above
 
 def _strange(domain, seen):
     yield from _look_of(seen)
@@ -207,6 +213,10 @@ def _look_of(seen):
     flat = [x for x,_,r in seen if not r['pixels']]
     if flat: yield flat[0],(f"`{flat[0]}` has one colour all over" + f", and so have {len(flat)-1} more"*(len(flat)>1) +
                             ": nothing can be learned from that. Was it saved empty?")
+    poor = [(x, r['most']) for x,_,r in seen if r['pixels'] and r['most']>.99]
+    if poor: yield poor[0][0],(f"{100*poor[0][1]:.1f} % of `{poor[0][0]}` have nearly one value" +
+                               f", and {len(poor)-1} more are like it"*(len(poor)>1) +
+                               ": was its range cut or read wrongly, or the lens covered?")
 
 # %% ../nbs/23_check.ipynb #ed4d8c49
 def same_pictures(

@@ -26,7 +26,7 @@ def lay(home, y, lines=None, n=3, ext='png'):
     "A folder for `pipa_train` whose source has masks `y`"
     rng = np.random.default_rng(0)
     for d in ('source', 'target', 'valid'):
-        for o in ('images', 'masks'): (home/d/o).mkdir(parents=True, exist_ok=True)
+        for o in ('images', 'masks')[:1+(d!='target')]: (home/d/o).mkdir(parents=True, exist_ok=True)
         for i in range(n):
             Image.fromarray(rng.integers(0, 256, (*y.shape,3)).astype(np.uint8)).save(home/d/f'images/{i}.png')
             if d!='target': Image.fromarray(y).save(home/d/f'masks/{i}.{ext}')
