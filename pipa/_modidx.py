@@ -205,6 +205,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'pipa.callbacks.with_detail': ('callbacks.html#with_detail', 'pipa/callbacks.py')},
             'pipa.check': { 'pipa.check._bare': ('check.html#_bare', 'pipa/check.py'),
                             'pipa.check._class_pixels': ('check.html#_class_pixels', 'pipa/check.py'),
+                            'pipa.check._gap': ('check.html#_gap', 'pipa/check.py'),
                             'pipa.check._is': ('check.html#_is', 'pipa/check.py'),
                             'pipa.check._is_valid': ('check.html#_is_valid', 'pipa/check.py'),
                             'pipa.check._leaks': ('check.html#_leaks', 'pipa/check.py'),

@@ -178,22 +178,24 @@ def problems(
     return pd.DataFrame(out, columns=['level', 'file', 'what'])
 
 # %% ../nbs/23_check.ipynb #chk00002
-_gap = -1.   # between right pairs and exchanged ones, see the table above
+def _gap(n): return -1-8/n   # of a set of `n`: between right pairs and exchanged ones, see above
+
+def _is_valid(domain): return domain.name.lower().endswith(('valid', ' val', ' test'))
 
 def _strange(domain, seen):
     yield from _look_of(seen)
     if domain.masks is None or not seen: return
     if not _is_valid(domain): yield from ((seen[0][1], s) for s in absent(_class_pixels(domain, seen), domain))
     t,first = pairing([r for *_,r in seen], domain.space),{}
-    wins = (t.fit.dropna()>0).mean()
-    if wins<.75 and t.fit.count()>4: yield seen[0][1],(
+    n,wins = t.fit.count(),(t.fit.dropna()>0).mean()
+    if wins<.75 and n>4: yield seen[0][1],(
         f"The outlines of the masks follow their pictures no better than those of others ({100*wins:.0f} % do): "
         "are they masks of other pictures, or shifted?")
     for (x,m,r),gap,j in zip(seen, t.gap, t.better):
         m0,r0 = first.setdefault(r['key'], (m, r))
         if m0!=m and len(r['values'])>1 and not alike(r, r0):
             yield m,f"`{m}` is the same mask as `{m0}`: one of them belongs to another picture"
-        elif len(r['values'])>1 and wins>=.75 and gap<_gap and t.fit.count()>7: yield m,(
+        elif len(r['values'])>1 and wins>=.75 and 7<n and gap<_gap(n): yield m,(
             f"The outlines of `{m}` don't follow `{x}`: a mask of another picture? `{seen[j][1]}` fits better")
         elif (share := _void(domain, r))>.9: yield m,f"{100*share:.0f} % of `{m}` are void"
 
@@ -260,8 +262,6 @@ def repeats(
     return pd.DataFrame(rows, columns=['level', 'file', 'what', 'i'])
 
 # %% ../nbs/23_check.ipynb #chk00006
-def _is_valid(domain): return domain.name.lower().endswith(('valid', ' val', ' test'))
-
 def _path(o): return f"`{o[1].images[o[2]]}`"
 
 def _is(o, other):

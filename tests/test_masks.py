@@ -128,7 +128,7 @@ def test_absent():
     d = Domain([], [], label_space(abc), 'town')
     assert not absent([1,1,1], d) and not absent([0,0,0], d), 'a set without any label has its own sentence'
     first,rest = absent([[0,0,3],[0,0,1]], d)
-    assert 'Class `sky` (number 0)' in first and 'numbered from 1' in first and 'Class `road` (number 1) has' in rest
+    assert 'class `sky` (number 0)' in first and 'numbered from 1' in first and 'class `road` (number 1) has' in rest
     assert 'numbered from 1' not in absent([0,1,1], Domain([], [], LabelSpace.from_lines(['void: 0', *abc]), 'town'))[0]
     assert '`terrain` (number 16), `truck` (number 18)' in absent([i not in (9,14) for i in range(19)], Domain([], [], space('synthia'), 'SYNTHIA'))[0]
 
@@ -137,8 +137,8 @@ def test_numbered_from_1_without_the_last_class(tmp_path, capsys):
     home = lay(tmp_path/'b', y.astype(np.uint8)); ds = C.domains_of(str(home))
     p = C.report(ds, tmp_path/'out', n_workers=0)
     said = p[p.what.str.contains('no pixel')]
-    assert [*said.domain]==['source'] and [*said.level]==['strange'] and 'Class `sky` (number 0)' in said.what.iloc[0], 'those of the validation are as they are'
+    assert [*said.domain]==['source'] and [*said.level]==['strange'] and 'class `sky` (number 0)' in said.what.iloc[0], 'those of the validation are as they are'
     capsys.readouterr(); uda_dls(ds[0], ds[1], bs=2, size=(32,32), device='cpu')
     assert capsys.readouterr().out==said.what.iloc[0]+'\n'
     (home/'codes.txt').write_text('\n'.join(['void: 0', *abc])); ds = C.domains_of(str(home))
-    assert [o for o in C.report(ds, tmp_path/'out', n_workers=0).what if 'no pixel' in o]==["Class `car` (number 3) has no pixel in the masks of `source`: a net can't learn it from there."]
+    assert [o for o in C.report(ds, tmp_path/'out', n_workers=0).what if 'no pixel' in o]==["The class `car` (number 3) has no pixel in the masks of `source`: a net can't learn it from there."]

@@ -183,23 +183,20 @@ def _cure(values, odd, sp):
         f"(`{values[1]}: name`)")
     none = [o for o in odd if o<0 or o>254 and not o&(o+1)]   # −1, or all bits set
     rest = [o for o in odd if o not in none]
-    said = [f"{_line(none)[0]} to be void (no data): {_line(none)[1]}"] if none else []
+    said = [f"{', '.join(map(str, none))} seem{'s'*(len(none)<2)} to be void (no data): {_line(*none)}"] if none else []
     return '. '.join(said + [_rest(values, rest, sp, own)]*bool(rest))
 
 # %% ../../nbs/sets/00_domains.ipynb #dom00094
-def _line(numbers):
-    "The beginning of a sentence about numbers, and the line that declares them"
-    s = ', '.join(map(str, numbers))
-    return f"{s} seem{'s'*(len(numbers)==1)}",f"add the line `void: {s}` to `codes.txt` or, in Python, to `LabelSpace.from_lines`"
+def _line(*numbers): return f"add the line `void: {', '.join(map(str, numbers))}` to `codes.txt` (or to `LabelSpace.from_lines`)"
 
 def _rest(values, odd, sp, own):
-    seems,add = _line(odd)
-    if own and odd==[sp.n] and 0 not in values:
-        return f"The classes seem to be numbered from 1: subtract 1 (and keep 255), or {_line([0])[1]}"
-    if own and odd==[sp.n]: return (f"Perhaps 0 is void, and the classes are numbered from 1: {_line([0])[1]}. "
-                                    f"Or {sp.n} is void: the line is `void: {sp.n}`. List every class in `codes` if it is one")
+    last = own and odd==[sp.n]
+    if last and 0 not in values:
+        return f"The classes seem to be numbered from 1: subtract 1 (and keep 255), or {_line(0)}"
+    if last: return (f"Perhaps 0 is void, and the classes are numbered from 1: then {_line(0)}. Or {sp.n} is void: then "
+                     f"the line is `void: {sp.n}`. List every class in `codes` if it is one")
     if own and len(odd)==1 and sp.known(values).any():
-        return f"{seems} to be void: {add}. List every class in `codes` if it is one"
+        return f"{odd[0]} seems to be void: {_line(*odd)}. List every class in `codes` if it is one"
     return ("List every class in `codes`, and say which numbers are void: with a line such as `void: 4, 7` in `codes.txt`, "
             "or with a translation (`ids`) of the label space")
 

@@ -167,16 +167,16 @@ def absent(
     domain:Domain # Labelled
 )->list: # Sentences, none if every class has a pixel
     "Say which classes have no pixel, class 0 first"
-    sp,n = domain.space,np.asarray(counts).reshape(-1, domain.space.n).sum(0)
+    sp,name,n = domain.space,domain.name or 'the source',np.asarray(counts).reshape(-1, domain.space.n).sum(0)
     gone = np.flatnonzero(n==0).tolist() if n.any() else []
     number = {c:i for i,c in sorted(sp.ids.items(), reverse=True)}
     said = []
     if gone[:1]==[0] and sp.n>1 and sorted(sp.ids)==[*range(sp.n)]: said.append(
-        f"Class `{sp.codes[gone.pop(0)]}` (number 0) has no pixel in the masks of `{domain.name}`: "
+        f"The class `{sp.codes[gone.pop(0)]}` (number 0) has no pixel in the masks of `{name}`: "
         "are the masks numbered from 1? Then add the line `void: 0` to `codes.txt`.")
     names = [f"`{sp.codes[c]}`" + (f" (number {number[c]})" if c in number else '') for c in gone]
-    which = f"Classes {', '.join(names)} have" if len(names)>1 else f"Class {names[0]} has" if names else ''
-    if which: said.append(f"{which} no pixel in the masks of `{domain.name}`: a net can't learn "
+    which = f"The classes {', '.join(names)} have" if len(names)>1 else f"The class {names[0]} has" if names else ''
+    if which: said.append(f"{which} no pixel in the masks of `{name}`: a net can't learn "
                           f"{'them' if len(names)>1 else 'it'} from there.")
     return said
 
