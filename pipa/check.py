@@ -39,7 +39,7 @@ def fields(
     return base64.b85encode(zlib.compress(np.stack(a).astype(np.uint8).tobytes())).decode()
 
 def _read(r, sp):
-    "Fields of a record: `24 x 24 x 4` of colour and slope, and a number a field, twice the class, and one for an outline"
+    "Fields of a record: `24 x 24 x 4` of colour and slope, and a number each: twice the class, and one for an outline"
     a = np.frombuffer(zlib.decompress(base64.b85decode(r['fields'])), np.uint8).reshape(5, _fields, _fields)
     c = np.minimum(sp.encode(np.array(r['values'])), sp.n).astype(int)[a[4]//2]
     return np.moveaxis(a[:4], 0, -1)/np.float32([1,1,1,4]),(2*c+a[4]%2).ravel()
@@ -58,9 +58,11 @@ def _words(a, k):
     for _ in range(8):
         i = vq(some, book)[0]
         n = np.bincount(i, minlength=k)[:,None]
-        book = np.where(n, np.stack([np.bincount(i, o, k) for o in some.T], 1)/np.maximum(n, 1), book).astype(np.float32)
+        mean = np.stack([np.bincount(i, o, k) for o in some.T], 1)/np.maximum(n, 1)
+        book = np.where(n, mean, book).astype(np.float32)
     return vq(f, book)[0].reshape(len(a), -1)
 
+# %% ../nbs/23_check.ipynb #chk00107
 def fits(
     records:list, # From `inspect`, those of a domain or of a part of it
     space, # `LabelSpace` of the masks
@@ -90,7 +92,8 @@ def pairing(
     part:int=1000 # Pairs that are compared at a time
 )->pd.DataFrame: # `fit`, its own z; `gap` to the best of the others; `better`: number of the mask that fits best
     "How well each mask fits its picture, compared with the other masks and pictures"
-    t,use = pd.DataFrame(dict(fit=np.nan, gap=np.nan, better=-1), range(len(records))),[i for i,r in enumerate(records) if r['fields']]
+    t = pd.DataFrame(dict(fit=np.nan, gap=np.nan, better=-1), range(len(records)))
+    use = [i for i,r in enumerate(records) if r['fields']]
     step = -(-len(use)//part)
     for o in (use[i::step] for i in range(step)):
         if len(o)<3: continue
@@ -200,7 +203,8 @@ def _strange(domain, seen):
         elif (share := _void(domain, r))>.9: yield m,f"{100*share:.0f} % of `{m}` are void"
 
 def _class_pixels(domain, seen):
-    return sum(np.bincount(domain.space.encode(np.array(r['values'])), r['counts'], 256)[:domain.space.n] for *_,r in seen)
+    sp = domain.space
+    return sum(np.bincount(sp.encode(np.array(r['values'])), r['counts'], 256)[:sp.n] for *_,r in seen)
 
 def _void(domain, r):
     known = domain.space.encode(np.array(r['values']))!=domain.space.ignore

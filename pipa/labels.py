@@ -301,7 +301,8 @@ def _by_order(entries, void):
 def _by_number(entries):
     "The same where each line has its numbers"
     for name,numbers in entries:
-        if not numbers: raise ValueError(f"the line `{name or 'void'}` has no number, but others have: give all or none")
+        if not numbers:
+            raise ValueError(f"the line `{name or 'void'}` has no number, but others have: give all or none")
     names = [*dict.fromkeys(name for name,_ in entries if name)]
     return names,[(i, names.index(name)) for name,numbers in entries if name for i in numbers]
 

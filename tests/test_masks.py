@@ -60,7 +60,7 @@ def test_every_kind_of_png(tmp_path, mode, dt):
 # --- what is said ---------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('values,sp,words', [
     ([1,2,3,255], abc, 'numbered from 1: subtract 1 .*`void: 0`'),
-    ([0,1,2,3], abc, '0 is void, and the classes are numbered from 1: add the line `void: 0`.*3 is void: .*`void: 3`.*List every class'),
+    ([0,1,2,3], abc, '0 is void, and the classes are numbered from 1: then add the line `void: 0`.*3 is void: .*`void: 3`.*List every class'),
     ([0,1,2,4], abc, '4 seems to be void: add the line `void: 4`'),
     ([0,1,2,65535], abc, r'65535 seems to be void \(no data\): add the line `void: 65535`'),
     ([-1,0,1,2], abc, r'-1 seems to be void \(no data\): add the line `void: -1`'),

@@ -171,6 +171,7 @@ def complaint(
     return (f"holds the value {odd[0]}, but `{sp.name}` has the {what} and {none} for pixels to ignore. "
             + _cure(np.unique(values).tolist(), odd, sp))
 
+# %% ../../nbs/sets/00_domains.ipynb #dom00095
 def _cure(values, odd, sp):
     own,city = sorted(sp.ids)==[*range(sp.n)],sp.codes==space('cityscapes').codes
     named = {*sp.ids, *sp.void, *(space('cityscapes').ids if city else ())}
@@ -187,18 +188,19 @@ def _cure(values, odd, sp):
     return '. '.join(said + [_rest(values, rest, sp, own)]*bool(rest))
 
 # %% ../../nbs/sets/00_domains.ipynb #dom00094
-def _line(*numbers): return f"add the line `void: {', '.join(map(str, numbers))}` to `codes.txt` (or to `LabelSpace.from_lines`)"
+def _line(*numbers):
+    return f"add the line `void: {', '.join(map(str, numbers))}` to `codes.txt` (or to `LabelSpace.from_lines`)"
 
 def _rest(values, odd, sp, own):
     last = own and odd==[sp.n]
     if last and 0 not in values:
         return f"The classes seem to be numbered from 1: subtract 1 (and keep 255), or {_line(0)}"
-    if last: return (f"Perhaps 0 is void, and the classes are numbered from 1: then {_line(0)}. Or {sp.n} is void: then "
-                     f"the line is `void: {sp.n}`. List every class in `codes` if it is one")
+    if last: return (f"Perhaps 0 is void, and the classes are numbered from 1: then {_line(0)}. Or {sp.n} is void: "
+                     f"then the line is `void: {sp.n}`. List every class in `codes` if it is one")
     if own and len(odd)==1 and sp.known(values).any():
         return f"{odd[0]} seems to be void: {_line(*odd)}. List every class in `codes` if it is one"
-    return ("List every class in `codes`, and say which numbers are void: with a line such as `void: 4, 7` in `codes.txt`, "
-            "or with a translation (`ids`) of the label space")
+    return ("List every class in `codes`, and say which numbers are void: with a line such as `void: 4, 7` in "
+            "`codes.txt`, or with a translation (`ids`) of the label space")
 
 # %% ../../nbs/sets/00_domains.ipynb #3f1d51bd
 def class_numbers(
