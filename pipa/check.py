@@ -4,36 +4,105 @@
 
 # %% ../nbs/23_check.ipynb #fbeb0925
 from __future__ import annotations
-import base64, hashlib, numpy as np, pandas as pd, seaborn as sns
+import base64, hashlib, zlib, numpy as np, pandas as pd, seaborn as sns
 from dataclasses import replace
 from pathlib import Path
 from PIL import Image
 from .data import (acdc, bdd100k, camvid, cityscapes, codes_space, dark_zurich, folder, gta, mapillary, minicity,
                        read_image, read_mask, synthia)
 from .sets.domains import Domain, class_numbers
-from .sets.pictures import read_numbers
+from .sets.pictures import dim, header, laid_on, read_numbers
 from .basics import no_formulas, write_file
-from .sets.rare import complaints, look, remember
+from .sets.rare import absent, complaints, look, remember
+from .labels import rgb_ids
 from .draw import Fig, add_legend, grid, paint
 
 # %% auto #0
-__all__ = ['sets', 'outline_fit', 'picture_key', 'unlike', 'alike', 'check_record', 'inspect', 'problems', 'same_pictures',
-           'repeats', 'class_table', 'class_picture', 'contact_sheet', 'domains_of', 'report']
+__all__ = ['sets', 'fields', 'fits', 'pairing', 'picture_key', 'unlike', 'alike', 'check_pair', 'inspect', 'problems',
+           'same_pictures', 'repeats', 'class_table', 'class_picture', 'contact_sheet', 'domains_of', 'report']
 
 # %% ../nbs/23_check.ipynb #c5b9a847
-def outline_fit(
+_fields,_px = 24,4   # a row, and pixels of the side of each
+
+def fields(
     img:Image.Image, # Picture
     y:np.ndarray, # Its mask, any numbers
-    width:int=160 # Both are compared at this width
-)->float: # Slope of the picture on the outlines of the mask over its slope anywhere; 0 without outlines
-    "How well the outlines of a mask follow a picture: about 1 if they don't"
-    h = max(8, round(img.height*width/img.width))
-    g = np.asarray(img.convert('L').resize((width,h), Image.BILINEAR)).astype(float)
-    y = y[np.arange(h)*y.shape[0]//h][:,np.arange(width)*y.shape[1]//width]
-    slope = abs(np.diff(g, axis=0)[:,:-1])+abs(np.diff(g, axis=1)[:-1])
-    b = np.pad((np.diff(y, axis=0)[:,:-1]!=0)|(np.diff(y, axis=1)[:-1]!=0), 1)
-    b = (b|np.roll(b, 1, 0)|np.roll(b, -1, 0)|np.roll(b, 1, 1)|np.roll(b, -1, 1))[1:-1,1:-1]
-    return float(slope[b].mean()/max(slope.mean(), 1e-6)) if b.any() else 0.
+    values # The different numbers of the mask, in order
+)->str: # Text for a record; empty if there are too many numbers
+    "Colour, slope, class and outline of each field of a pair"
+    n,m = _fields*_px,_px
+    x = np.asarray(img.resize((n,n), Image.BOX), np.float32).reshape(_fields, m, _fields, m, 3)
+    rows,cols = ((2*np.arange(n)+1)*o//(2*n) for o in y.shape)
+    y = np.searchsorted(values, y[rows][:,cols]).reshape(_fields, m, _fields, m)
+    if y.max()>127: return ''
+    label = 2*y[:,m//2,:,m//2] + (y.max((1,3))!=y.min((1,3)))
+    a = [*np.moveaxis(x.mean((1,3)).round(), -1, 0), (4*x.std((1,3)).mean(-1)).clip(0, 255), label]
+    return base64.b85encode(zlib.compress(np.stack(a).astype(np.uint8).tobytes())).decode()
+
+def _read(r, sp):
+    "Fields of a record: `24 x 24 x 4` of colour and slope, and a number each: twice the class, and one for an outline"
+    a = np.frombuffer(zlib.decompress(base64.b85decode(r['fields'])), np.uint8).reshape(5, _fields, _fields)
+    c = np.minimum(sp.encode(np.array(r['values'])), sp.n).astype(int)[a[4]//2]
+    return np.moveaxis(a[:4], 0, -1)/np.float32([1,1,1,4]),(2*c+a[4]%2).ravel()
+
+# %% ../nbs/23_check.ipynb #chk00102
+def _words(a, k):
+    "The word of each field: the nearest of `k` centres"
+    from scipy.cluster.vq import vq
+    c,s = a[...,:3],a[...,3:]
+    mid,near = c.mean((1,2), keepdims=True),c
+    for ax in (1,2): near = sum(np.roll(near, o, ax) for o in (-2,-1,0,1,2))/5
+    steep = 20*s/np.maximum(s.mean((1,2), keepdims=True), 1)
+    f = np.concatenate([.7*c, .7*(c-mid), near-mid, s, steep], -1).reshape(-1, 11)
+    some = np.random.default_rng(0).permutation(f)[:20000]
+    book = some[:k]
+    for _ in range(8):
+        i = vq(some, book)[0]
+        n = np.bincount(i, minlength=k)[:,None]
+        mean = np.stack([np.bincount(i, o, k) for o in some.T], 1)/np.maximum(n, 1)
+        book = np.where(n, mean, book).astype(np.float32)
+    return vq(f, book)[0].reshape(len(a), -1)
+
+# %% ../nbs/23_check.ipynb #chk00107
+def fits(
+    records:list, # From `inspect`, those of a domain or of a part of it
+    space, # `LabelSpace` of the masks
+    k:int=512, # Words
+    prior:float=4. # Fields that a word is given beforehand, of the classes of the set
+)->np.ndarray: # `n x n`: how well the mask of each column fits the picture of each row, see above
+    "Compare all pictures with all masks"
+    from scipy.sparse import csr_array
+    a,labels = (np.stack(o) for o in zip(*[_read(r, space) for r in records]))
+    (n,m),kinds,k = labels.shape,2*space.n+2,min(k, labels.size//40)
+    words,at = _words(a, k),np.arange(m)*kinds
+    count = np.bincount((words*kinds+labels).ravel(), minlength=k*kinds).reshape(k, kinds)
+    usual = prior*(count.sum(0)+1)/(count.sum()+kinds)
+    masks,z = csr_array((np.ones(n*m), (at+labels).ravel(), np.arange(0, n*m+1, m)), shape=(n,m*kinds)),np.empty((n,n))
+    for i,(w,l) in enumerate(zip(words, labels)):
+        rest = count-np.bincount(w*kinds+l, minlength=k*kinds).reshape(k, kinds)
+        p = (rest+usual)/(rest.sum(1, keepdims=True)+prior)
+        z[i] = masks@np.log(p)[w].ravel()/m
+    z += z.mean()-z.mean(0)-z.mean(1, keepdims=True)
+    off = np.where(np.eye(n), 0, z**2)
+    return z/np.sqrt(np.sqrt(off.sum(0)*off.sum(1)[:,None])/max(1, n-1)+1e-12)
+
+# %% ../nbs/23_check.ipynb #chk00103
+def pairing(
+    records:list, # From `inspect`
+    space, # `LabelSpace` of the masks
+    part:int=1000 # Pairs that are compared at a time
+)->pd.DataFrame: # `fit`, its own z; `gap` to the best of the others; `better`: number of the mask that fits best
+    "How well each mask fits its picture, compared with the other masks and pictures"
+    t = pd.DataFrame(dict(fit=np.nan, gap=np.nan, better=-1), range(len(records)))
+    use = [i for i,r in enumerate(records) if r['fields']]
+    step = -(-len(use)//part)
+    for o in (use[i::step] for i in range(step)):
+        if len(o)<3: continue
+        z = fits([records[i] for i in o], space)
+        own,others = z.diagonal().copy(),np.where(np.eye(len(o)), -np.inf, z)
+        t.loc[o,'fit'],t.loc[o,'gap'] = own,own-(others.max(0)+others.max(1))/2
+        t.loc[o,'better'] = np.array(o)[others.argmax(1)]
+    return t
 
 # %% ../nbs/23_check.ipynb #38b631aa
 _side,_near = 24,.03   # of the small picture; what two of them may differ
@@ -65,25 +134,31 @@ def alike(
 def _small(s): return np.frombuffer(base64.b85decode(s), np.int8).astype(np.float32)/32
 
 # %% ../nbs/23_check.ipynb #18692cf4
-def check_record(
+def check_pair(
     image, # Path of a picture
-    mask=None, # Path of its mask
-    other=None # Path of the mask of another picture, to compare with
-)->dict: # `picture_key`, what `look` says, `fit` and `fit_other` from `outline_fit`, `key` of the mask; or `error`
+    mask=None # Path of its mask
+)->dict: # `picture_key`, `most`, `turn`, `dim`, what `look` says, `fields` of the pair, `key` of the mask; or `error`
     "Decode a picture and its mask, and write down what a check needs"
     try: img = read_image(image)
     except (ValueError, OSError) as e: return dict(error=str(e))
-    if mask is None: return dict(picture_key(img), image=[img.height, img.width])
-    r = dict(picture_key(img), **look(image, mask))
+    r = dict(picture_key(img), most=_most(img), image=[img.height, img.width], turn=header(image)[1], dim=dim(image))
+    if mask is None: return r
+    r |= look(image, mask)
     if 'error' in r: return r
     y = _plane(mask)
-    try: fit_other = outline_fit(img, _plane(other)) if other else 0.
-    except (ValueError, OSError): fit_other = 0.   # its own record says so
-    return dict(r, fit=outline_fit(img, y), fit_other=fit_other, key=hashlib.sha256(y.tobytes()).hexdigest()[:12])
+    y = y if (on := laid_on(y, r['image'], r['turn'], True)) is None else on
+    key = hashlib.sha256(repr(y.shape).encode()+y.astype(np.int64).tobytes()).hexdigest()[:12]
+    return dict(r, fields=fields(img, y, r['values']), key=key)
+
+def _most(img):
+    "The share of the pixels with the commonest values: three neighbours, in the channel where they are fewest"
+    n = [np.convolve(o, [1,1,1]).max() for o in np.reshape(img.histogram(), (-1,256))]
+    return round(float(min(n))/(img.width*img.height), 4)
 
 def _plane(mask):
     y = read_numbers(mask)
-    return y[...,0] if y.ndim==3 else y
+    if y.ndim==2: return y.astype(np.uint8) if y.dtype==bool else y
+    return rgb_ids(y[...,:3]) if y.dtype==np.uint8 and y.shape[2]>2 else y[...,0]
 
 def inspect(
     domain:Domain, # With or without masks
@@ -91,11 +166,8 @@ def inspect(
     n_workers:int|None=None # Processes; defaults to the number of cores, 0 for none
 )->list: # A record for each image
     "Examine all files of a domain, or remember what was seen"
-    xs,ys = domain.images,domain.masks
-    if ys is None: return remember(check_record, [(x,) for x in xs], cache, n_workers)
-    n,half = len(ys),max(1, len(ys)//2)
-    items = [(x, y, ys[(i+half)%n]) if n>1 else (x, y) for i,(x,y) in enumerate(zip(xs, ys))]
-    return remember(check_record, items, cache, n_workers)
+    return remember(check_pair, [*zip(domain.images, domain.masks)] if domain.masks else [(x,) for x in domain.images],
+                    cache, n_workers)
 
 # %% ../nbs/23_check.ipynb #a9929583
 def problems(
@@ -111,22 +183,31 @@ def problems(
     return pd.DataFrame(out, columns=['level', 'file', 'what'])
 
 # %% ../nbs/23_check.ipynb #chk00002
+def _gap(n): return -1-8/n   # of a set of `n`: between right pairs and exchanged ones, see above
+
+def _is_valid(domain): return domain.name.lower().endswith(('valid', ' val', ' test'))
+
 def _strange(domain, seen):
     yield from _look_of(seen)
+    yield from _stored(seen)
     if domain.masks is None or not seen: return
-    first,mid = {},np.median([r['fit'] for *_,r in seen])
-    wins = np.mean([r['fit']>r['fit_other'] for *_,r in seen])
-    if wins<.75 and len(seen)>4: yield seen[0][1],(
+    if not _is_valid(domain): yield from ((seen[0][1], s) for s in absent(_class_pixels(domain, seen), domain))
+    t,first = pairing([r for *_,r in seen], domain.space),{}
+    n,wins = t.fit.count(),(t.fit.dropna()>0).mean()
+    if wins<.75 and n>4: yield seen[0][1],(
         f"The outlines of the masks follow their pictures no better than those of others ({100*wins:.0f} % do): "
         "are they masks of other pictures, or shifted?")
-    for x,m,r in seen:
+    for (x,m,r),gap,j in zip(seen, t.gap, t.better):
         m0,r0 = first.setdefault(r['key'], (m, r))
-        off = r['fit']<max(1.1, .6*mid) or r['fit']<min(.8*mid, r['fit_other'])
         if m0!=m and len(r['values'])>1 and not alike(r, r0):
             yield m,f"`{m}` is the same mask as `{m0}`: one of them belongs to another picture"
-        elif len(r['values'])>1 and wins>=.75 and off:
-            yield m,f"The outlines of `{m}` don't follow `{x}`: a mask of another picture?"
+        elif len(r['values'])>1 and wins>=.75 and 7<n and gap<_gap(n): yield m,(
+            f"The outlines of `{m}` don't follow `{x}`: a mask of another picture? `{seen[j][1]}` fits better")
         elif (share := _void(domain, r))>.9: yield m,f"{100*share:.0f} % of `{m}` are void"
+
+def _class_pixels(domain, seen):
+    sp = domain.space
+    return sum(np.bincount(sp.encode(np.array(r['values'])), r['counts'], 256)[:sp.n] for *_,r in seen)
 
 def _void(domain, r):
     known = domain.space.encode(np.array(r['values']))!=domain.space.ignore
@@ -141,6 +222,20 @@ def _look_of(seen):
     flat = [x for x,_,r in seen if not r['pixels']]
     if flat: yield flat[0],(f"`{flat[0]}` has one colour all over" + f", and so have {len(flat)-1} more"*(len(flat)>1) +
                             ": nothing can be learned from that. Was it saved empty?")
+    poor = [(x, r['most']) for x,_,r in seen if r['pixels'] and r['most']>.99]
+    if poor: yield poor[0][0],(f"{100*poor[0][1]:.1f} % of `{poor[0][0]}` have nearly one value" +
+                               f", and {len(poor)-1} more are like it"*(len(poor)>1) +
+                               ": was its range cut or read wrongly, or the lens covered?")
+
+# %% ../nbs/23_check.ipynb #chk00005
+def _stored(seen):
+    "What is worth knowing of how pictures are stored"
+    if dark := [(x, r['dim']) for x,_,r in seen if r['dim']]: yield dark[0][0],(
+        f"{len(dark)} of {len(seen)} pictures are nearly black: `{dark[0][0]}` {dark[0][1]}")
+    if side := [(x, r['turn']) for x,_,r in seen if r['turn']!=1]: yield side[0][0],(
+        f"{len(side)} of {len(seen)} pictures are stored turned (EXIF orientation "
+        f"{', '.join(map(str, sorted({k for _,k in side})))}), `{side[0][0]}` for one, and taken upright. "
+        "Masks must be upright, too")
 
 # %% ../nbs/23_check.ipynb #ed4d8c49
 def same_pictures(
@@ -184,8 +279,6 @@ def repeats(
     return pd.DataFrame(rows, columns=['level', 'file', 'what', 'i'])
 
 # %% ../nbs/23_check.ipynb #chk00006
-def _is_valid(domain): return domain.name.lower().endswith(('valid', ' val', ' test'))
-
 def _path(o): return f"`{o[1].images[o[2]]}`"
 
 def _is(o, other):

@@ -402,6 +402,7 @@ def uda_dls(
     for d in (source, target, valid): check_images(d)
     source = fitting(source)
     n,counts = n or len(source),class_counts(source)
+    name_absent(counts, source)
     if min_crop_ratio is None: kwargs.setdefault('min_crop', min_share)
     else: kwargs['min_crop'] = min_crop_ratio*(min_share if min_pixels is None else min_pixels/(size[0]*size[1]))
     draw = {} if rcs_temp is None else dict(

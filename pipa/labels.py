@@ -4,7 +4,8 @@
 
 # %% ../nbs/01_labels.ipynb #c81e728d
 from __future__ import annotations
-import difflib, numpy as np
+import difflib, re, numpy as np
+from itertools import count
 from fastcore.basics import patch
 
 # %% auto #0
@@ -85,8 +86,8 @@ class LabelSpace:
         if not self.n<=ignore<256:
             raise ValueError(f'ignore={ignore}: void must be none of the {self.n} train ids and fit in a byte')
         self.palette = _palette(distinct_colors(self.n) if palette is None else palette, self.n)
-        self.void = {ignore} | {int(k) for k,v in (ids or {}).items() if v==ignore}
         self.ids = {i:i for i in range(self.n)} if ids is None else {int(k):int(v) for k,v in ids.items() if v!=ignore}
+        self.void = ({ignore} | {int(k) for k,v in (ids or {}).items() if v==ignore}) - self.ids.keys()
         _ids_ok(self.ids.values(), self.n, 'ids')
         self.things = _ids_ok(things, self.n, 'things')
         self.subsets = {k:_ids_ok(v, self.n, f'subset {k}') for k,v in (subsets or {}).items()}
@@ -133,7 +134,7 @@ def known(
 )->np.ndarray: # Bool, same shape
     "Which raw ids may a file of this space hold?"
     named = [*self.ids, *self.void]
-    open_ = self.void=={self.ignore} and sorted(self.ids)!=[*range(self.n)]
+    open_ = self.void<={self.ignore} and sorted(self.ids)!=[*range(self.n)]
     return np.full(np.shape(raw), True) if open_ else np.isin(raw, named)
 
 # %% ../nbs/01_labels.ipynb #3c59dc04
@@ -255,12 +256,14 @@ def mapillary_space(
     return LabelSpace('cityscapes', cs.codes, cs.palette, ids, things=cs.things)
 
 # %% ../nbs/01_labels.ipynb #d67d8ab4
+def _known(): return {s.name:s for s in (cityscapes19, gta19, synthia19, camvid11, minicity11)}
+
 def space(
     name:str|LabelSpace, # 'cityscapes', 'gta', 'synthia', 'camvid' or 'minicity'; a space is returned as it is
 )->LabelSpace: # Raises `KeyError` for another name
     "The label space called `name`"
     if isinstance(name, LabelSpace): return name
-    known = {s.name:s for s in (cityscapes19, gta19, synthia19, camvid11, minicity11)}
+    known = _known()
     if str(name).lower() in known: return known[name.lower()]
     raise KeyError(f'no label space {name!r}, there are {", ".join(known)}; for your own classes: label_space(codes)')
 
@@ -272,3 +275,61 @@ def label_space(
 )->LabelSpace:
     "A label space of one's own"
     return LabelSpace('own', codes, palette, ids, **kw)
+
+# %% ../nbs/01_labels.ipynb #lab00101
+_void = 'void|ignored?|unlabell?ed|no[ _-]?data'
+_some = r'-?\d+(?:[\s,;]+-?\d+)*'
+_forms = [rf'(?P<name>{_void})[\s:=,]+(?P<numbers>{_some})', rf'(?P<numbers>{_some})[\s:=,]+(?P<name>{_void})',
+          rf'(?P<name>.*\S)\s*[:=]\s*(?P<numbers>{_some})', r'(?P<numbers>-?\d+)\s*[:=]\s*(?P<name>\S.*)']
+
+def _entry(line):
+    "Name and numbers of a line; the name of void is empty"
+    m = next((m for o in _forms if (m := re.fullmatch(o, line.strip(), re.I))), None)
+    name,numbers = (m['name'], m['numbers']) if m else (line.strip(), '')
+    return '' if re.fullmatch(_void, name, re.I) else name,[int(o) for o in re.findall(r'-?\d+', numbers)]
+
+def _by_order(entries, void):
+    "Names, and number and train id of each: numbers are counted from 0, those that are void are left out"
+    free,names,pairs = (i for i in count() if i not in void),[],[]
+    for name,numbers in entries:
+        if name:
+            pairs.append((next(free), len(names)))
+            names.append(name)
+        elif not numbers: void.add(next(free))
+    return names,pairs
+
+def _by_number(entries):
+    "The same where each line has its numbers"
+    for name,numbers in entries:
+        if not numbers:
+            raise ValueError(f"the line `{name or 'void'}` has no number, but others have: give all or none")
+    names = [*dict.fromkeys(name for name,_ in entries if name)]
+    return names,[(i, names.index(name)) for name,numbers in entries if name for i in numbers]
+
+# %% ../nbs/01_labels.ipynb #lab00102
+@patch(cls_method=True)
+def from_lines(
+    cls:LabelSpace,
+    lines:list # A class a line, see above
+)->LabelSpace: # Raises `ValueError`
+    "The label space that the lines of a text file say"
+    es = [_entry(o) for o in lines]
+    void = {i for name,numbers in es if not name for i in numbers}
+    numbered = any(name and numbers for name,numbers in es)
+    names,pairs = _by_number(es) if numbered else _by_order(es, void)
+    all_ = [i for i,_ in pairs] + [*void]
+    twice = sorted({i for i in all_ if all_.count(i)>1})
+    if twice: raise ValueError(f"the number {twice[0]} appears more than once, give it to one class or to void")
+    if not names: raise ValueError("no line names a class")
+    if len(names)==1 and not numbered and names[0].lower() in _known(): return _with_void(space(names[0]), void)
+    kw = next((dict(palette=o.palette, things=o.things) for o in (camvid11, cityscapes19) if o.codes==names), {})
+    if not void and pairs==[*zip(range(len(names)), range(len(names)))]: return label_space(names, **kw)
+    void = void if void-{255} else void|{-1}   # a space that names void refuses other numbers
+    return label_space(names, ids=dict(pairs)|dict.fromkeys(void, 255), **kw)
+
+def _with_void(sp, void):
+    both = [i for i in sorted(void) if i in sp.ids]
+    if both: raise ValueError(f"{both[0]} is the class {sp.codes[sp.ids[both[0]]]} of `{sp.name}` and can't be void: "
+                              "list the names, one a line")
+    ids = sp.ids|dict.fromkeys(sp.void|void, sp.ignore)
+    return LabelSpace(sp.name, sp.codes, sp.palette, ids, sp.ignore, sp.things, sp.subsets)

@@ -5,6 +5,7 @@ from PIL import Image
 from pipa import check as C, cli
 from pipa.sets import rare as R
 from pipa.data import folder, uda_dls
+from pipa.labels import space
 from pipa.minicity import scene
 from test_layouts import mistake, mistakes, save, trees
 from tiny import city
@@ -50,7 +51,7 @@ def test_masks_of_other_pictures(home, tmp_path):
 def test_pictures_without_masks(home, tmp_path):
     d = folder(home/'real/images')
     assert not len(C.problems(d, C.inspect(d)))
-    save(tmp_path/'i/a.png', np.eye(9, dtype=np.uint8)[...,None].repeat(3, 2)); save(tmp_path/'i/b.png', np.random.default_rng(0).integers(0, 256, (9,19,3)).astype(np.uint8))
+    save(tmp_path/'i/a.png', 200*np.eye(9, dtype=np.uint8)[...,None].repeat(3, 2)); save(tmp_path/'i/b.png', np.random.default_rng(0).integers(0, 256, (9,19,3)).astype(np.uint8))
     d = folder(tmp_path/'i')
     assert 'Images have 2 sizes' in C.problems(d, C.inspect(d)).what[0]
     (tmp_path/'i/b.png').write_bytes((tmp_path/'i/b.png').read_bytes()[:-100])
@@ -72,10 +73,67 @@ def test_classes_against_loops(home):
         assert t.images[c]==sum((y==c).any() for y in ys) and np.isclose(t.share[c], np.mean([y==c for y in ys]))
     assert t.share[11]==0 and t.name[11]=='(void)'
 
-def test_outline_fit():
-    img,y = scene(3, 'game', (96,192))
-    assert C.outline_fit(Image.fromarray(img), y) > 1.3 > 1.2 > C.outline_fit(Image.fromarray(np.random.default_rng(0).integers(0, 256, img.shape).astype(np.uint8)), y)
-    assert C.outline_fit(Image.fromarray(0*img), y)==0
+def lots(n, hw=(48,96)):
+    "Pictures and masks of scenes"
+    return [tuple(Image.fromarray(o) for o in scene(i, 'game', hw)) for i in range(n)]
+
+def paired(xys):
+    def record(x, y): y = np.array(y); v = np.unique(y); return dict(values=v.tolist(), fields=C.fields(x, y, v))
+    return C.pairing([record(*o) for o in xys], space('minicity'))
+
+def test_exchanged_masks_are_found_and_right_ones_let_be():
+    xys = lots(40); xs,ys = zip(*xys)
+    t = paired(xys); assert (t.gap>-1).all() and (t.fit>0).all()
+    for a,b in ((3,20), (7,8), (0,39)):
+        p = [*range(40)]; p[a],p[b] = b,a
+        t = paired([*zip(xs, [ys[i] for i in p])])
+        assert {*np.flatnonzero(t.gap<-1)}=={a,b} and (t.better[a], t.better[b])==(b,a)
+
+def test_fits_against_loops():
+    "The mean log of how often a word was this class in the other pairs; rows and columns without their means"
+    sp = space('minicity'); rs = [dict(values=np.unique(y).tolist(), fields=C.fields(x, np.array(y), np.unique(y))) for x,y in lots(6)]
+    a,labels = (np.stack(o) for o in zip(*[C._read(r, sp) for r in rs])); k = 40; words,n,kinds = C._words(a, k),6,2*sp.n+2
+    s = np.zeros((n,n)); usual = np.array([(labels==c).sum()+1 for c in range(kinds)]); usual = 4*usual/usual.sum()
+    for i in range(n):
+        seen = np.zeros((k,kinds))
+        for j in range(n):
+            if j!=i: np.add.at(seen, (words[j], labels[j]), 1)
+        for j in range(n): s[i,j] = np.mean([np.log((seen[w,c]+usual[c])/(seen[w].sum()+4)) for w,c in zip(words[i], labels[j])])
+    z = s-s.mean(0)-s.mean(1)[:,None]+s.mean()
+    sd = lambda i,j: ((z[i]**2).sum()-z[i,i]**2)*((z[:,j]**2).sum()-z[j,j]**2)
+    want = [[z[i,j]/(sd(i, j)**.25/5**.5) for j in range(n)] for i in range(n)]
+    assert np.allclose(C.fits(rs, sp, k), want)
+
+def test_pairs_that_say_nothing():
+    "One class all over, a flat picture, too many numbers, very few pairs: no number, or none that is far off"
+    xys = lots(12); x,y = xys[0]
+    xys[3] = xys[3][0],Image.fromarray(np.full((48,96), 1, np.uint8)); xys[4] = Image.new('RGB', (96,48)),y
+    t = paired(xys); assert (t.gap.drop([3,4])>-1).all() and np.isfinite(t.gap).all()
+    t = paired(xys[5:]+[(x, Image.fromarray((np.arange(48*96)%200).reshape(48,96).astype(np.uint8)))]); assert np.isnan(t.gap[7]) and t.gap[:7].notna().all()
+    assert paired(xys[:2]).gap.isna().all() and not len(paired([]))
+
+def test_parts_of_a_large_set():
+    t = C.pairing([dict(values=np.unique(y).tolist(), fields=C.fields(x, np.array(y), np.unique(y))) for x,y in lots(30)], space('minicity'), part=10)
+    assert t.gap.notna().all() and all(b%3==i%3 for i,b in enumerate(t.better))
+
+def test_an_exchanged_pair_is_named(tmp_path):
+    xys = lots(24); home = tmp_path/'game'
+    for i,(x,y) in enumerate(xys): save(home/f'images/{i:02d}.png', np.array(x)); save(home/f'masks/{i:02d}.png', np.array(y))
+    d = folder(home/'images', home/'masks', 'minicity')
+    assert not len(C.problems(d, C.inspect(d, n_workers=0)))
+    a,b = d.masks[5].read_bytes(),d.masks[17].read_bytes(); d.masks[5].write_bytes(b); d.masks[17].write_bytes(a)
+    p = C.problems(d, C.inspect(d, n_workers=0))
+    assert [o[-6:-4] for o in p.file]==['05', '17'] and {*p.level}=={'strange'} and "don't follow" in p.what[0] and f'`{d.masks[17]}` fits better' in p.what[0]
+
+@pytest.mark.parametrize('make,found', [
+    (lambda rng: np.zeros((60,80,3)), 'one colour all over'), (lambda rng: np.where(rng.random((60,80,1))<.005, 255, np.full((60,80,3), 17)), 'nearly one value'),
+    (lambda rng: 100+rng.integers(0, 3, (60,80,3)), 'nearly one value'), (lambda rng: np.where(rng.random((60,80,1))<.05, 255, np.zeros((60,80,3))), None),
+    (lambda rng: rng.integers(0, 9, (60,80,3)), None)])
+def test_pictures_of_nearly_one_value(tmp_path, make, found):
+    rng = np.random.default_rng(0)
+    for i in range(3): save(tmp_path/f'i/{i}.png', make(rng).astype(np.uint8))
+    p = C.problems(d := folder(tmp_path/'i'), C.inspect(d, n_workers=0))
+    assert [*p.what.str.contains(found or 'x')]==[True]*bool(found) and (not found or 'and ' in p.what[0])
 
 def test_what_a_user_means(home, tmp_path, monkeypatch):
     trees['cityscapes'](tmp_path/'root/cityscapes'); trees['gta'](tmp_path/'root/gta')
@@ -133,6 +191,24 @@ def test_metadata_and_names_do_not_count(tmp_path):
     assert (tmp_path/'a.png').read_bytes()!=(tmp_path/'b.png').read_bytes()
     d = folder(tmp_path)
     assert [o[-5:] for o in C.repeats([d], [C.inspect(d, n_workers=0)]).file]==['b.png', '.tiff']
+
+@pytest.mark.parametrize('kind,near', [
+    (lambda x: x.convert('RGBA'), False), (lambda x: Image.merge('RGBA', [*x.split(), Image.linear_gradient('L').resize(x.size)]), False),
+    (lambda x: x.convert('CMYK'), False), (lambda x: again(x, 'WEBP', quality=80), True), (lambda x: x.quantize(200), True), (lambda x: x.resize((200,100), Image.LANCZOS), True)])
+def test_forms_of_a_copy(tmp_path, kind, near):
+    "Alpha, inks, a palette, lossy WebP, another size: in the target it is a leak of the validation"
+    x,y = pics(5),[scene(i, 'game', (64,128))[1] for i in range(5)]
+    ds = lay(tmp_path, source=(x[:2], y[:2]), target=x[2:4], valid=(x[4:], y[4:]))
+    o = kind(x[4]); o.save(tmp_path/('target/images/other.tif' if o.mode=='CMYK' else 'target/images/other.png'))
+    ds[1] = folder(tmp_path/'target/images', codes='minicity', name='target')
+    p = C.repeats(ds, [C.inspect(d, n_workers=0) for d in ds])
+    assert len(p)==1 and 'other' in p.file[0] and 'seen in training' in p.what[0] and ('nearly' in p.what[0])==near
+
+def test_a_mask_is_known_in_any_type(tmp_path):
+    "The same numbers in 8 and in 16 bits are the same mask"
+    x,y = pics(2),scene(0, 'game', (64,128))[1]
+    (d,) = lay(tmp_path, source=([x[0],x[0]], [y,y.astype(np.uint16)]))
+    assert 'counts twice' in told([d])[0][1]
 
 def test_a_name_knows_the_shape():
     a = np.random.default_rng(0).integers(0, 256, (8,8,3)).astype(np.uint8)

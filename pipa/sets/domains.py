@@ -39,26 +39,26 @@ def _lines(file):
         raise ValueError(f"`{file}` is no text in UTF-8: save the class names in that encoding, one a line.") from None
     return [l.strip() for l in text.splitlines() if l.strip()]
 
+def _of_file(file):
+    lines = _lines(file)
+    if not lines: raise ValueError(f"`{file}` is empty: write the class names in it, one a line, "
+                                   "in the order of the numbers in the masks.")
+    try: return space(lines[0]) if len(lines)==1 else LabelSpace.from_lines(lines)
+    except (KeyError, ValueError) as e:
+        more = ' A list of classes has two lines or more.' if len(lines)==1 else ''
+        raise ValueError(f"`{file}`: {e.args[0]}.{more}") from None
+
 def codes_space(
-    codes, # A `LabelSpace`, the name of a known one, a list of class names, or a text file with one name a line
+    codes, # A `LabelSpace`, the name of a known one, a list of class names, or a text file, see `LabelSpace.from_lines`
 )->LabelSpace: # Raises `ValueError`, or `KeyError` for a name that isn't known
     "The label space that `codes` means; a file may also hold nothing but the name of a known one"
     if isinstance(codes, LabelSpace): return codes
     if isinstance(codes, Path) and not codes.is_file():
         raise FileNotFoundError(f"There is no file `{codes}`: write the class names in it, one a line.")
-    file = codes if isinstance(codes, (str, Path)) and Path(codes).is_file() else None
-    if file: codes = _lines(file)
-    if file and not codes:
-        raise ValueError(f"`{file}` is empty: write the class names in it, one a line, "
-                         "in the order of the numbers in the masks.")
-    if file and len(codes)==1: codes = codes[0]
+    if isinstance(codes, (str, Path)) and Path(codes).is_file(): return _of_file(codes)
+    if isinstance(codes, str): return space(codes)
     known = next((o for o in map(space, ('camvid', 'cityscapes')) if o.codes==[*codes]), None)
-    kw = dict(palette=known.palette, things=known.things) if known else {}
-    try: return space(codes) if isinstance(codes, str) else label_space(codes, **kw)
-    except (KeyError, ValueError) as e:
-        if not file: raise
-        more = ' A list of classes has two lines or more.' if isinstance(codes, str) else ''
-        raise ValueError(f"`{file}`: {e.args[0]}.{more}") from None
+    return label_space(codes, **(dict(palette=known.palette, things=known.things) if known else {}))
 
 # %% ../../nbs/sets/01_domains.ipynb #56ffa744
 def pair(
@@ -91,21 +91,45 @@ def complaint(
     "Say why the numbers of a mask can't be right"
     if bands>1: return (f"has {bands} channels, a mask has one: it was saved in colour. Save the class numbers as a "
                         "grey or palette PNG (of Cityscapes take `*_labelIds.png`, not `*_color.png`)")
-    odd = np.unique(np.asarray(values)[~sp.known(values)])
-    if not len(odd): return None
-    what = f"classes 0-{sp.n-1}" if sorted(sp.ids)==[*range(sp.n)] else "raw ids " + ', '.join(map(str, sorted(sp.ids)))
-    return (f"holds the value {odd[0]}, but `{sp.name}` has the {what} and {sp.ignore} for pixels to ignore. "
-            + _cure(np.unique(values), odd, sp))
+    odd = np.unique(np.asarray(values)[~sp.known(values)]).tolist()
+    if not odd: return None
+    ids,void = sorted(sp.ids),sorted(sp.void)
+    run = ids and ids==[*range(ids[0], ids[-1]+1)]
+    what = f"classes {ids[0]}-{ids[-1]}" if run else "raw ids " + ', '.join(map(str, ids))
+    none = ', '.join(map(str, void)) if len(void)<5 else sp.ignore
+    return (f"holds the value {odd[0]}, but `{sp.name}` has the {what} and {none} for pixels to ignore. "
+            + _cure(np.unique(values).tolist(), odd, sp))
 
+# %% ../../nbs/sets/01_domains.ipynb #dom00095
 def _cure(values, odd, sp):
-    if odd[-1]>=1000: return "These are instance ids: take the file of class ids (`*_labelIds.png`) instead"
-    if sp.codes==space('cityscapes').codes and sorted(sp.ids)==[*range(19)] and odd[-1]<34:
-        return ("These are raw ids of Cityscapes or GTA: use the label space `cityscapes`, which translates them, "
-                "instead of train ids")
-    if odd.tolist()==[sp.n] and 0 not in values:
-        return "The classes seem to be numbered from 1: subtract 1 (and keep 255)"
-    if 255 in odd and set(values)<={0,255}: return "It looks like a 0/255 mask: divide it by 255"
-    return "List every class in `codes`, or give the label space a translation (`ids`) that sends the others to 255"
+    own,city = sorted(sp.ids)==[*range(sp.n)],sp.codes==space('cityscapes').codes
+    named = {*sp.ids, *sp.void, *(space('cityscapes').ids if city else ())}
+    if odd[-1]>999 and all((o//1000 if o>999 else o) in named for o in odd):
+        return "These are instance ids: take the file of class ids (`*_labelIds.png`) instead"
+    if city and own and 18<odd[-1]<34: return ("These are raw ids of Cityscapes or GTA: use the label space "
+                                               "`cityscapes`, which translates them, instead of train ids")
+    if values[0]==0 and 9<values[1]<values[-1] and 249<values[-1]<256 and {*np.diff(values, 2)}<={-1,0,1}: return (
+        "They look stretched, to be seen: write 0, 1, 2 … in their place, or give the lines of `codes.txt` numbers "
+        f"(`{values[1]}: name`)")
+    none = [o for o in odd if o<0 or o>254 and not o&(o+1)]   # −1, or all bits set
+    rest = [o for o in odd if o not in none]
+    said = [f"{', '.join(map(str, none))} seem{'s'*(len(none)<2)} to be void (no data): {_line(*none)}"] if none else []
+    return '. '.join(said + [_rest(values, rest, sp, own)]*bool(rest))
+
+# %% ../../nbs/sets/01_domains.ipynb #dom00094
+def _line(*numbers):
+    return f"add the line `void: {', '.join(map(str, numbers))}` to `codes.txt` (or to `LabelSpace.from_lines`)"
+
+def _rest(values, odd, sp, own):
+    last = own and odd==[sp.n]
+    if last and 0 not in values:
+        return f"The classes seem to be numbered from 1: subtract 1 (and keep 255), or {_line(0)}"
+    if last: return (f"Perhaps 0 is void, and the classes are numbered from 1: then {_line(0)}. Or {sp.n} is void: "
+                     f"then the line is `void: {sp.n}`. List every class in `codes` if it is one")
+    if own and len(odd)==1 and sp.known(values).any():
+        return f"{odd[0]} seems to be void: {_line(*odd)}. List every class in `codes` if it is one"
+    return ("List every class in `codes`, and say which numbers are void: with a line such as `void: 4, 7` in "
+            "`codes.txt`, or with a translation (`ids`) of the label space")
 
 # %% ../../nbs/sets/01_domains.ipynb #3f1d51bd
 def class_numbers(

@@ -4,25 +4,30 @@
 
 # %% ../../nbs/sets/03_rare.ipynb #dc2bbac1
 from __future__ import annotations
-import json, re, warnings, numpy as np
+import json, re, sys, warnings, numpy as np
 from pathlib import Path
 from fastcore.basics import defaults
 from fastcore.parallel import parallel
-from ..basics import cache_home, forks, stamp, write_file
+from ..basics import cache_home, forks, keep_file, stamp
+from ..ranks import place
 from .domains import Domain, complaint, fractions, size_complaint
 from .pictures import header, intact, read_numbers, way_to_fit
 from ..labels import rgb_ids
 
 # %% auto #0
 __all__ = ['remember', 'readable', 'check_images', 'sizes', 'fitting', 'look', 'complaints', 'counts_from', 'class_counts',
-           'rare_class_probs', 'images_with']
+           'absent', 'name_absent', 'rare_class_probs', 'images_with']
 
 # %% ../../nbs/sets/03_rare.ipynb #35b2a493
+_format = 2   # of the answers: another number, and nothing that was written before is believed
+
 def _part(o):
     f,items,file = o
-    if file.exists(): return json.loads(file.read_text())
+    try: res = json.loads(file.read_text(encoding='utf8'))
+    except (OSError, ValueError): res = None   # not there, or damaged
+    if isinstance(res, list) and len(res)==len(items) and all(isinstance(o, dict) for o in res): return res
     res = [f(*i) for i in items]
-    if not any('error' in r for r in res): write_file(file, lambda o: o.write(json.dumps(res).encode()))
+    if not any('error' in r for r in res): keep_file(file, lambda o: o.write(json.dumps(res).encode()))
     return res
 
 def remember(
@@ -36,7 +41,7 @@ def remember(
     "Apply `f` to each item, in parallel and with a progress bar, unless the cache knows the answer"
     home = Path(cache or cache_home())/f.__name__
     parts = [items[i:i+size] for i in range(0, len(items), size)]
-    todo = [(f, o, home/f'{stamp(o, f.__name__)}.json') for o in parts]
+    todo = [(f, o, home/f'{stamp(o, f.__name__, _format)}.json') for o in parts]
     new = sum(not o[2].exists() for o in todo)
     if n_workers is None: n_workers = 0 if new*size<200 else 16 if threads else defaults.cpus
     if threads is None: threads = not forks()
@@ -105,6 +110,7 @@ def look(
     if y.dtype.kind not in 'iub': return dict(error=fractions(mask, y))
     bands = y.shape[2] if y.ndim==3 and y.dtype==np.uint8 else 1
     if y.ndim==3: y = rgb_ids(y[...,:3] if bands>2 else y[...,[0,0,0]]) if bands>1 else y[...,0]
+    if y.dtype==bool: y = y.astype(np.uint8)
     if y.dtype in (np.uint8, np.uint16): v = np.flatnonzero(n := np.bincount(y.ravel())); n = n[v]
     else: v,n = np.unique(y, return_counts=True)
     found = dict(values=v[:1024].tolist(), counts=n[:1024].tolist(), bands=bands)
@@ -183,6 +189,34 @@ def class_counts(
     if bad: raise ValueError(bad[1])
     def row(r): return np.bincount(domain.space.encode(np.array(r['values'])), r['counts'], 256)[:domain.space.n]
     return np.stack([row(r) for r in rs]).astype(np.int64)
+
+# %% ../../nbs/sets/03_rare.ipynb #rar00202
+def absent(
+    counts, # Pixels of each class, perhaps a row an image
+    domain:Domain # Labelled
+)->list: # Sentences, none if every class has a pixel
+    "Say which classes have no pixel, class 0 first"
+    sp,name,n = domain.space,domain.name or 'the source',np.asarray(counts).reshape(-1, domain.space.n).sum(0)
+    gone = np.flatnonzero(n==0).tolist() if n.any() else []
+    number = {c:i for i,c in sorted(sp.ids.items(), reverse=True)}
+    said = []
+    if gone[:1]==[0] and sp.n>1 and sorted(sp.ids)==[*range(sp.n)]: said.append(
+        f"The class `{sp.codes[gone.pop(0)]}` (number 0) has no pixel in the masks of `{name}`: "
+        "are the masks numbered from 1? Then add the line `void: 0` to `codes.txt`.")
+    names = [f"`{sp.codes[c]}`" + (f" (number {number[c]})" if c in number else '') for c in gone]
+    which = f"The classes {', '.join(names)} have" if len(names)>1 else f"The class {names[0]} has" if names else ''
+    if which: said.append(f"{which} no pixel in the masks of `{name}`: a net can't learn "
+                          f"{'them' if len(names)>1 else 'it'} from there.")
+    return said
+
+def name_absent(
+    counts, # From `class_counts`
+    domain:Domain # Labelled
+):
+    "Print what `absent` says, on one process and in letters that its console has"
+    code = getattr(sys.stdout, 'encoding', None) or 'utf8'
+    for o in absent(counts, domain):
+        if not place()[0]: print(o.encode(code, 'replace').decode(code))
 
 # %% ../../nbs/sets/03_rare.ipynb #930a2c92
 def rare_class_probs(
