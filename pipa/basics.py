@@ -214,6 +214,7 @@ _cures = {errno.ENOSPC: 'The disk is full: make room, or write elsewhere',
           errno.ENOENT: "It isn't there: was it moved or deleted?",
           errno.ENOTDIR: 'A part of the path is a file: name another place',
           errno.EISDIR: 'It is a folder: name a file',
+          errno.ELOOP: 'It is a link that leads back to itself: remove it, or put the file in its place',
           errno.EMFILE: 'Too many files are open: use fewer workers, or raise `ulimit -n`'}
 
 _steer = {i: f'\\x{i:02x}' for i in (*range(32), *range(127, 160)) if chr(i) not in '\t\n\r'}

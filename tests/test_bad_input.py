@@ -203,7 +203,7 @@ mask_folder | 1 of 2 images have no mask
 image_empty | source/images/1.png` can't be read as a picture
 image_html | target/images/1.png` can't be read as a picture
 target_empty | target/images/1.png` can't be read
-target_loop | target/images/1.png` is listed but not there: was it moved
+target_loop | target/images/1.png`: It is a link that leads back to itself: remove it
 target_gone | target/images/1.png` is listed but not there: was it moved
 target_cut | target/images/0.png` can't be read as a picture .*: it may be cut off.* 1 more of `target` can't be read: `pipa_check` lists them
 jpg_cut | target/images/0.jpg` can't be read as a picture .*: it may be cut off
@@ -259,7 +259,7 @@ valid_cut | valid/images/1.png` can't be read as a picture
 --out={w}/file/x | is not a folder, so
 valid_no_masks | valid/masks` is not a folder
 valid_value | holds the value 20
-valid_size | they don't belong together
+valid_size | valid/masks/1.png` is 32x64: bring both
 valid_cut | valid/images/1.png` can't be read
 empty | valid/images` is not a folder
 """, pipa_predict="""
