@@ -527,6 +527,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'pipa.labels.LabelSpace.idx': ('labels.html#labelspace.idx', 'pipa/labels.py'),
                              'pipa.labels.LabelSpace.known': ('labels.html#labelspace.known', 'pipa/labels.py'),
                              'pipa.labels.LabelSpace.n': ('labels.html#labelspace.n', 'pipa/labels.py'),
+                             'pipa.labels.__getattr__': ('labels.html#__getattr__', 'pipa/labels.py'),
                              'pipa.labels._by_number': ('labels.html#_by_number', 'pipa/labels.py'),
                              'pipa.labels._by_order': ('labels.html#_by_order', 'pipa/labels.py'),
                              'pipa.labels._codes': ('labels.html#_codes', 'pipa/labels.py'),

@@ -267,6 +267,10 @@ def space(
     if str(name).lower() in known: return known[name.lower()]
     raise KeyError(f'no label space {name!r}, there are {", ".join(known)}; for your own classes: label_space(codes)')
 
+def __getattr__(name): # `from pipa.labels import cityscapes`
+    try: return space(name)
+    except KeyError: raise AttributeError(f"module `{__name__}` has no {name}") from None
+
 def label_space(
     codes:list, # Names of your classes, in the order of their train ids
     palette=None, # RGB in 0..255, `K x 3`; `None`: `distinct_colors(K)`

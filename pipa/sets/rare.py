@@ -4,11 +4,12 @@
 
 # %% ../../nbs/sets/03_rare.ipynb #dc2bbac1
 from __future__ import annotations
-import json, re, sys, warnings, numpy as np
+import json, os, re, sys, warnings, numpy as np
+from multiprocessing import parent_process
 from pathlib import Path
 from fastcore.basics import defaults
 from fastcore.parallel import parallel
-from ..basics import cache_home, forks, keep_file, stamp
+from ..basics import cache_home, end_with, forks, keep_file, stamp
 from ..ranks import place
 from .domains import Domain, complaint, fractions, size_complaint
 from .pictures import header, intact, read_numbers, way_to_fit
@@ -23,8 +24,9 @@ _format = 2   # of the answers: another number, and nothing that was written bef
 
 def _part(o):
     f,items,file = o
+    if parent_process(): end_with(os.getppid())
     try: res = json.loads(file.read_text(encoding='utf8'))
-    except (OSError, ValueError): res = None   # not there, or damaged
+    except (OSError, ValueError, RecursionError): res = None   # not there, or damaged
     if isinstance(res, list) and len(res)==len(items) and all(isinstance(o, dict) for o in res): return res
     res = [f(*i) for i in items]
     if not any('error' in r for r in res): keep_file(file, lambda o: o.write(json.dumps(res).encode()))
