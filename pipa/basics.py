@@ -108,7 +108,7 @@ def write_file(
     sync:bool=True # Force it to disk? Not needed for what can be made again
 ):
     "Write a file whole or not at all: beside its place and to disk first, then renamed"
-    file = Path(file)
+    file = at_home(file)
     tmp = file.with_name(f'.{file.name[:40]}.{secrets.token_hex(8)}')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

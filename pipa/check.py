@@ -12,7 +12,7 @@ from .data import (acdc, bdd100k, camvid, cityscapes, codes_space, dark_zurich, 
                        read_image, read_mask, synthia)
 from .sets.domains import Domain, class_numbers
 from .sets.pictures import dim, header, laid_on, read_numbers
-from .basics import no_formulas, write_file
+from .basics import at_home, no_formulas, write_file
 from .sets.rare import absent, complaints, look, remember
 from .labels import rgb_ids
 from .draw import Fig, add_legend, grid, paint
@@ -143,10 +143,9 @@ def check_pair(
     except (ValueError, OSError) as e: return dict(error=str(e))
     r = dict(picture_key(img), most=_most(img), image=[img.height, img.width], turn=header(image)[1], dim=dim(image))
     if mask is None: return r
-    r |= look(image, mask)
-    if 'error' in r: return r
-    y = _plane(mask)
-    y = y if (on := laid_on(y, r['image'], r['turn'], True)) is None else on
+    if 'error' in (r := r | look(image, mask)): return r
+    y = laid_on(_plane(mask), r['image'], r['turn'], True)
+    if y is None: y = _plane(mask)   # of another picture
     key = hashlib.sha256(repr(y.shape).encode()+y.astype(np.int64).tobytes()).hexdigest()[:12]
     return dict(r, fields=fields(img, y, r['values']), key=key)
 
@@ -383,7 +382,7 @@ def domains_of(
     if name in sets and not Path(data).is_dir():
         f,splits = sets[name]
         return [f(root)] if splits is None else [f(root, s) for s in (split or splits).split(',')]
-    home = Path(data).expanduser()
+    home = at_home(data)
     if masks: return [folder(home, masks, codes_space(codes or 'cityscapes'))]
     parts = [home/o for o in ('source', 'target', 'valid') if (home/o/'images').is_dir()]
     if not parts: return [folder(home, None, codes or 'cityscapes')]
@@ -398,7 +397,7 @@ def report(
     n_workers:int|None=None # Processes; defaults to the number of cores, 0 for none
 )->pd.DataFrame: # The problems of all
     "Check domains, write tables and pictures, and print the essence"
-    out,found,tables = Path(out),[],[]
+    out,found,tables = at_home(out),[],[]
     out.mkdir(parents=True, exist_ok=True)
     records = [inspect(d, cache, n_workers) for d in domains]
     again = repeats(domains, records)

@@ -11,7 +11,7 @@ import numpy as np, torch
 from torch import nn
 from safetensors.torch import save as to_bytes
 from . import __version__
-from .basics import write_file
+from .basics import at_home, write_file
 from .labels import LabelSpace, space as known_space
 from .weights.names import from_hf, to_hf, to_official, looks_like, as_call
 from .models import bare_state, unwrapped, light, segformer, daformer, deeplabv2
@@ -86,7 +86,7 @@ def save(
     meta = dict(pipa_format=1, spec=spec or getattr(unwrapped(net), 'spec', None), **space_meta(space),
                 versions=dict(pipa=__version__, torch=str(torch.__version__)), crc=checksum(state)) | meta
     parts = _parts(state, {k:_json(k, v) for k,v in meta.items()})
-    write_file(file := Path(file), lambda f: f.writelines(parts))
+    write_file(file := at_home(file), lambda f: f.writelines(parts))
     return file
 
 # %% ../nbs/13_checkpoints.ipynb #3c59dc04
@@ -213,7 +213,7 @@ def save_official(
     "Write a net for the repositories of the papers"
     meta = dict(CLASSES=tuple(space.codes), PALETTE=np.asarray(space.palette).tolist()) if space else {}
     whole = dict(state_dict=to_official(inference_state(net)), meta=meta)
-    write_file(file := Path(file), lambda f: torch.save(whole, f))
+    write_file(file := at_home(file), lambda f: torch.save(whole, f))
     return file
 
 def save_hf(
@@ -222,7 +222,7 @@ def save_hf(
     space:LabelSpace|None=None # What the classes are
 )->Path: # `folder`
     "Write a SegFormer for transformers"
-    net,folder,state = unwrapped(net),Path(folder),to_hf(inference_state(net))
+    net,folder,state = unwrapped(net),at_home(folder),to_hf(inference_state(net))
     codes = space.codes if space else [f'class {i}' for i in range(net.n_out)]
     config = dict(model_type='segformer', architectures=['SegformerForSemanticSegmentation'],
         hidden_sizes=list(net.widths), depths=list(net.backbone.depths), num_attention_heads=[1,2,5,8],

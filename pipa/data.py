@@ -16,7 +16,7 @@ from fastai.vision.core import PILImage, imagenet_stats
 from .sets.pictures import *
 from .sets.domains import *
 from .sets.layouts import *
-from .basics import between, keep_file, stamp
+from .basics import at_home, between, keep_file, stamp
 from .sets.rare import *
 
 # %% auto #0
@@ -147,7 +147,7 @@ def made_once(
     *key # Whatever else it depends on
 )->np.ndarray: # The array, on disk if the disk takes it
     "Make an array once, and find it on disk from then on"
-    file = Path(home)/f'{stamp([path], *key)}.npy'
+    file = at_home(home)/f'{stamp([path], *key)}.npy'
     try: return np.load(file, mmap_mode='r')
     except (OSError, ValueError, EOFError): a = make(path)   # not there, or damaged
     return np.load(file, mmap_mode='r') if keep_file(file, lambda f: np.save(f, a)) else a
@@ -338,7 +338,7 @@ def eval_dl(
     "Loader of whole images with masks at their own size"
     if domain.masks is None:
         raise ValueError(f"The validation domain `{domain.name}` has no masks: a score needs them.")
-    domain = fitting(domain)
+    domain = pairs_that_fit(domain)
     tfms = [[upright, Fit(size), ToTensor()], [MaskOf(domain)]]
     ds = Datasets([Path(o) for o in domain.images], tfms=tfms, n_inp=1)
     return EvalDL(ds, bs=bs, device=device, num_workers=num_workers, after_batch=_after_batch())
@@ -366,7 +366,7 @@ def _fit_together(source, target, valid, n, bs, shard):
 # %% ../nbs/12_data.ipynb #r00m0002
 def _room(pairs):
     "Make the folder of copies, and see that they will fit"
-    home = Path(pairs.copies)
+    home = at_home(pairs.copies)
     home.mkdir(parents=True, exist_ok=True)
     need = copies_size(pairs.source, pairs.resize)+copies_size(pairs.target, pairs.resize_t)
     need -= sum(p.stat().st_size for p in home.glob('*.npy'))
@@ -400,7 +400,7 @@ def uda_dls(
     _in_range(bs, size, num_workers, rcs_temp=rcs_temp, **kwargs)
     _fit_together(source, target, valid, n or len(source), bs, shard)
     for d in (source, target, valid): check_images(d)
-    source = fitting(source)
+    source = pairs_that_fit(source)
     n,counts = n or len(source),class_counts(source)
     name_absent(counts, source)
     if min_crop_ratio is None: kwargs.setdefault('min_crop', min_share)

@@ -11,7 +11,7 @@ import numpy as np, pandas as pd, torch
 from torch import nn
 from fastai.vision.core import imagenet_stats
 from . import __version__
-from .basics import need, write_file
+from .basics import at_home, need, write_file
 from .models import get_logits, resize
 from .checkpoints import space_meta
 from .learner import inference_net
@@ -82,7 +82,7 @@ def export_net(
     **meta # What else the file should say: numbers, text, lists, dicts
 )->Path: # `file`; raises `ImportError` with a cure when ONNX's packages are missing
     "Write the inference net as a graph for other programs"
-    file = Path(file)
+    file = at_home(file)
     if file.suffix not in ('.onnx', '.pt2'):
         raise ValueError(f"`{file}` ends in neither `.onnx` nor `.pt2`: the ending says what is written.")
     if file.suffix=='.onnx': _need_onnx()
@@ -133,7 +133,7 @@ def load_graph(
     file:str|Path # From `export_net`; a `.pt2` file only from people you trust, for torch keeps pickles in it
 )->tuple: # A net in evaluation mode, and a dict of what the file says about it
     "Open an exported file as a net"
-    file = Path(file)
+    file = at_home(file)
     if not file.is_file():
         raise FileNotFoundError(f"There is no file `{file}`: exported nets end in `.onnx` or `.pt2`.")
     try:

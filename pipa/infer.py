@@ -15,12 +15,12 @@ from fastprogress.fastprogress import progress_bar
 from fastcore.meta import delegates
 from fastai.vision.core import imagenet_stats
 from .labels import cityscapes19
-from .basics import between, write_file
+from .basics import at_home, between, write_file
 from .models import get_logits, resize, same_classes
 from .data import Domain, image_exts, read_image
 from .sets.domains import labels_of
 from .sets.pictures import files_below
-from .sets.rare import fitting
+from .sets.rare import pairs_that_fit
 from .draw import as_image, label_image, overlay
 from .metrics import confusion, iou, iou_table
 
@@ -290,7 +290,7 @@ def evaluate(
     "Compare predictions with the masks of a domain, at the size of the masks"
     if domain.masks is None: raise ValueError(f"The domain `{domain.name}` has no masks: a score needs them.")
     between('bs', bs, 1)
-    domain,sp = fitting(domain),domain.space
+    domain,sp = pairs_that_fit(domain),domain.space
     cm = torch.zeros(sp.n, sp.n, dtype=torch.int64)
     for some in _batches(domain, bs if mode=='whole' else 1, progress):
         ps = _label(model, [x for x,_ in some], size, mode=mode, bs=bs, space=sp, **kwargs)
@@ -342,11 +342,11 @@ def find_images(
     out:str|Path|None=None # Folder that is left out
 )->dict: # Paths by the name that their results get: the path below `images`, without the ending
     "The pictures of a folder, by name"
-    images = Path(images).expanduser()
+    images = at_home(images)
     if images.is_file(): return {images.stem: images}
     if not images.is_dir():
         raise FileNotFoundError(f"There is no file or folder `{images}`: give a picture or a folder of pictures.")
-    out = out and Path(out).expanduser().resolve()
+    out = out and at_home(out).resolve()
     if out==images.resolve():
         raise ValueError(f"`{images}` can't hold both pictures and results: give another folder for the results.")
     files = [p.relative_to(images) for p in sorted(files_below(images)) if p.suffix.lower() in image_exts
@@ -379,7 +379,7 @@ def predict_folder(
     "Write `_labels.png` (train ids), `_color.png` and `_overlay.png` for each picture, or raw ids alone"
     if ids not in ('train', 'raw'): raise ValueError(f"There are no `{ids}` ids: choose `train` or `raw`.")
     between('alpha', alpha, 0, 1)
-    files,out,failed = find_images(images, out),Path(out).expanduser(),{}
+    files,out,failed = find_images(images, out),at_home(out),{}
     for name,file in _bar(files.items(), progress):
         try: image = as_image(file)
         except (ValueError, OSError, Image.DecompressionBombError) as e:

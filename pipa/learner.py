@@ -10,7 +10,7 @@ from fastai.torch_basics import *
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.callback.schedule import ParamScheduler
-from .basics import between, one_of, write_file
+from .basics import at_home, between, one_of, write_file
 from .losses import weighted_ce
 from .metrics import MIoU, TeacherMIoU, TermColumn, validators, label_free
 from .checkpoints import load_pretrained
@@ -303,7 +303,7 @@ def uda_learner(
         parts.append(g := Guard(guard))
         ms += [g.column]*(guard=='skip')
     return Learner(dls, net, loss, partial(adamw, wd=wd), lr=lr, splitter=param_groups, metrics=ms,
-                   cbs=parts+L(cbs), path=path, train_bn=False, wd_bn_bias=True)
+                   cbs=parts+L(cbs), path=at_home(path), train_bn=False, wd_bn_bias=True)
 
 # %% ../nbs/20_learner.ipynb #e4000002
 from copy import deepcopy

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 from fastprogress.fastprogress import progress_bar
-from .basics import end_with, write_file
+from .basics import at_home, end_with, write_file
 
 # %% auto #0
 __all__ = ['CLASSES', 'SKY', 'BUILDING', 'POLE', 'ROAD', 'PAVEMENT', 'TREE', 'SIGN', 'FENCE', 'CAR', 'PEDESTRIAN', 'BICYCLIST',
@@ -636,7 +636,7 @@ def cache(
     if domain not in STYLES: raise ValueError(f'There is no domain {domain!r}: take one of {list(STYLES)}.')
     if split not in FIRST: raise ValueError(f'There is no split {split!r}: take one of {list(FIRST)}.')
     n,st = dict(train=400, val=100)[split] if n is None else n, STYLES[domain]
-    home = Path(root)/'minicity'/f'{size[0]}x{size[1]}'/f'{domain}-{style_id(st)}'/split
+    home = at_home(root)/'minicity'/f'{size[0]}x{size[1]}'/f'{domain}-{style_id(st)}'/split
     target = domain!='game' and split=='train'
     dirs = home/'images', home/('oracle_masks' if target else 'masks') if oracle or not target else None
     for p in dirs:

@@ -10,7 +10,7 @@ from pipa.infer import evaluate, find_images, predict
 from pipa.labels import label_space
 from pipa.sets import pictures as P
 from pipa.sets.pictures import files_below, image_size, intact, orientation, pictures, turned
-from pipa.sets.rare import class_counts, fitting
+from pipa.sets.rare import class_counts, pairs_that_fit
 
 colours = np.array([[90,150,220], [110,100,110], [200,40,40]], np.uint8)
 space = label_space(['sky', 'road', 'car'])
@@ -199,7 +199,7 @@ def test_an_odd_pair_of_ones_own_is_named(tmp_path, monkeypatch):
     x,y = scene()
     for i in range(3): put(x, tmp_path/f'images/{i}.png'); put(y[:,:50] if i==1 else y, tmp_path/f'masks/{i}.png')
     d = folder(tmp_path/'images', tmp_path/'masks', space)
-    for f in (lambda: uda_dls(d, d, d, bs=1, size=(32,32), device='cpu'), lambda: evaluate(Nearest(), d, progress=False), lambda: class_counts(d), lambda: fitting(d)):
+    for f in (lambda: uda_dls(d, d, d, bs=1, size=(32,32), device='cpu'), lambda: evaluate(Nearest(), d, progress=False), lambda: class_counts(d), lambda: pairs_that_fit(d)):
         with pytest.raises(ValueError, match='1.png` is 64x96, but its mask .*1.png` is 64x50'): f()
 
 @pytest.mark.parametrize('ext,kw', [('jpg', {}), ('webp', {}), ('tif', dict(compression='jpeg'))])

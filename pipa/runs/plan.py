@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
-from ..basics import no_formulas, one_line, write_file
+from ..basics import at_home, no_formulas, one_line, write_file
 from ..learner import host_terms, method_name
 from .options import idle, key, parser, settings
 from .record import read_config
@@ -66,7 +66,7 @@ def read_table(
     file # Table of results, CSV
 )->tuple: # Columns, and for each row its line and a dictionary of its cells as text; a `ValueError` names a bad line
     "Read a table of results as it is, and look at each of its lines"
-    if not Path(file).is_file(): raise ValueError(f"`{file}` is no file: name a table.")
+    if not (file := at_home(file)).is_file(): raise ValueError(f"`{file}` is no file: name a table.")
     (_,head),*rows = [*_cells(file)] or [(0, [])]
     if twice := [o for i,o in enumerate(head) if o in head[:i]]:
         raise ValueError(f"`{file}` has the column `{twice[0]}` twice: rename or delete one of them.")
@@ -95,7 +95,7 @@ def keys_of(
     table # Path of a table of results
 )->set: # See `pipa.runs.options.key`; empty if there is no table
     "The settings of each row; where there is no command, the defaults. A row that had an option which is gone has none"
-    if not os.path.lexists(table): return set()
+    if not os.path.lexists(at_home(table)): return set()
     head,rows = read_table(table)
     if head and 'method' not in head: raise ValueError(
         f"`{table}` has no column `method`, so it is no table of results: name another one"
@@ -199,7 +199,7 @@ def add_row(
     row:dict # Value of each column
 ):
     "Add a row to a table on disk, whole or not at all"
-    file = Path(file)
+    file = at_home(file)
     row, = no_formulas(pd.DataFrame([row])).to_dict('records')
     file.parent.mkdir(parents=True, exist_ok=True)
     with turn(file):

@@ -14,6 +14,7 @@ from fastai.torch_core import set_seed
 from .. import __version__
 from ..metrics import label_free
 from ..sets.domains import Domain
+from ..basics import at_home
 
 # %% auto #0
 __all__ = ['row_columns', 'seed_all', 'data_stamp', 'stamp_change', 'revision', 'revisions', 'read_config', 'repeat', 'changes',
@@ -214,7 +215,8 @@ def read_config(
     usual=None # Default of each option, to look at the kinds of values; `None`: what isn't an option is looked at
 )->dict: # Raises `ValueError` or `FileNotFoundError`
     "What a run folder says of its run"
-    file = Path(file)/'config.json' if Path(file).is_dir() else Path(file)
+    file = at_home(file)
+    file = file/'config.json' if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"There is no file `{file}`: name the `config.json` of a run, or its folder.")
     try: was = json.loads(file.read_text(encoding='utf-8-sig'))

@@ -253,8 +253,7 @@ def resumed(
         return None,[]
     was = begun_with(out, usual)
     same_ranks(out, was.get('ranks', 1))
-    was.setdefault('precision', 'fp32')   # a run of before there was a choice
-    was['threads'] = was['versions']['threads']
+    was = dict(precision='fp32') | was | dict(threads=was['versions']['threads'])   # fp32 before there was a choice
     if o.get('preset') or was.get('preset'): was.pop('size', None)   # that of the preset, not what was asked for
     asked = {k for k in o if o[k]!=usual.get(k)} | {k for k in named if o.get(k)!='auto'}
     odd = [k for k in o if k in was and k in asked and k not in _free and o[k]!=was[k]]

@@ -18,7 +18,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 from .. import __version__
-from ..basics import sweep_folder, to_disk, write_file
+from ..basics import at_home, sweep_folder, to_disk, write_file
 from ..ranks import place, start
 from .record import data_stamp
 from ..sets.domains import Domain
@@ -236,7 +236,7 @@ def read_state(
     path # A checkpoint, or a folder with some
 )->tuple: # From `state_of`, and the file; raises `FileNotFoundError` or `ValueError`
     "Read the newest checkpoint that is sound, without running anything in it"
-    path = Path(path)
+    path = at_home(path)
     files = checkpoints(path) if path.is_dir() else [path]
     if not files: raise FileNotFoundError(
         f"There is no checkpoint in `{path}`, so there is nothing to go on from: begin anew.")

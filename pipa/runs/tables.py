@@ -10,6 +10,7 @@ from ..learner import host_terms
 from ..draw import Fig
 from .plan import read_table
 from .record import row_columns
+from ..basics import at_home
 
 # %% auto #0
 __all__ = ['methods', 'terms', 'read_results', 'usual', 'kept_apart', 'results_table', 'results_markdown', 'sentence',
@@ -21,7 +22,7 @@ _needed = ['benchmark', 'method', 'seed', 'epochs', 'miou_student', 'miou_teache
 
 def _of_a_study(csv):
     "The file as it is, if it is the table of a study"
-    if not Path(csv).is_file():
+    if not at_home(csv).is_file():
         raise FileNotFoundError(f"There are no results yet: `{csv}` is written when the study is run.")
     head,rows = read_table(csv)
     df = pd.read_csv(csv) if head else pd.DataFrame(columns=_needed)

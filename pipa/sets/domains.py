@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 from ..labels import LabelSpace, label_space, rgb_ids, space
 from .pictures import header, laid_on, pictures, read_numbers
+from ..basics import at_home
 
 # %% auto #0
 __all__ = ['Domain', 'codes_space', 'pair', 'folder', 'complaint', 'class_numbers', 'fractions', 'read_mask', 'size_complaint',
@@ -24,7 +25,7 @@ class Domain:
     space:LabelSpace # What the numbers in the masks mean
     name:str='' # How the domain is called in messages and figures
     stats:Path|None=None # Class statistics that were counted by somebody else, see `pipa.sets.rare.class_counts`
-    spare:bool=False # May a mask be of another size, or left out? For published sets, see `pipa.sets.rare.fitting`
+    spare:bool=False # May pairs that don't fit be left out? See `pipa.sets.rare.pairs_that_fit`
 
     def __len__(self): return len(self.images)
     def unlabelled(self): return replace(self, masks=None, stats=None)
@@ -53,6 +54,7 @@ def codes_space(
 )->LabelSpace: # Raises `ValueError`, or `KeyError` for a name that isn't known
     "The label space that `codes` means; a file may also hold nothing but the name of a known one"
     if isinstance(codes, LabelSpace): return codes
+    if isinstance(codes, (str, Path)) and str(codes).startswith('~'): codes = at_home(codes)
     if isinstance(codes, Path) and not codes.is_file():
         raise FileNotFoundError(f"There is no file `{codes}`: write the class names in it, one a line.")
     if isinstance(codes, (str, Path)) and Path(codes).is_file(): return _of_file(codes)

@@ -8,9 +8,10 @@ import json, os
 from pathlib import Path
 from scipy.io import loadmat
 from .domains import Domain, pair
-from .pictures import files_below, key_of, pictures
+from .pictures import files_below, name_below, pictures
 from ..labels import camvid11, camvid32, camvid_colors, cityscapes19, gta19, mapillary_space, space, synthia19
 from .. import minicity as city
+from ..basics import at_home
 
 # %% auto #0
 __all__ = ['data_root', 'home_of', 'named', 'domain', 'gta', 'synthia', 'cityscapes', 'acdc', 'dark_zurich', 'bdd100k',
@@ -19,7 +20,7 @@ __all__ = ['data_root', 'home_of', 'named', 'domain', 'gta', 'synthia', 'citysca
 # %% ../../nbs/sets/02_layouts.ipynb #0b0fbe38
 def data_root()->Path:
     "Where data sets live: the environment variable `PIPA_DATA`, or the folder `data` where you stand"
-    return Path(os.environ.get('PIPA_DATA', 'data'))
+    return at_home(os.environ.get('PIPA_DATA', 'data'))
 
 def home_of(
     name:str, # Name of the set, and of its folder in the data root
@@ -27,7 +28,7 @@ def home_of(
     *wanted # Folders, the first of which that exists is the one we look for
 )->tuple: # Folder of the set, and the wanted folder; raises `FileNotFoundError` with what was expected
     "Find the folder of a data set"
-    home = Path(path or data_root()/name).expanduser()
+    home = at_home(path or data_root()/name)
     found = next((home/w for w in wanted if (home/w).is_dir()), None)
     if found: return home,found
     expected = ' or '.join(f'`{w}`' for w in wanted)
@@ -43,7 +44,7 @@ def named(
     no:str='\0' # Files with this in their name are left out
 )->dict: # Key → path, sorted
     "Files below a folder, under their path without the common ending"
-    return {key_of(p, root, end): p for p in sorted(p for p in files_below(root) if p.name.endswith(end))
+    return {name_below(p, root, end): p for p in sorted(p for p in files_below(root) if p.name.endswith(end))
             if set(parts)<=set(p.relative_to(root).parts[:-1]) and no not in p.name}
 
 def domain(

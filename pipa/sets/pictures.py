@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from PIL import Image, TiffImagePlugin
 from torchvision.io import decode_image
+from ..basics import at_home
 
 # %% auto #0
-__all__ = ['image_exts', 'files_below', 'key_of', 'pictures', 'orientation', 'turned', 'unfit', 'Unfit', 'opened', 'dim',
+__all__ = ['image_exts', 'files_below', 'name_below', 'pictures', 'orientation', 'turned', 'unfit', 'Unfit', 'opened', 'dim',
            'as_rgb', 'read_image', 'header', 'image_size', 'intact', 'read_numbers', 'way_to_fit', 'laid_on']
 
 # %% ../../nbs/sets/00_pictures.ipynb #pic00010
@@ -33,7 +34,7 @@ def files_below(
         else: yield Path(o.path)
 
 # %% ../../nbs/sets/00_pictures.ipynb #pic00012
-def key_of(
+def name_below(
     path:Path, # File
     root:Path, # Folder above it
     end:str|None=None # Ending to leave off; None for the one after the last dot
@@ -46,10 +47,10 @@ def pictures(
     path # Folder
 )->dict: # Path of each picture by its key, sorted by path; two of one key raise `ValueError`
     "Find the pictures of a folder and of those in it"
-    path,found = Path(path).expanduser(),{}
+    path,found = at_home(path),{}
     if not path.is_dir(): raise FileNotFoundError(f"`{path}` is not a folder: give the folder that holds the pictures.")
     for p in sorted(p for p in files_below(path) if p.suffix.lower() in image_exts):
-        k = key_of(p, path)
+        k = name_below(p, path)
         if k in found: raise ValueError(f"`{found[k]}` and `{p}` have the same name but for the ending: photos and "
                                         "masks in one folder, or two pictures? Put them into folders of their own.")
         found[k] = p
@@ -128,7 +129,7 @@ def opened(
 ): # Yields the picture as Pillow has it, not yet decoded
     "Open a picture, and say what is wrong if anything is"
     try:
-        kind = os.stat(path := Path(path).expanduser()).st_mode
+        kind = os.stat(path := at_home(path)).st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
             raise Unfit(f"`{path}` is no file but a pipe or a device: take it away.")
         with Image.open(path) as o:
@@ -229,7 +230,7 @@ def intact(
     path # Of a picture; raises `ValueError` with its name when it isn't one, is cut off or can't be taken as one
 )->tuple: # Height and width, upright
     "The size of a picture that is all there: decoded only if its last bytes aren't the mark of an end"
-    with opened(path) as o, open(Path(path).expanduser(), 'rb') as f:
+    with opened(path) as o, open(at_home(path), 'rb') as f:
         hw = o.size[::1 if orientation(o)>4 else -1]
         f.seek(-min(64, os.fstat(f.fileno()).st_size), os.SEEK_END)
         whole = o.format in _ends and f.read().rstrip(b'\0').endswith(_ends[o.format])
@@ -241,7 +242,7 @@ def _lossy(o, path):
     "The format of a picture that was stored with losses, or None"
     if o.format in ('JPEG','MPO'): return 'JPEG'
     if o.format=='TIFF' and o.info.get('compression') in ('jpeg','tiff_jpeg','webp'): return 'TIFF with JPEG in it'
-    if o.format=='WEBP' and b'VP8L' not in Path(path).expanduser().read_bytes()[:4096]: return 'WebP with losses'
+    if o.format=='WEBP' and b'VP8L' not in at_home(path).read_bytes()[:4096]: return 'WebP with losses'
 
 def read_numbers(
     path # Of a mask; raises `ValueError` with its name when it can't be read, or lost something as it was saved
@@ -254,7 +255,7 @@ def read_numbers(
         k,wide = orientation(o),';16' in str(o.tile) and not o.mode.startswith('I')
         if wide and o.format!='PNG': raise Unfit(f"`{path}` is a {o.format} in colours of 16 bits: save it as a PNG.")
         if not wide: return turned(np.array(o), k)
-        raw = torch.frombuffer(bytearray(Path(path).expanduser().read_bytes()), dtype=torch.uint8)
+        raw = torch.frombuffer(bytearray(at_home(path).read_bytes()), dtype=torch.uint8)
         return turned(decode_image(raw).movedim(0, -1).numpy(), k)
 
 # %% ../../nbs/sets/00_pictures.ipynb #pic00061

@@ -16,7 +16,7 @@ from .pictures import header, intact, read_numbers, way_to_fit
 from ..labels import rgb_ids
 
 # %% auto #0
-__all__ = ['remember', 'readable', 'check_images', 'sizes', 'fitting', 'look', 'complaints', 'counts_from', 'class_counts',
+__all__ = ['remember', 'readable', 'check_images', 'sizes', 'pairs_that_fit', 'look', 'complaints', 'counts_from', 'class_counts',
            'absent', 'name_absent', 'rare_class_probs', 'images_with']
 
 # %% ../../nbs/sets/03_rare.ipynb #35b2a493
@@ -80,7 +80,7 @@ def sizes(
     except (ValueError, OSError) as e: return dict(error=str(e))
     return dict(image=[*hw], mask=[*size], turn=turn)
 
-def fitting(
+def pairs_that_fit(
     domain:Domain, # Labelled
     cache:str|Path|None=None, # Folder of the cache; defaults to `cache_home()`
     n_workers:int|None=None # Threads; defaults to 16 where there is much to do, 0 for none

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 import torch
 from safetensors import safe_open
+from ..basics import at_home
 
 # %% auto #0
 __all__ = ['Unread', 'checksum', 'finite', 'find_file', 'read']
@@ -136,7 +137,7 @@ def find_file(
     which:str='student' # In a folder of `pipa_train`, 'student' or 'teacher'
 )->Path: # Of weights, or the index of several; raises `FileNotFoundError`
     "The file of weights that is meant"
-    path,first = Path(path),'teacher' if which=='teacher' else 'weights'
+    path,first = at_home(path),'teacher' if which=='teacher' else 'weights'
     hub = [o+e for o in ('model.safetensors', 'pytorch_model.bin') for e in ('', '.index.json')]
     names = [f'{first}.safetensors', *hub]
     if path.is_dir():
