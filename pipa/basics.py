@@ -4,8 +4,8 @@
 
 # %% ../nbs/00_basics.ipynb #lim00003
 from __future__ import annotations
-import errno, hashlib, json, math, os, re, secrets, shutil, sys, tempfile, threading, time
-from contextlib import contextmanager
+import errno, hashlib, html, json, math, os, re, secrets, shutil, sys, tempfile, threading, time
+from contextlib import contextmanager, suppress
 from functools import lru_cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,11 +14,14 @@ from numbers import Real
 from pathlib import Path
 from fastcore.basics import patch
 from fastcore.script import call_parse
+try: import fcntl
+except ImportError: fcntl = None   # Windows
 
 # %% auto #0
-__all__ = ['between', 'one_of', 'at_home', 'writable', 'to_disk', 'write_file', 'sweep_folder', 'no_formulas', 'cache_home',
-           'stamp', 'forks', 'end_with', 'install_command', 'need', 'harmless', 'one_line', 'Console', 'telling',
-           'of_system', 'sentences', 'command', 'keep_file', 'waiting', 'wait_briefly']
+__all__ = ['between', 'one_of', 'at_home', 'writable', 'to_disk', 'write_file', 'sweep_folder', 'says', 'own', 'no_formulas',
+           'cache_home', 'stamp', 'forks', 'end_with', 'install_command', 'need', 'harmless', 'one_line', 'Html',
+           'as_html', 'tag', 'joined', 'Console', 'telling', 'of_system', 'sentences', 'command', 'keep_file',
+           'waiting', 'wait_briefly']
 
 # %% ../nbs/00_basics.ipynb #lim00006
 def between(
@@ -95,8 +98,18 @@ def to_disk(
     try: _force(fd)
     finally: os.close(fd)
 
-def _written(tmp, write, sync):
-    with open(tmp, 'xb') as f:
+def _begun(tmp):
+    "A new file, and a number that keeps it locked until it is closed"
+    while True:
+        f = open(tmp, 'xb')
+        if fcntl is None: return f,None
+        with suppress(OSError): fcntl.flock(lock := os.dup(f.fileno()), fcntl.LOCK_EX)
+        if os.path.exists(tmp): return f,lock
+        f.close()   # somebody tidied up before it was locked
+        os.close(lock)
+
+def _written(f, write, sync):
+    with f:
         write(f)
         f.flush()
         if sync: _force(f.fileno())
@@ -109,25 +122,66 @@ def write_file(
 ):
     "Write a file whole or not at all: beside its place and to disk first, then renamed"
     file = at_home(file)
-    tmp = file.with_name(f'.{file.name[:40]}.{secrets.token_hex(8)}')
+    tmp,lock = file.with_name(f'.{file.name[:40]}.{secrets.token_hex(8)}'),None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _written(tmp, write, sync)
+        f,lock = _begun(tmp)
+        _written(f, write, sync)
         os.replace(tmp, file)
     except OSError as e:
         if e.errno and e.filename in (None, str(tmp)): e.filename,e.filename2 = str(file),None
         raise
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
+        if lock is not None: os.close(lock)
     if sync: to_disk(file.parent)
 
 # %% ../nbs/00_basics.ipynb #hd000002
+def _nobodys(p):
+    "Remove a file that no process holds; was that so?"
+    try:
+        with open(p, 'r+b') as f:
+            if fcntl is None: f.close()   # Windows removes no file that is open
+            else: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+            p.unlink()
+    except OSError: return False
+    return True
+
 def sweep_folder(
-    folder # Of which no other process is writing to
+    folder, # Where files are written
+    names=None # Of these files; `None`: of all
 )->list: # Names of the files that are gone
     "Remove what processes left beside their files when they were killed"
-    left = [o for o in Path(folder).iterdir() if re.fullmatch(r'\..{1,40}\.[0-9a-f]{16}', o.name) and o.is_file()]
-    for o in left: o.unlink(missing_ok=True)
-    return sorted(o.name for o in left)
+    said = {o[:40] for o in names or ()}
+    def left(o): return re.fullmatch(r'\..{1,40}\.[0-9a-f]{16}', o) and (names is None or o[1:-17] in said)
+    if not os.path.isdir(folder): return []
+    ours = [Path(o.path) for o in os.scandir(folder) if left(o.name) and o.is_file(follow_symlinks=False)]
+    return sorted(o.name for o in ours if _nobodys(o))
+
+# %% ../nbs/00_basics.ipynb #own00002
+def says(
+    file, # Any
+    mark:str # Words that one who wrote it leaves in it
+)->bool:
+    "Are these words in the first 64 kB of a file, or in the last?"
+    try:
+        with open(file, 'rb') as f:
+            if mark.encode() in f.read(1<<16): return True
+            f.seek(max(0, f.seek(0, 2)-(1<<16)))
+            return mark.encode() in f.read()
+    except OSError: return False
+
+def own(
+    files:dict, # Path of each file that a command is about to write → words that it leaves there, see `says`
+    by:str # The command
+):
+    "Raise a `ValueError` if a file is there already that the command didn't write; remove what killed ones left"
+    for p,mark in files.items():
+        if os.path.lexists(p) and not (os.path.isfile(p) and says(p, mark)): raise ValueError(
+            f"`{p}` is there and wasn't written by {by}: move it away, or name another place with --out.")
+    folders = {}
+    for p in map(Path, files): folders.setdefault(p.parent, []).append(p.name)
+    for k,v in folders.items(): sweep_folder(k, v)
 
 # %% ../nbs/00_basics.ipynb #hd000005
 def _is_number(o):
@@ -236,6 +290,36 @@ def one_line(
     if isinstance(e, OSError) and e.errno in _cures:
         return (f'`{e.filename}`: ' if e.filename else '')+_cures[e.errno]+'.'*(e.errno!=errno.ENOENT)
     return harmless(text.split('\n')[0].rstrip()).replace('\r', r'\r')
+
+# %% ../nbs/00_basics.ipynb #htm00002
+class Html(str):
+    "HTML, and not text: made by `tag`, or by a library that writes out names itself"
+    def __str__(self): return self
+
+def as_html(
+    o # `Html`, or anything else, which is text
+)->Html:
+    "Something as a part of a page"
+    if isinstance(o, Html): return o
+    return Html(html.escape(harmless(str(o)).encode('utf8', 'replace').decode()))
+
+_alone = 'img', 'meta'   # that have no end
+
+def tag(
+    name:str, # Such as 'td'
+    *inner, # What it holds: `Html`, or anything else, which is text
+    **attrs # Its attributes; `class_` is `class`
+)->Html:
+    "An element of a page"
+    said = ''.join(f' {k.rstrip("_")}="{as_html(v)}"' for k,v in attrs.items())
+    if name in _alone: return Html(f'<{name}{said}>')
+    return Html(f'<{name}{said}>{"".join(map(as_html, inner))}</{name}>')
+
+def joined(
+    *parts # `Html`, or text
+)->Html:
+    "Parts of a page, one after the other"
+    return Html(''.join(map(as_html, parts)))
 
 # %% ../nbs/00_basics.ipynb #tel00002
 _other_signs = str.maketrans({'█':'#', '→':'->', '…':'...', '×':'x', '–':'-', '±':'+-'})

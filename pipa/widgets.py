@@ -7,6 +7,7 @@ from __future__ import annotations
 import ipywidgets as W, numpy as np, torch, traitlets as T
 from torch import Tensor
 from fastcore.basics import patch
+from .basics import joined
 from .callbacks import ema_decay
 from .data import rare_class_probs
 from .look.views import nets_of
@@ -15,7 +16,8 @@ from .mix import pseudo_label, class_mask, class_mix, strong_augment, block_mask
 from .look.patch_explorer import PatchConsistency
 from .look.pixel_explorer import PixelEmbeddingExplorer
 from .draw import Fig, grid, denorm, paint
-from .look.surface import Page, Surface, rgba, colored, img_tag, on_dark, control_row, pick, slider, width
+from .look.surface import Page, Surface, rgba, colored, img_tag, on_dark, control_row
+from .look.surface import Words, pick, slider, width
 
 _own_pages = PixelEmbeddingExplorer,PatchConsistency
 _all_ = ['PixelEmbeddingExplorer', 'PatchConsistency']
@@ -34,7 +36,7 @@ class Step(Page):
         **controls # Widgets by the name of the argument of `f`
     ):
         self.f,self.title,self.dark,self.names = f,title,False,[*controls]
-        self.surface,self.below = Surface(dict(theme=self._theme), cols=cols, max_width=300, label=title),W.HTML()
+        self.surface,self.below = Surface(dict(theme=self._theme), cols=cols, max_width=300, label=title),Words()
         super().__init__()
         self.add_traits(**{k: T.Any(w.value) for k,w in controls.items()})
         self.children = [control_row(self.bind(**controls)), self.surface, self.below]
@@ -61,7 +63,7 @@ def show(self:Step):
     with self.surface.hold_sync():
         self.surface.panels = [dict(title=k, w=a.shape[1], h=a.shape[0]) for k,a in pics.items()]
         self.surface.base = rgba(pics.values())
-    self.below.value = ''.join(img_tag(on_dark(v) if self.dark else v, k) for k,v in figs.items())
+    self.below.value = joined(*[img_tag(on_dark(v) if self.dark else v, k) for k,v in figs.items()])
 
 # %% ../nbs/30_widgets.ipynb #step0b02
 @patch

@@ -10,13 +10,14 @@ from fastcore.basics import patch
 from matplotlib import colormaps
 from PIL import Image
 from .views import scenes, nets_of, moments, at_snapshot
+from ..basics import joined, tag
 from ..draw import as_image
 from ..infer import to_input
 from ..labels import label_space, distinct_colors
 from ..mix import crop_corners
 from .patches import *
 from ..draw import Fig, denorm
-from .surface import Page, Surface, rgba, palette, css, colored, img_tag, on_dark
+from .surface import Page, Surface, rgba, palette, css, colored, shown_in, Words
 from .surface import control_row, pick, slider, tick, width
 
 # %% auto #0
@@ -163,24 +164,23 @@ _words = dict(agreement='same class', confident='same, where both are sure', js=
 
 def _row(name, v, note='', color='#56b4e9'):
     n = 0 if v!=v else 60*max(v, 0)
-    bar = f'<i style="display:inline-block;height:9px;width:{n:.0f}px;background:{color}"></i>'
-    cell = f'<td style="text-align:left!important;width:70px">{bar}</td>'
-    return f'<tr><td>{name}</td><td>{"–" if v!=v else f"{v:.2f}"}</td>{cell}<td>{note}</td></tr>'
+    bar = tag('i', style=f'display:inline-block;height:9px;width:{n:.0f}px;background:{color}')
+    cell = tag('td', bar, style='text-align:left!important;width:70px')
+    return tag('tr', tag('td', name), tag('td', '–' if v!=v else f'{v:.2f}'), cell, tag('td', note))
 
 @patch
 def _numbers_html(self:_PairState):
     s,pal = self.scores(),palette(self.space, self.blind)
-    rows = [] if s['iou'] else ['<tr><td colspan="4">The crops share no pixel: move one.</td></tr>']
+    def line(text): return tag('tr', tag('td', text, colspan=4))
+    rows = [] if s['iou'] else [line('The crops share no pixel: move one.')]
     notes = dict(confident=f"{s['share']:.0%} sure" if s['share']==s['share'] else '')
     rows += [_row(v, s[k], notes.get(k, ''), '#e69f00' if k=='js' else '#56b4e9') for k,v in _words.items()]
-    loss = f'{s["loss"]:.3f}' if s['cells'] else '–'
-    cells = f'<td><b>{loss}</b></td><td></td><td>{s["cells"]} cells</td>'
-    rows.append(f'<tr><td><b>loss of the training</b></td>{cells}</tr>')
-    rows.append('<tr><td colspan="4">&nbsp;</td></tr>')
+    cells = tag('b', f'{s["loss"]:.3f}' if s['cells'] else '–'),'',f'{s["cells"]} cells'
+    rows += [tag('tr', *[tag('td', o) for o in (tag('b', 'loss of the training'), *cells)]), line('\xa0')]
     for r in self.class_scores().sort_values('pixels', ascending=False).to_dict('records'):
-        dot = f'<span style="color:{css(pal[self.space.codes.index(r["class"])])}">■</span>'
-        rows.append(_row(f'{dot} {r["class"]}', r['agreement'], f"{r['pixels']} px"))
-    return f'<table class="pipa-table">{"".join(rows)}</table>'
+        dot = tag('span', '■', style=f'color:{css(pal[self.space.codes.index(r["class"])])}')
+        rows.append(_row(joined(dot, ' ', r['class']), r['agreement'], f"{r['pixels']} px"))
+    return tag('table', *rows, class_='pipa-table')
 
 # %% ../../nbs/look/05_patch_explorer.ipynb #1f0e3dad
 @patch
@@ -242,7 +242,7 @@ class PatchConsistency(Page, _PairState):
         self.maps = Surface(cols=4, max_width=300, label='What both crops see')
         super().__init__(**dict(size=half, checkpoint=len(self.nets.names)-1) | traits)
         if not {'at_1', 'at_2'} & set(traits): self.draw()
-        self.side,self.gallery = W.HTML(),W.ToggleButtons(options=[('–', None)], style=dict(button_width='48px'))
+        self.side,self.gallery = Words(),W.ToggleButtons(options=[('–', None)], style=dict(button_width='48px'))
         image = W.VBox([self.surface], layout=W.Layout(flex='1 1 380px', max_width='600px'))
         self.children = [*self._controls(), control_row([image, self.side], 'flex-start'), self.maps, self._tabs()]
         self._watch()
@@ -333,7 +333,7 @@ _drag = ('Drag the crops and their corners, or draw a random pair. Keys: arrows 
 def _tabs(self:PatchConsistency):
     self.panes = [W.VBox() for _ in _pair_tabs]
     self.tabs = W.Tab(self.panes, titles=_pair_tabs)
-    self.panes[0].children = [W.HTML(_drag)]
+    self.panes[0].children = [Words(_drag)]
     self.tabs.observe(lambda _: self._show_tab(), 'selected_index')
     return self.tabs
 
@@ -350,9 +350,7 @@ def _tab(self:PatchConsistency, i):
 def _show_tab(self:PatchConsistency):
     i = self.tabs.selected_index
     if not i: return
-    def widget(o):
-        return o if isinstance(o, W.Widget) else W.HTML(img_tag(on_dark(o) if self.dark else o, _pair_tabs[i]))
-    self.panes[i].children = [widget(o) for o in self._tab(i)]
+    self.panes[i].children = [shown_in(o, self.dark, _pair_tabs[i]) for o in self._tab(i)]
 
 # %% ../../nbs/look/05_patch_explorer.ipynb #3c59dc04
 @patch

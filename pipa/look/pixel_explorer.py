@@ -9,10 +9,11 @@ from fastcore.basics import patch
 from matplotlib import colormaps
 from .views import *
 from .measures import *
+from ..basics import joined
 from ..labels import label_space, distinct_colors
 from ..draw import Fig
 from .surface import Page, Surface, rgba, heat_bytes, lut, f32, palette, css, colored
-from .surface import img_tag, on_dark, control_row, pick, slider, tick, width
+from .surface import img_tag, shown_in, table_tag, control_row, pick, slider, tick, width
 
 # %% auto #0
 __all__ = ['point_colors', 'color_keys', 'PixelEmbeddingExplorer', 'counts_figure', 'spread_boxes']
@@ -422,8 +423,7 @@ def _tabs(self:PixelEmbeddingExplorer):
 def _show_tab(self:PixelEmbeddingExplorer, only='tab'):
     i = self.tabs.selected_index
     if i is None or not len(self.table) or only not in ('tab', _tab_names[i]): return
-    def widget(o): return W.HTML(img_tag(on_dark(o) if self.dark else o, _tab_names[i]) if isinstance(o, Fig) else o)
-    self.panes[i].children = [widget(o) for o in self._tab(_tab_names[i])]
+    self.panes[i].children = [shown_in(o, self.dark, _tab_names[i]) for o in self._tab(_tab_names[i])]
 
 # %% ../../nbs/look/04_pixel_explorer.ipynb #4e732ced
 @patch
@@ -431,7 +431,7 @@ def _tab(self:_State, name):
     "What a tab has: figures and pieces of HTML"
     t,names,m,e = self.table,self.looks.names,self.measures(),self._vectors()[self.checkpoint]
     if name=='measures':
-        table = m[names[self.checkpoint]].to_html(index=False, na_rep='–', **_html)
+        table = table_tag(m[names[self.checkpoint]], index=False, na_rep='–', **_html)
         return [table] + ([class_lines(m, self.space)] if len(names)>1 else [])
     if name=='cosines': return [cosine_matrix(class_cosines(e, t.cls.values, self.space.n), self.space.codes)]
     if name=='selection': return [counts_figure(self.selection, self.space), _short(self.selection)]
@@ -439,7 +439,7 @@ def _tab(self:_State, name):
     return [_short(neighbours(e, t, query(self.views.emb, self.queries), 12))]
 
 _html = dict(float_format='%.2f', border=0, classes='pipa-table')
-def _short(t): return t.head(12).to_html(**_html)
+def _short(t): return table_tag(t.head(12), **_html)
 
 # %% ../../nbs/look/04_pixel_explorer.ipynb #4e732ceb
 def counts_figure(
@@ -530,4 +530,4 @@ def picture(self:PixelEmbeddingExplorer):
 
 @patch
 def figures(self:PixelEmbeddingExplorer):
-    return {k: ''.join(o if isinstance(o, str) else img_tag(o, k) for o in self._tab(k)) for k in _tab_names[:2]}
+    return {k: joined(*[img_tag(o, k) if isinstance(o, Fig) else o for o in self._tab(k)]) for k in _tab_names[:2]}

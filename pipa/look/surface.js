@@ -15,6 +15,12 @@ function picture(bytes, w, h) {
   return c;
 }
 
+function swatch(color) {  // names and colours come from files: they become text and values, never HTML
+  const i = document.createElement('i');
+  i.style.setProperty('--c', color);
+  return i;
+}
+
 function isDark(el) {
   const b = document.body, jp = b.dataset.jpThemeLight;
   if (jp) return jp === 'false';
@@ -129,7 +135,7 @@ function render({ model, el }) {
         const b = document.createElement('button');
         b.type = 'button'; b.className = 'pipa-chip'; b.setAttribute('aria-pressed', l.on !== false);
         b.dataset.name = l.text; b.title = l.on === false ? `show ${l.text}` : `hide ${l.text}`;
-        if (l.color) b.innerHTML = `<i style="--c:${l.color}"></i>`;
+        if (l.color) b.append(swatch(l.color));
         b.append(l.text);
         b.onclick = () => send({ type: 'legend', i, text: l.text });
         return b;
@@ -138,7 +144,7 @@ function render({ model, el }) {
     swatches() {
       keys.replaceChildren(...g('swatches').map(k => {
         const e = document.createElement('span');
-        e.innerHTML = `<i style="--c:${k.color}"></i>`; e.append(k.text);
+        e.append(swatch(k.color), k.text);
         return e;
       }));
     },

@@ -4,20 +4,20 @@
 
 # %% ../../nbs/look/03_surface.ipynb #c81e728d
 from __future__ import annotations
-import base64, html, io, json
+import base64, io, json
 from importlib.resources import files
 import anywidget, ipywidgets as W, numpy as np, traitlets as T
 from IPython.display import Image as Still
 from matplotlib import colormaps
 from PIL import Image
 from fastcore.basics import patch
-from ..basics import write_file
+from ..basics import Html, as_html, harmless, joined, tag, write_file
 from ..labels import distinct_colors
 from ..draw import Fig
 
 # %% auto #0
 __all__ = ['Surface', 'rgba', 'heat_bytes', 'lut', 'f32', 'palette', 'css', 'colored', 'width', 'control_row', 'pick', 'slider',
-           'tick', 'on_dark', 'Page', 'img_tag']
+           'tick', 'on_dark', 'Page', 'img_tag', 'table_tag', 'Words', 'shown_in']
 
 # %% ../../nbs/look/03_surface.ipynb #e4da3b7f
 def _trait(t): return t.tag(sync=True)
@@ -218,32 +218,57 @@ const bytes = v => v && v.b64 !== undefined ? Uint8Array.from(atob(v.b64), c => 
 for (const e of document.querySelectorAll('.state')) surface.render({ el: e.parentElement,
   model: model(Object.fromEntries(Object.entries(JSON.parse(e.textContent)).map(([k, v]) => [k, bytes(v)]))) });"""
 
+_page_css = """:root { color-scheme: light dark; } body { max-width: 1100px; margin: 24px auto;
+font: 14px/1.5 system-ui, sans-serif; } img { max-width: 100%; background: #fff; }
+.pipa-chip { pointer-events: none; } h1, h2 { font-size: 1.1em; }"""
+
 def _state(s):
     d = {k: v for k,v in s.get_state().items() if not k.startswith('_') and k not in ('layout', 'tabbable', 'tooltip')}
     d = {k: dict(b64=base64.b64encode(v).decode()) if isinstance(v, (bytes,memoryview)) else v for k,v in d.items()}
-    return json.dumps(d | dict(hover=False, busy=False, said='')).replace('<', '\\u003c')
+    text = json.dumps(d | dict(hover=False, busy=False, said=''))
+    return Html(text.replace('<', r'\u003c').replace('>', r'\u003e').replace('&', r'\u0026'))
 
 def img_tag(
     fig:Fig, # A figure
     alt:str='' # What it shows, in words
-)->str: # HTML
+)->Html:
     "A figure as an image that needs no file"
     data = base64.b64encode(fig._repr_png_()).decode()
-    return f'<img alt="{html.escape(alt)}" style="max-width:100%" src="data:image/png;base64,{data}">'
+    return tag('img', alt=alt, style='max-width:100%', src=f'data:image/png;base64,{data}')
+
+def table_tag(
+    df, # `pandas.DataFrame`
+    **kwargs # To its `to_html`
+)->Html:
+    "A table for a page"
+    return Html(df.map(_whole).rename(columns=_whole, index=_whole).to_html(**kwargs | dict(escape=True)))
+
+def _whole(o): return harmless(o).encode('utf8', 'replace').decode() if isinstance(o, str) else o
+
+class Words(W.HTML):
+    "What stands below a surface: `Html`, and what isn't is text"
+    @T.validate('value')
+    def _as_html(self, proposal): return as_html(proposal['value'])
+
+def shown_in(
+    o, # A widget, a figure, `Html`, or text
+    dark:bool=False, # Is the page dark?
+    alt:str='' # What a figure shows, in words
+): # A widget
+    "Something for a tab"
+    if isinstance(o, Fig): o = img_tag(on_dark(o) if dark else o, alt)
+    return o if isinstance(o, W.Widget) else Words(o)
 
 # %% ../../nbs/look/03_surface.ipynb #4e732ceb
 @patch
 def to_html(self:Page, file=None):
     "A page of its own that needs neither Python nor the network, also written to `file`"
-    parts = [f'<div><script type="application/json" class="state">{_state(s)}</script></div>' for s in self.surfaces()]
+    parts = [tag('div', tag('script', _state(s), type='application/json', class_='state')) for s in self.surfaces()]
     figs = {k:img_tag(f, k) if isinstance(f, Fig) else f for k,f in self.figures().items()}
-    parts += [f'<h2>{html.escape(k)}</h2>{f}' for k,f in figs.items()]
-    page = f"""<!doctype html><meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{Surface._css}
-:root {{ color-scheme: light dark; }} body {{ max-width: 1100px; margin: 24px auto;
-font: 14px/1.5 system-ui, sans-serif; }} img {{ max-width: 100%; background: #fff; }}
-.pipa-chip {{ pointer-events: none; }} h1, h2 {{ font-size: 1.1em; }}</style>
-<h1>{html.escape(self.title)}</h1>{"".join(parts)}
-<script type="module">{Surface._esm.replace("export default", "const surface =")}
-{_model}</script>"""
+    parts += [o for k,f in figs.items() for o in (tag('h2', k), f)]
+    code = Html(Surface._esm.replace('export default', 'const surface =')+_model)
+    page = joined(Html('<!doctype html>'), tag('meta', charset='utf-8'), tag('title', self.title),
+                  tag('style', Html(Surface._css+_page_css)), tag('h1', self.title), *parts,
+                  tag('script', code, type='module'))
     if file: write_file(file, lambda o: o.write(page.encode()))
     return page
