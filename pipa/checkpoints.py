@@ -212,7 +212,7 @@ def save_official(
 )->Path: # `file`
     "Write a net for the repositories of the papers"
     meta = dict(CLASSES=tuple(space.codes), PALETTE=np.asarray(space.palette).tolist()) if space else {}
-    whole = dict(state_dict=to_official(inference_state(net)), meta=meta)
+    whole = dict(meta=dict(made_by='pipa_convert', **meta), state_dict=to_official(inference_state(net)))
     write_file(file := at_home(file), lambda f: torch.save(whole, f))
     return file
 
@@ -224,10 +224,10 @@ def save_hf(
     "Write a SegFormer for transformers"
     net,folder,state = unwrapped(net),at_home(folder),to_hf(inference_state(net))
     codes = space.codes if space else [f'class {i}' for i in range(net.n_out)]
-    config = dict(model_type='segformer', architectures=['SegformerForSemanticSegmentation'],
+    config = dict(made_by='pipa_convert', model_type='segformer', architectures=['SegformerForSemanticSegmentation'],
         hidden_sizes=list(net.widths), depths=list(net.backbone.depths), num_attention_heads=[1,2,5,8],
         decoder_hidden_size=net.decode_head.dim,
         id2label=dict(enumerate(codes)), label2id={v:k for k,v in enumerate(codes)})
     write_file(folder/'config.json', lambda f: f.write(json.dumps(config, indent=1).encode()))
-    write_file(folder/'model.safetensors', lambda f: f.writelines(_parts(state, dict(format='pt'))))
+    write_file(folder/'model.safetensors', lambda f: f.writelines(_parts(state, dict(format='pt', made_by='pipa_convert'))))
     return folder

@@ -4,7 +4,7 @@
 
 # %% ../nbs/31_cli.ipynb #c81e728d
 from __future__ import annotations
-from .basics import between, command, one_of, wait_briefly, writable
+from .basics import between, command, one_of, own, wait_briefly, writable
 wait_briefly()
 import warnings
 warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
@@ -94,6 +94,7 @@ def pipa_export(
     dest = Path(out) if out else file.with_suffix('.onnx')
     if dest.suffix in ('.onnx', '.pt2'): writable(dest, folder=False)
     if file.suffix=='.onnx': raise ValueError(f"`{file}` is exported already.")
+    own({dest: 'pipa_export'}, 'pipa_export')
     print('Tracing the net; large ones take minutes.', flush=True)
     hw = parse_size(size or meta.get('size', '128x256'))
     export.export_net(dest, net, sp, hw, free, method=meta.get('method'))
@@ -149,13 +150,15 @@ def pipa_convert(
     if dest.exists() and dest.samefile(file):
         raise ValueError(f"`{dest}` is the file that is read: name another one with --out.")
     writable(dest, folder=to=='hf')
+    files = [dest/'config.json', dest/'model.safetensors'] if to=='hf' else [dest]
+    own(dict.fromkeys(files, 'pipa_convert'), 'pipa_convert')
     sp = codes_space(classes) if classes else space_of(meta)
     if sp and sp.n!=net.n_out:
         raise ValueError(f"The net has {net.n_out} classes and `--classes {classes}` names {sp.n}.")
     if size: meta['size'] = 'x'.join(map(str, parse_size(size)))
     said = load_official(file, net, which or 'student')
-    rest = {k:v for k,v in meta.items() if k not in ('pipa_format', 'codes', 'palette', 'space', 'versions', 'crc')}
-    if to=='safetensors': save(dest, net, sp, **rest)
+    rest = {k:v for k,v in meta.items() if k not in ('pipa_format', 'codes', 'palette', 'space', 'versions', 'crc', 'made_by')}
+    if to=='safetensors': save(dest, net, sp, made_by='pipa_convert', **rest)
     else: (save_hf if to=='hf' else save_official)(dest, net, sp)
     print(f'{said}\nWritten: {dest}')
 
@@ -179,13 +182,15 @@ def pipa_study(
     writable(table, folder=False)
     have,all_ = keys_of(table),plan(methods, seeds, terms, sweep, [f'--size={size}', *words(args)])
     todo = [(n,a) for n,a in all_ if quiet_key(a) not in have]
-    for _,a in todo: possible(AttrDict(vars(parser().parse_args(a))))
     print(f'{len(all_)-len(todo)} of {len(all_)} runs are in {table}')
+    for _,a in todo: possible(AttrDict(vars(parser().parse_args(a))))
     if todo and '--data' not in args:   # MiniCity is drawn once, before the runs
         for o in ('oracle', 'pipa'): domains('minicity', o, parse_size(size))
     run_all(todo, table, runs, jobs)
 
 # %% ../nbs/31_cli.ipynb #c4ec0002
+_tables = {'problems.csv': 'level,file,what,domain', 'classes.csv': 'domain,name,share,images'}   # how they begin
+
 @command
 def pipa_check(
     data:str, # A set such as gta or cityscapes:val (split val), a folder as for pipa_train, or a folder of images
@@ -198,6 +203,10 @@ def pipa_check(
     "Look at a data set before training: what is wrong or strange, how often classes occur, and a sheet of pictures"
     writable(out)
     between('--workers', workers or 0, 0, 1024)
-    found = check.report(check.domains_of(data, masks, codes, root), out, n_workers=workers)
+    doms = check.domains_of(data, masks, codes, root)
+    own({Path(out)/k: v for k,v in _tables.items()} |
+        {Path(out)/f"{k.replace(' ', '_')}.png": 'Software\0pipa' for k in ('classes', *(f'sheet_{d.name}' for d in doms))},
+        'pipa_check')
+    found = check.report(doms, out, n_workers=workers)
     print(f'In {Path(out).resolve()}: ' + ', '.join(sorted(p.name for p in Path(out).iterdir())))
     if (found.level=='wrong').any(): sys.exit('pipa: training would refuse this data, see above.')

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 from fastai.vision.core import imagenet_stats
 from .labels import label_space
-from .basics import write_file
+from .basics import harmless, write_file
 from .sets.pictures import as_rgb, read_image
 
 # %% auto #0
@@ -23,6 +23,14 @@ __all__ = ['Fig', 'as_image', 'denorm', 'rgb', 'label_image', 'overlay', 'add_le
 # %% ../nbs/14_draw.ipynb #drwf0001
 _power = re.compile(r'\$\\mathdefault\{-?[\d.]*(\\times)?(10\^\{-?\d+\})?\}\$')   # matplotlib's own
 
+def _as_drawn(o): return harmless(o).encode('utf8', 'replace').decode()   # names of files may hold what is no text
+
+def _plain_ticks(formatter):
+    "Have what an axis writes at its ticks go through `_as_drawn`, too"
+    if 'format_ticks' in vars(formatter): return
+    old = formatter.format_ticks
+    formatter.format_ticks = lambda values: [_as_drawn(o) for o in old(values)]
+
 class Fig(Figure):
     "A matplotlib figure that no list keeps, and that notebooks show"
     def __init__(self, *args, layout='constrained', dpi=75, **kwargs):
@@ -30,9 +38,11 @@ class Fig(Figure):
 
     def draw(self, renderer):
         "Draw; what stands between dollar signs is text"
-        for o in (o for ax in self.axes for o in (ax.xaxis, ax.yaxis)): o.get_ticklabels(which='both')   # there by now
-        for t in self.findobj(Text):   # names of files may hold bytes that are no text
-            said = t.get_text().encode('utf8', 'replace').decode()
+        for o in (o for ax in self.axes for o in (ax.xaxis, ax.yaxis)):
+            for f in (o.get_major_formatter(), o.get_minor_formatter()): _plain_ticks(f)
+            o.get_ticklabels(which='both')   # there by now
+        for t in self.findobj(Text):
+            said = _as_drawn(t.get_text())
             t.set(text=said, parse_math=bool(_power.fullmatch(said)), usetex=False)
         super().draw(renderer)
 
@@ -43,7 +53,7 @@ class Fig(Figure):
 
     def to_png(self, file, dpi=100): # Where to, and dots per inch
         "Write the picture, whole or not at all"
-        write_file(file, lambda f: self.savefig(f, format='png', dpi=dpi))
+        write_file(file, lambda f: self.savefig(f, format='png', dpi=dpi, metadata=dict(Software='pipa')))
 
 # %% ../nbs/14_draw.ipynb #drwi0002
 def _no_picture(o):

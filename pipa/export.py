@@ -70,6 +70,7 @@ def _need_onnx(): return [need(o, 'An ONNX file', 'onnx') for o in ('onnx', 'onn
 def _to_onnx(program, notes, f):
     program = torch.onnx.export(program, (), dynamo=True, input_names=['image'], output_names=['logits'], verbose=False)
     program.model.metadata_props.update(notes)
+    program.model.producer_name = 'pipa_export'   # see `pipa.basics.own`
     f.write(program.model_proto.SerializeToString())
 
 # %% ../nbs/24_export.ipynb #ex000010
@@ -90,8 +91,9 @@ def export_net(
     many = 'in batches of any size' if free=='batch' else 'one at a time'
     if free!='sides': print(f"`{file.name}` takes images of {size[0]}×{size[1]} alone, {many}.")
     notes = _notes(net, space, size, free, meta)
+    extra = {'pipa.json': json.dumps(notes), 'pipa_export': 'see pipa.basics.own'}
     if file.suffix=='.onnx': write_file(file, lambda f: _to_onnx(program, notes, f))
-    else: write_file(file, lambda f: torch.export.save(program, f, extra_files={'pipa.json': json.dumps(notes)}))
+    else: write_file(file, lambda f: torch.export.save(program, f, extra_files=extra))
     return file
 
 # %% ../nbs/24_export.ipynb #ex000013

@@ -10,12 +10,12 @@ from itertools import pairwise, product
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch import nn, Tensor
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from fastprogress.fastprogress import progress_bar
 from fastcore.meta import delegates
 from fastai.vision.core import imagenet_stats
 from .labels import cityscapes19
-from .basics import at_home, between, write_file
+from .basics import at_home, between, own, write_file
 from .models import get_logits, resize, same_classes
 from .data import Domain, image_exts, read_image
 from .sets.domains import labels_of
@@ -353,7 +353,7 @@ def find_images(
              and out not in p.resolve().parents]
     if not files:
         raise FileNotFoundError(f"No picture ({', '.join(sorted(image_exts))}) in `{images}`: is it the right folder?")
-    n = Counter(p.with_suffix('') for p in files)
+    n = Counter([*files, *(p.with_suffix('') for p in files)])   # `a.png` is short for `a.png.jpg`, and a name as it is
     return {(p if n[p.with_suffix('')]>1 else p.with_suffix('')).as_posix(): images/p for p in files}
 
 # %% ../nbs/21_infer.ipynb #17e62167
@@ -362,7 +362,12 @@ def _results(image, y, space, ids, alpha):
     if ids=='raw': return {'': raw_ids(y, space)}
     return dict(_labels=y, _color=np.array(label_image(y, space)), _overlay=overlay(image, y, space, alpha))
 
-def _save_png(file, a): write_file(file, lambda f: Image.fromarray(a).save(f, 'png'))
+_ends = dict(train=('_labels', '_color', '_overlay'), raw=('',))
+
+def _save_png(file, a):
+    note = PngImagePlugin.PngInfo()
+    note.add_text('Software', 'pipa_predict')   # see `pipa.basics.own`
+    write_file(file, lambda f: Image.fromarray(a).save(f, 'png', pnginfo=note), sync=False)
 
 @delegates(predict)
 def predict_folder(
@@ -380,6 +385,7 @@ def predict_folder(
     if ids not in ('train', 'raw'): raise ValueError(f"There are no `{ids}` ids: choose `train` or `raw`.")
     between('alpha', alpha, 0, 1)
     files,out,failed = find_images(images, out),at_home(out),{}
+    own({out/f'{name}{k}.png': 'pipa_predict' for name in files for k in _ends[ids]}, 'pipa_predict')
     for name,file in _bar(files.items(), progress):
         try: image = as_image(file)
         except (ValueError, OSError, Image.DecompressionBombError) as e:

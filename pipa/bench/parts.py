@@ -342,9 +342,12 @@ def rows_of(
 )->pd.DataFrame: # Empty if it isn't there
     "The rows that a file has"
     if not at_home(file).exists(): return pd.DataFrame()
-    try: return pd.read_csv(at_home(file))
+    try: df = pd.read_csv(at_home(file))
     except ValueError as e:
         raise ValueError(f"`{file}` can't be read as a table ({one_line(e)}): name another one.") from None
+    if lost := [k for k in ('part', 'way', 'ms') if k not in df]:
+        raise ValueError(f"`{file}` has no column `{lost[0]}`, so it wasn't written by pipa_bench: name another one.")
+    return df
 
 def add_rows(
     df:pd.DataFrame, # Rows

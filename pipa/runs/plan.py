@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
-from ..basics import at_home, no_formulas, one_line, write_file
+from ..basics import at_home, no_formulas, one_line, sweep_folder, write_file
 from ..learner import host_terms, method_name
 from .options import idle, key, parser, settings
 from .record import read_config
@@ -97,8 +97,9 @@ def keys_of(
     "The settings of each row; where there is no command, the defaults. A row that had an option which is gone has none"
     if not os.path.lexists(at_home(table)): return set()
     head,rows = read_table(table)
-    if head and 'method' not in head: raise ValueError(
-        f"`{table}` has no column `method`, so it is no table of results: name another one"
+    lost = [k for k in ('method', 'seed') if k not in head]
+    if head and lost: raise ValueError(
+        f"`{table}` has no column `{lost[0]}`, so it is no table of results: name another one"
         + (', or separate its cells by commas.' if ';' in ''.join(head) else '.'))
     def key_or_none(n, r):
         for k in ('method', 'seed'):
@@ -203,6 +204,7 @@ def add_row(
     row, = no_formulas(pd.DataFrame([row])).to_dict('records')
     file.parent.mkdir(parents=True, exist_ok=True)
     with turn(file):
+        sweep_folder(file.parent, [file.name])
         head,rows = read_table(file) if file.exists() else ([], [])
         rows = [*(o for _,o in rows), {k: _cell(v) for k,v in row.items()}]
         df = pd.DataFrame(rows, columns=[*dict.fromkeys([*head, *row])], dtype=object).fillna('')
@@ -214,7 +216,7 @@ def _begin(name, args, runs, jobs):
     out = (old := interrupted(Path(runs)/name, args)) or new_folder(Path(runs)/name)
     env,exe = dict(os.environ, OMP_WAIT_POLICY='PASSIVE'),str(Path(sys.executable).with_name('pipa_train'))
     cmd = [exe, *args, f'--threads={max(1, defaults.cpus//jobs)}', f'--out={out}', *['--resume']*bool(old)]
-    with open(f'{out}.log', 'a' if old else 'w') as f:
+    with open(f'{out}.log', 'a') as f:
         return out,subprocess.Popen(cmd, stdin=subprocess.DEVNULL, stdout=f, stderr=f, env=env, start_new_session=True)
 
 def _stop(processes):

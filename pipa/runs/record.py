@@ -42,9 +42,15 @@ def _ends(o):
 def _content(files):
     with ThreadPoolExecutor(8) as pool: return hashlib.sha256(b''.join(pool.map(_ends, files))).hexdigest()[:16]
 
+def _numbers(space):
+    "What the numbers in masks mean: how many are classes, which are void, and a hash of it all"
+    code = hashlib.sha256(json.dumps([sorted(space.ids.items()), sorted(space.void)]).encode()).hexdigest()
+    void = ' '.join(map(str, sorted(space.void)[:20])) + ' …'*(len(space.void)>20)
+    return f'{len(space.ids)} numbers are classes, void is {void} ({code[:8]})'
+
 def data_stamp(
     domain:Domain # With or without masks
-)->dict: # `name`, number of `files`, `bytes`, `hash` of names and sizes, `content`, a hash of their ends, and `classes`
+)->dict: # `name`, `files`, `bytes`, `hash` of names and sizes, `content`, a hash of their ends, `classes`, `numbers`
     "A name for the content of a domain"
     files = [os.path.abspath(o) for o in (*domain.images, *(domain.masks or ()))]
     home = os.path.commonpath([os.path.dirname(o) for o in files])
@@ -53,7 +59,7 @@ def data_stamp(
     code = hashlib.sha256(json.dumps([seen, domain.space.codes]).encode()).hexdigest()
     content = _content(tuple((o, s.st_size, s.st_mtime_ns) for o,s in zip(files, stats) if stat.S_ISREG(s.st_mode)))
     return dict(name=domain.name, files=len(files), bytes=sum(n for _,n in seen), hash=code[:16], content=content,
-                classes=', '.join(domain.space.codes))
+                classes=', '.join(domain.space.codes), numbers=_numbers(domain.space))
 
 # %% ../../nbs/runs/00_record.ipynb #hd000106
 def stamp_change(
@@ -62,8 +68,8 @@ def stamp_change(
 )->str: # `was …, is …`, or '' if all that both know is the same
     "What differs between two stamps"
     if not now: return f"was {was.get('files')} files, is not there"
-    k = next((k for k in ('classes', 'hash', 'content') if k in was and k in now and was[k]!=now[k]), None)
-    def said(o): return o[k] if k=='classes' else f"{o.get('files')} files, {o[k]}"
+    k = next((k for k in ('classes', 'numbers', 'hash', 'content') if k in was and k in now and was[k]!=now[k]), None)
+    def said(o): return o[k] if k in ('classes', 'numbers') else f"{o.get('files')} files, {o[k]}"
     return f'was {said(was)}, is {said(now)}' if k else ''
 
 # %% ../../nbs/runs/00_record.ipynb #rec00013

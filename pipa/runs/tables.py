@@ -5,12 +5,12 @@
 # %% ../../nbs/runs/07_tables.ipynb #tb000003
 from __future__ import annotations
 from pathlib import Path
-import pandas as pd, seaborn as sns
+import re, pandas as pd, seaborn as sns
 from ..learner import host_terms
 from ..draw import Fig
 from .plan import read_table
 from .record import row_columns
-from ..basics import at_home
+from ..basics import as_html, at_home
 
 # %% auto #0
 __all__ = ['methods', 'terms', 'read_results', 'usual', 'kept_apart', 'results_table', 'results_markdown', 'sentence',
@@ -89,6 +89,10 @@ def _bold(t):
             if len(v)>1 and v[t.index[i]]==v.max(): t.iloc[i,j] = f'**{t.iloc[i,j]}**'
     return t
 
+def _plain(o):
+    "A name as text, for Markdown knows HTML, links and bars between cells"
+    return re.sub(r'([|\[\]`*\\])', r'\\\1', as_html(o).replace('\n', ' ')) if isinstance(o, str) else o
+
 def _markdown(t, left=1):
     "A table in Markdown, the first `left` columns flush left"
     lines = [list(t.columns), ['---']*left + ['---:']*(t.shape[1]-left), *t.astype(str).values.tolist()]
@@ -99,8 +103,8 @@ def results_markdown(
 )->str: # A table in Markdown; a sentence if there are no results
     "The table of a study for a README"
     try: wide,t = results_table(csv),results_table(csv, spread=False)
-    except (FileNotFoundError, ValueError) as e: return f'*{e}*'
-    t = t.assign(**{c:wide[c] for c in t.columns[:3]})
+    except (FileNotFoundError, ValueError) as e: return f'*{as_html(e)}*'
+    t = t.assign(**{c:wide[c] for c in t.columns[:3]}).rename(columns=_plain, index=_plain)
     return _markdown((_bold(t) if t.index.nlevels==1 else t).reset_index(), 2)
 
 # %% ../../nbs/runs/07_tables.ipynb #17e62166
@@ -157,4 +161,4 @@ def hosts_markdown(
     d = (v['both']-v['none']).dropna().groupby(by, sort=False)
     gain = d.agg(lambda o: f'{o.mean():+.1f} (in {(o>0).sum()} of {len(o)})')
     t['both − none'] = gain.reindex(t.index).astype(object).fillna('–')
-    return _markdown(t.reset_index())
+    return _markdown(t.rename(index=_plain).reset_index())
