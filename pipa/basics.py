@@ -177,6 +177,8 @@ def own(
 ):
     "Raise a `ValueError` if a file is there already that the command didn't write; remove what killed ones left"
     for p,mark in files.items():
+        if (n := len(os.fsencode(Path(p).name)))>255:
+            raise ValueError(f"`{p}` would have a name of {n} bytes, and 255 are possible: rename what it is made from.")
         if os.path.lexists(p) and not (os.path.isfile(p) and says(p, mark)): raise ValueError(
             f"`{p}` is there and wasn't written by {by}: move it away, or name another place with --out.")
     folders = {}

@@ -191,6 +191,12 @@ def pipa_study(
 # %% ../nbs/31_cli.ipynb #c4ec0002
 _tables = {'problems.csv': 'level,file,what,domain', 'classes.csv': 'domain,name,share,images'}   # how they begin
 
+def _beside(d, out):
+    "Refuse a folder among the pictures of a domain: the next command would take the sheets for pictures"
+    home = Path(os.path.commonpath([Path(o).resolve().parent for o in d.images]))
+    if Path(out).resolve().is_relative_to(home): raise ValueError(
+        f"`{out}` lies among the pictures of `{home}`: name another folder for the results with --out.")
+
 @command
 def pipa_check(
     data:str, # A set such as gta or cityscapes:val (split val), a folder as for pipa_train, or a folder of images
@@ -204,6 +210,7 @@ def pipa_check(
     writable(out)
     between('--workers', workers or 0, 0, 1024)
     doms = check.domains_of(data, masks, codes, root)
+    for d in doms: _beside(d, out)
     own({Path(out)/k: v for k,v in _tables.items()} |
         {Path(out)/f"{k.replace(' ', '_')}.png": 'Software\0pipa' for k in ('classes', *(f'sheet_{d.name}' for d in doms))},
         'pipa_check')

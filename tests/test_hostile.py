@@ -157,6 +157,15 @@ def test_no_picture_takes_the_results_of_another(tmp_path):
     found = find_images(tmp_path)
     assert sorted(found.values())==sorted(files) and found['c']==files[-1]
 
+def test_names_that_get_too_long_are_named_before_the_work(shell, weights):
+    picture(f'p/{"ä"*122}.png'); picture('p/a.png')
+    assert 'bytes, and 255 are possible: rename' in shell('pipa_predict', 'p', weights=weights, out='o') and not Path('o').exists()
+
+def test_a_new_folder_steps_over_whatever_is_there(tmp_path):
+    from pipa.runs.run import new_folder
+    (tmp_path/'r').mkdir(); (tmp_path/'r/x').touch(); (tmp_path/'r_2').write_text('mine'); (tmp_path/'r_3').symlink_to('nowhere')
+    assert new_folder(tmp_path/'r').name=='r_4' and (tmp_path/'r_2').read_text()=='mine'
+
 @pytest.mark.parametrize('to,out', [('safetensors', 'x.safetensors'), ('official', 'x.pth'), ('hf', 'x')])
 def test_conversion_leaves_weights_of_others(shell, weights, to, out):
     convert = lambda: shell('pipa_convert', weights, to=to, out=out)
@@ -191,6 +200,8 @@ def test_check_leaves_tables_and_pictures_of_others(shell):
         assert f"`{f}` is there and wasn't written by pipa_check" in look() and f.read_bytes()==theirs
         f.write_bytes(good)
     assert look()==known
+    for out in ('data', 'data/new'): assert 'lies among the pictures' in shell('pipa_check', 'data', out=out, workers=0)
+    assert {o.name for o in Path('data').iterdir()}=={'0.png', '1.png'}, 'sheets would be pictures for the next command'
 
 @pytest.mark.parametrize('text', ['a,b\n1,2\n', 'method,grade\nx,1\n', 'dear diary'])
 def test_tables_of_others_stay(shell, text):

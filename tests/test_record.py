@@ -1,11 +1,12 @@
 "A run folder tells what it was made of, and a run is made again from it to the bit, with other workers, too"
-import json, math, os, shutil, subprocess, sys, time
+import json, math, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file
 from pipa import basics, cli
 from pipa.data import folder
+from pipa.labels import LabelSpace
 from pipa.runs import record, state
 from pipa.runs.options import defaults
 from test_bad_input import folder_of, said, shell, tiny
@@ -166,6 +167,11 @@ def test_stamps_tell_content(tmp_path):
     shutil.copyfile(tmp_path/'a/images/1.bmp', tmp_path/'b/images/2.bmp')
     t = own('b'); assert t['hash']==s['hash'] and t['content']!=s['content'] and record.stamp_change(s, t) and not record.stamp_change(s, s)
     assert record.stamp_change(s, own('a', 'xzy'))=='was x, y, z, is x, z, y' and 'is not there' in record.stamp_change(s, None)
+    space = folder(tmp_path/'a/images', tmp_path/'a/masks', [*'xyz'], 'own').space
+    void = LabelSpace(space.name, space.codes, ids={**space.ids, 77: space.ignore})
+    u = record.data_stamp(folder(tmp_path/'a/images', tmp_path/'a/masks', void, 'own'))
+    assert re.fullmatch(r'was 3 numbers are classes, void is 255 \(.{8}\), is 3 numbers are classes, void is 77 255 \(.{8}\)', record.stamp_change(s, u))
+    assert not record.stamp_change({k: v for k,v in s.items() if k!='numbers'}, u), 'a stamp of before'
 
 # to disk, before anything else goes
 

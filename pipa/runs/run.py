@@ -39,7 +39,7 @@ def new_folder(
     "`path`, or the first of `path_2`, `path_3` … that doesn't exist yet; made"
     path,i = writable(path),2
     p = path
-    while p.exists() and any(p.iterdir()): p,i = path.with_name(f'{path.name}_{i}'),i+1
+    while os.path.lexists(p) and not (p.is_dir() and not any(p.iterdir())): p,i = path.with_name(f'{path.name}_{i}'),i+1
     p.mkdir(parents=True, exist_ok=True)
     return p
 
