@@ -98,6 +98,7 @@ def to_disk(
     try: _force(fd)
     finally: os.close(fd)
 
+# %% ../nbs/00_basics.ipynb #a951801f
 def _begun(tmp):
     "A new file, and a number that keeps it locked until it is closed"
     while True:
@@ -147,6 +148,7 @@ def _nobodys(p):
     except OSError: return False
     return True
 
+# %% ../nbs/00_basics.ipynb #hd000012
 def sweep_folder(
     folder, # Where files are written
     names=None # Of these files; `None`: of all
@@ -171,6 +173,7 @@ def says(
             return mark.encode() in f.read()
     except OSError: return False
 
+# %% ../nbs/00_basics.ipynb #own00012
 def own(
     files:dict, # Path of each file that a command is about to write → words that it leaves there, see `says`
     by:str # The command
@@ -178,7 +181,7 @@ def own(
     "Raise a `ValueError` if a file is there already that the command didn't write; remove what killed ones left"
     for p,mark in files.items():
         if (n := len(os.fsencode(Path(p).name)))>255:
-            raise ValueError(f"`{p}` would have a name of {n} bytes, and 255 are possible: rename what it is made from.")
+            raise ValueError(f"`{p}` would have a name of {n} bytes, and 255 are possible: rename what it comes from.")
         if os.path.lexists(p) and not (os.path.isfile(p) and says(p, mark)): raise ValueError(
             f"`{p}` is there and wasn't written by {by}: move it away, or name another place with --out.")
     folders = {}
@@ -305,6 +308,7 @@ def as_html(
     if isinstance(o, Html): return o
     return Html(html.escape(harmless(str(o)).encode('utf8', 'replace').decode()))
 
+# %% ../nbs/00_basics.ipynb #htm00012
 _alone = 'img', 'meta'   # that have no end
 
 def tag(

@@ -229,5 +229,6 @@ def save_hf(
         decoder_hidden_size=net.decode_head.dim,
         id2label=dict(enumerate(codes)), label2id={v:k for k,v in enumerate(codes)})
     write_file(folder/'config.json', lambda f: f.write(json.dumps(config, indent=1).encode()))
-    write_file(folder/'model.safetensors', lambda f: f.writelines(_parts(state, dict(format='pt', made_by='pipa_convert'))))
+    parts = _parts(state, dict(format='pt', made_by='pipa_convert'))
+    write_file(folder/'model.safetensors', lambda f: f.writelines(parts))
     return folder

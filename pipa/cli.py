@@ -157,7 +157,8 @@ def pipa_convert(
         raise ValueError(f"The net has {net.n_out} classes and `--classes {classes}` names {sp.n}.")
     if size: meta['size'] = 'x'.join(map(str, parse_size(size)))
     said = load_official(file, net, which or 'student')
-    rest = {k:v for k,v in meta.items() if k not in ('pipa_format', 'codes', 'palette', 'space', 'versions', 'crc', 'made_by')}
+    gone = 'pipa_format', 'codes', 'palette', 'space', 'versions', 'crc', 'made_by'
+    rest = {k:v for k,v in meta.items() if k not in gone}
     if to=='safetensors': save(dest, net, sp, made_by='pipa_convert', **rest)
     else: (save_hf if to=='hf' else save_official)(dest, net, sp)
     print(f'{said}\nWritten: {dest}')
@@ -211,9 +212,9 @@ def pipa_check(
     between('--workers', workers or 0, 0, 1024)
     doms = check.domains_of(data, masks, codes, root)
     for d in doms: _beside(d, out)
-    own({Path(out)/k: v for k,v in _tables.items()} |
-        {Path(out)/f"{k.replace(' ', '_')}.png": 'Software\0pipa' for k in ('classes', *(f'sheet_{d.name}' for d in doms))},
-        'pipa_check')
+    names = ['classes', *(f"sheet_{d.name.replace(' ', '_')}" for d in doms)]
+    files = _tables | dict.fromkeys([f'{k}.png' for k in names], 'Software\0pipa')
+    own({Path(out)/k: v for k,v in files.items()}, 'pipa_check')
     found = check.report(doms, out, n_workers=workers)
     print(f'In {Path(out).resolve()}: ' + ', '.join(sorted(p.name for p in Path(out).iterdir())))
     if (found.level=='wrong').any(): sys.exit('pipa: training would refuse this data, see above.')

@@ -31,6 +31,7 @@ def _plain_ticks(formatter):
     old = formatter.format_ticks
     formatter.format_ticks = lambda values: [_as_drawn(o) for o in old(values)]
 
+# %% ../nbs/14_draw.ipynb #drwf0011
 class Fig(Figure):
     "A matplotlib figure that no list keeps, and that notebooks show"
     def __init__(self, *args, layout='constrained', dpi=75, **kwargs):

@@ -369,6 +369,7 @@ def _save_png(file, a):
     note.add_text('Software', 'pipa_predict')   # see `pipa.basics.own`
     write_file(file, lambda f: Image.fromarray(a).save(f, 'png', pnginfo=note), sync=False)
 
+# %% ../nbs/21_infer.ipynb #17e62168
 @delegates(predict)
 def predict_folder(
     model:nn.Module, # Any net, see `pipa.models.get_logits`

@@ -228,6 +228,7 @@ def _state(s):
     text = json.dumps(d | dict(hover=False, busy=False, said=''))
     return Html(text.replace('<', r'\u003c').replace('>', r'\u003e').replace('&', r'\u0026'))
 
+# %% ../../nbs/look/03_surface.ipynb #4e732cee
 def img_tag(
     fig:Fig, # A figure
     alt:str='' # What it shows, in words
@@ -245,6 +246,7 @@ def table_tag(
 
 def _whole(o): return harmless(o).encode('utf8', 'replace').decode() if isinstance(o, str) else o
 
+# %% ../../nbs/look/03_surface.ipynb #4e732cef
 class Words(W.HTML):
     "What stands below a surface: `Html`, and what isn't is text"
     @T.validate('value')
