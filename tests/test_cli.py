@@ -331,7 +331,7 @@ def test_export_from_the_shell(done, data, tmp_path):
         with pytest.raises(SystemExit, match=says): cli.pipa_export(**kw)
 
 def test_export_that_differs_is_not_passed_over(done, monkeypatch, capsys):
-    monkeypatch.setattr(cli.export, 'export_net', lambda dest, *a, **k: Path(dest).write_bytes(b'x'))
+    monkeypatch.setattr(cli.export, 'export_net', lambda dest, *a, **k: Path(dest).write_bytes(b'pipa_export'))
     for diff,largest,bad in ((.01, .5, True), (.01, 2000., False)):
         monkeypatch.setattr(cli.export, 'check_export', lambda *a: pd.DataFrame([dict(images=1, size='64×64', max_diff=diff, largest=largest, agreement=1.)]))
         if not bad: cli.pipa_export(str(done[1]), out='x.onnx'); continue
