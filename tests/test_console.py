@@ -182,7 +182,7 @@ def test_tildes_in_python(world, tmp_path):
     (tmp_path/'home/cn').symlink_to(world/'cn')
     assert len(named.domains('~/cn', 'pipa')[0])==2
     assert basics.writable('~/x')==tmp_path/'home/x' and runs.new_folder('~/x')==tmp_path/'home/x'
-    parts.add_rows(pd.DataFrame([dict(a=1)]), '~/b.csv'); parts.add_rows(pd.DataFrame([dict(a=2)]), '~/b.csv'); assert len(pd.read_csv(tmp_path/'home/b.csv'))==2
+    parts.add_rows(pd.DataFrame([dict(part='ema', way='a', ms=1)]), '~/b.csv'); parts.add_rows(pd.DataFrame([dict(part='ema', way='a', ms=2)]), '~/b.csv'); assert len(pd.read_csv(tmp_path/'home/b.csv'))==2
     for o in ('~nobody-of-this-name', '~nobody-of-this-name/x'):
         with pytest.raises(ValueError, match='nobody knows which home'): basics.writable(o)
     Path('~$lock.png').write_text('x'); assert basics.at_home('~$lock.png')==Path.cwd()/'~$lock.png'

@@ -89,8 +89,8 @@ def _bold(t):
     return t
 
 def _plain(o):
-    "A name as text, for Markdown knows HTML, links and bars between cells"
-    return re.sub(r'([|\[\]`*\\])', r'\\\1', as_html(o).replace('\n', ' ')) if isinstance(o, str) else o
+    "A name as text, for Markdown knows HTML, links, formulas and bars between cells"
+    return re.sub(r'([|\[\]`*$\\])', r'\\\1', as_html(o).replace('\n', ' ')) if isinstance(o, str) else o
 
 def _markdown(t, left=1):
     "A table in Markdown, the first `left` columns flush left"
