@@ -4,7 +4,6 @@
 
 # %% ../../nbs/runs/07_tables.ipynb #tb000003
 from __future__ import annotations
-from pathlib import Path
 import pandas as pd, seaborn as sns
 from ..learner import host_terms
 from ..draw import Fig
