@@ -223,13 +223,13 @@ def make_net(
     n_out:int, # Number of classes
     arch:str='mit_b0', # Encoder, when `model` is a name
     pretrained:bool|str=False, # Start from ImageNet weights? `True`, or a file, see `load_pretrained`
-    **kwargs # To the net's factory, such as `frozen` for a pretrained 'lite0' (default True)
+    **kwargs # To the net's factory, such as `frozen` for a pretrained 'lite0' (default 'norms')
 )->nn.Module:
     "A net by name, or the net itself"
     if isinstance(model, nn.Module): return load_pretrained(model, pretrained) if pretrained else model
     if model not in nets: raise ValueError(f"There is no net `{model}`: choose one of {', '.join(nets)}, "
                                            "or give a net of your own (see `pipa.models.adapt`).")
-    if pretrained and arch=='lite0': kwargs = dict(frozen=True) | kwargs
+    if pretrained and arch=='lite0': kwargs = dict(frozen='norms') | kwargs
     net = nets[model](arch, n_out=n_out, **kwargs)
     return load_pretrained(net, pretrained) if pretrained else net
 
