@@ -3,12 +3,14 @@ import numpy as np, pytest, torch
 from timm import create_model
 from pipa import checkpoints as ck
 from pipa.data import minicity, uda_dls
+from fastai.callback.core import Callback
 from pipa.encoders import TimmEncoder, encoder
 from pipa.export import export_net, load_graph
 from pipa.infer import predict
 from pipa.labels import space
 from pipa.learner import make_net, param_groups, uda_learner
 from pipa.minicity import scene
+from pipa.models import adapt
 
 small = dict(ConvNeXt='convnext_atto', ResNet='resnet10t', MobileNet='mobilenetv4_conv_small', ViT='vit_tiny_patch16_224', DINOv2='vit_small_patch14_dinov2')
 families = pytest.mark.parametrize('name', small.values(), ids=small)
@@ -101,3 +103,26 @@ def test_a_graph_of_it(tmp_path):
     f = export_net(tmp_path/'n.pt2', net, space('minicity'), (64,128), 'nothing')
     img = scene(0, 'real', (64,128))[0]
     assert (predict(load_graph(tmp_path/'n.pt2')[0], img)==predict(net, img)).mean()>.999
+
+@pytest.mark.parametrize('frozen', [False, True, 3])
+def test_heads_learn_at_their_own_rate(frozen, shared, tmp_path):
+    kw = dict(size=(64,128), root=shared)
+    dls = uda_dls(minicity('game', n=4, **kw), minicity('real', n=4, **kw), minicity('real', 'val', n=2, **kw), bs=2, size=(64,128), n=2, device='cpu')
+    learn = uda_learner(dls, 'light', 'source', arch='timm:convnext_atto', lr=1e-4, n_unlabelled=0, path=tmp_path, net=dict(frozen=frozen))
+    seen = []
+    class Rates(Callback):
+        def after_batch(self): seen.append({k:h['lr'] for k,h in zip(map(id, (g[0] for g in self.opt.param_lists)), self.opt.hypers)})
+    with learn.no_bar(), learn.no_logging(): learn.fit_poly(1, head_mult=7., warmup=0., cbs=Rates())
+    first = seen[0]
+    of = {id(p):k for k,p in learn.model.named_parameters()}
+    rates = {of[i].split('.')[0]:r for i,r in first.items()}
+    assert rates['decode_head']==pytest.approx(7e-10, rel=1e-3)     # the first step of the warm-up
+    if frozen is not True: assert rates['decode_head']/rates['backbone']==pytest.approx(7)
+
+def test_an_adapted_net_has_a_decoder():
+    from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
+    net = adapt(deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5), 'classifier.0.project')
+    *body,heads = param_groups(net)
+    assert {id(p) for p in heads}=={id(p) for k,p in net.named_parameters() if not k.startswith('net.backbone.')}
+    own = adapt(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 5, 1)), '0')
+    assert len(param_groups(own))==1     # no word for an encoder: all of it counts as one
