@@ -267,7 +267,7 @@ def space(
     if str(name).lower() in known: return known[name.lower()]
     raise KeyError(f'no label space {name!r}, there are {", ".join(known)}; for your own classes: label_space(codes)')
 
-def __getattr__(name): # `from pipa.labels import cityscapes`
+def __getattr__(name): # `labels.cityscapes` is `space('cityscapes')`
     try: return space(name)
     except KeyError: raise AttributeError(f"module `{__name__}` has no {name}") from None
 

@@ -23,8 +23,8 @@ from .guard import Guard
 from .lean import Lean
 
 # %% auto #0
-__all__ = ['nets', 'host_terms', 'method_name', 'method_cbs', 'param_groups', 'adamw', 'poly_lr', 'SegLoss', 'target_dl',
-           'make_net', 'uda_learner', 'inference_net']
+__all__ = ['nets', 'host_terms', 'method_name', 'method_cbs', 'in_encoder', 'param_groups', 'heads_alone', 'adamw', 'poly_lr',
+           'SegLoss', 'target_dl', 'make_net', 'uda_learner', 'inference_net']
 
 # %% ../nbs/20_learner.ipynb #0d193d73
 _on = dict(none=set(), pixel={'pixel'}, patch={'patch'}, both={'pixel','patch'}, pipa={'pixel','patch'})
@@ -128,17 +128,37 @@ def method_cbs(
     return [*{cb.name:cb for cb in [Pair(), *cbs]}.values()]
 
 # %% ../nbs/20_learner.ipynb #c9f0f895
+def in_encoder(
+    names # Names of the parameters of a net, without those of wrappers
+)->set: # Those of its encoder
+    "Which parameters were there before anybody segmented anything"
+    adapted = [k for k in names if k.startswith('net.')]
+    known = [k for k in adapted if {'backbone', 'encoder'} & {*k.split('.')}]
+    return {k for k in names if k.startswith('backbone.')} | {*(known or adapted)}
+
 def param_groups(
-    net:nn.Module # With an encoder called `backbone` or, when adapted, `net`
-)->list: # Parameters of the encoder, of its norms, and of the heads
+    net:nn.Module # Of `pipa.models`, or adapted
+)->list: # Parameters of the encoder, of its norms, and of the heads; without those that are empty or don't learn
     "Split the parameters of a net into encoder, encoder norms and heads"
     kinds = nn.LayerNorm,nn.modules.batchnorm._BatchNorm,nn.GroupNorm
     norms = {id(p) for m in net.modules() if isinstance(m, kinds) for p in m.parameters()}
-    def group(k, p): return 2 if not k.startswith(('backbone.', 'net.')) else 1 if id(p) in norms else 0
     res,params = [[],[],[]],dict(net.named_parameters())
-    for bare,k in bare_names(params).items():
-        if params[k].requires_grad: res[group(bare, params[k])].append(params[k])
+    names = bare_names(params)
+    body = in_encoder(names)
+    for bare,k in names.items():
+        i = 2 if bare not in body else 1 if id(params[k]) in norms else 0
+        if params[k].requires_grad: res[i].append(params[k])
     return [o for o in res if o]
+
+def heads_alone(
+    net:nn.Module, # Any
+    params # Some of its parameters
+)->bool:
+    "Whether a net has an encoder, and none of these parameters is of it"
+    own = dict(net.named_parameters())
+    names = bare_names(own)
+    body = {id(own[names[k]]) for k in in_encoder(names)}
+    return bool(body) and not any(id(p) in body for p in params)
 
 # %% ../nbs/20_learner.ipynb #45c48cce
 def _has_matrix(params): return any(p.ndim>1 for p in params)
@@ -181,7 +201,7 @@ def fit_poly(self:Learner,
     if self.opt is None: self.create_opt()
     lr,n_steps,groups = lr or self.lr,n_epoch*len(self.dls.train),self.opt.param_lists
     lrs = np.full(len(groups), lr, float)
-    if len(groups)>1 and _has_matrix(groups[-1]): lrs[-1] *= head_mult
+    if heads_alone(self.model, groups[-1]): lrs[-1] *= head_mult
     def sched(pos): return lrs*poly_lr(pos*n_steps, n_steps, max(1, warmup*n_steps), power)
     self.fit(n_epoch, lr=lrs.tolist(), cbs=ParamScheduler({'lr': sched})+L(cbs), **kwargs)
 
@@ -223,13 +243,13 @@ def make_net(
     n_out:int, # Number of classes
     arch:str='mit_b0', # Encoder, when `model` is a name
     pretrained:bool|str=False, # Start from ImageNet weights? `True`, or a file, see `load_pretrained`
-    **kwargs # To the net's factory, such as `frozen` for a pretrained 'lite0' (default True)
+    **kwargs # To the net's factory, such as `frozen` for a pretrained 'lite0' (default 'norms')
 )->nn.Module:
     "A net by name, or the net itself"
     if isinstance(model, nn.Module): return load_pretrained(model, pretrained) if pretrained else model
     if model not in nets: raise ValueError(f"There is no net `{model}`: choose one of {', '.join(nets)}, "
                                            "or give a net of your own (see `pipa.models.adapt`).")
-    if pretrained and arch=='lite0': kwargs = dict(frozen=True) | kwargs
+    if pretrained and arch=='lite0': kwargs = dict(frozen='norms') | kwargs
     net = nets[model](arch, n_out=n_out, **kwargs)
     return load_pretrained(net, pretrained) if pretrained else net
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
 from multiprocessing import get_context
-from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from PIL import Image

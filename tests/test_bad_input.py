@@ -380,7 +380,7 @@ def arguments(cmd, said, w):
 
 @pytest.mark.parametrize('cmd,said,says', rows, ids=[f'{c[5:]} {s}' for c,s,_ in rows])
 def test_one_sentence(cmd, said, says, world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plan.subprocess, 'run', lambda *a, **k: pytest.fail('the study began'))
+    monkeypatch.setattr(plan.subprocess, 'Popen', lambda *a, **k: pytest.fail('the study began'))
     monkeypatch.setattr(parts, 'part_rows', lambda *a: pytest.fail('something was measured'))
     if cmd=='pipa_study': monkeypatch.setattr(cli, 'domains', lambda *a: pytest.fail('the study began'))
     before = tree(world)

