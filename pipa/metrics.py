@@ -92,8 +92,9 @@ class MIoU(Metric):
 # %% ../nbs/04_metrics.ipynb #8e296a06
 @torch.inference_mode()
 def _ask(net, x):
+    from pipa.models import get_logits
     was = [m.training for m in net.modules()]
-    try: return net.eval()(x)
+    try: return get_logits(net.eval()(x))
     finally:
         for m,t in zip(net.modules(), was): m.training = t
 
