@@ -22,7 +22,7 @@ from .encoders import encoder
 __all__ = ['Feats', 'Detail', 'resize', 'mix_maps', 'ConvBN', 'SepConvBN', 'MixBN', 'SepASPP', 'Embed', 'DAFormerHead',
            'SegFormerHead', 'SegNet', 'daformer', 'segformer', 'light', 'ResNetV1c', 'DeepLabHead', 'deeplabv2',
            'ProjHead', 'PatchHead', 'add_heads', 'get_logits', 'with_feats', 'get_layer', 'run_with', 'Adapter',
-           'adapt', 'bare_names', 'bare_state', 'unwrapped', 'same_classes', 'sound']
+           'adapt', 'bare_names', 'bare_state', 'renamed', 'unwrapped', 'same_classes', 'sound']
 
 # %% ../nbs/07_models.ipynb #e4da3b7f
 class Feats(tuple):
@@ -428,6 +428,14 @@ def bare_state(
 )->dict: # The same tensors by their bare names
     "Weights as the net without wrappers has them"
     return {b:state[k] for b,k in bare_names(state).items()}
+
+def renamed(
+    state, # Anything by the names of weights
+    names # Of the weights of the same net, in other wrappers or in none
+)->dict: # What is in `state`, by those names; a name that isn't among them stays without its wrappers
+    "Weights as another wrapping of their net has them"
+    own = bare_names(names)
+    return {own.get(k, k):v for k,v in bare_state(state).items()}
 
 def unwrapped(
     net:nn.Module # Any net
