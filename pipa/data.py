@@ -340,8 +340,8 @@ def _bs_of(domain, bs, usual=4):
     for o in domain.images if bs!=1 else (): first.setdefault(image_size(o), o)
     if len(first)<2: return bs or usual
     (a,x),(b,y) = [*first.items()][:2]
-    if bs: raise ValueError(f"Images of `{domain.name}` differ in size (`{x}` is {a[0]}x{a[1]}, `{y}` is {b[0]}x{b[1]}), "
-                            f"so {bs} of them make no batch: give `bs_valid=1` (`bs=1` of `eval_dl`).")
+    if bs: raise ValueError(f"Images of `{domain.name}` differ in size (`{x}` is {a[0]}x{a[1]}, `{y}` is "
+                            f"{b[0]}x{b[1]}), so {bs} make no batch: give `bs_valid=1` (`bs=1` of `eval_dl`).")
     return 1
 
 def eval_dl(
@@ -433,7 +433,8 @@ def uda_dls(
     train = PairDL(pairs, bs=bs, n_pairs=n, seed=seed, device=device, num_workers=num_workers, shard=shard,
                    persistent_workers=persistent_workers, pin_memory=torch.device(device).type=='cuda',
                    after_batch=_after_batch(pads), **draw)
-    dls = DataLoaders(train, eval_dl(valid, size, bs_valid or _bs_of(valid, None, bs), device, num_workers), device=device)
+    bs_valid = bs_valid or _bs_of(valid, None, bs)
+    dls = DataLoaders(train, eval_dl(valid, size, bs_valid, device, num_workers), device=device)
     dls.space,dls.vocab,dls.c,dls.counts = source.space,source.space.codes,source.space.n,counts
     return dls
 

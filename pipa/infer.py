@@ -174,8 +174,8 @@ def label_rows(
             best,lab[:,s] = resize(up, (up.shape[-2], hw[1])).max(1)
             nan = nan | ~best.isfinite().all()
         last,done = z[..., -1:, :].clone(),ready
-    if nan: raise ValueError("The net's logits are NaN or infinite: its weights are no numbers, or (with `amp`) too large "
-                             "for half precision. Take other weights, or leave `amp` out.")
+    if nan: raise ValueError("The net's logits are NaN or infinite: its weights are no numbers, or (with `amp`) too "
+                             "large for half precision. Take other weights, or leave `amp` out.")
     return lab
 
 # %% ../nbs/21_infer.ipynb #1ff1de77

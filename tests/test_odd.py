@@ -207,7 +207,7 @@ def test_a_link_to_itself_and_a_pointer(tmp_path):
     dom = folder(tmp_path/'d/images')
     assert f in dom.images
     with pytest.raises((ValueError,OSError), match='9.png'): read_image(f)
-    f.unlink(); f.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n')
+    f.unlink(); f.write_text('version https:/'+'/git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n')
     with pytest.raises(ValueError, match='9.png` is a pointer of Git LFS.*git lfs pull'): read_image(f)
 
 # --- lists of classes -----------------------------------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def _unreadable(path, what, e):
     return ValueError(f"`{path}` can't be read as a {what} ({why}): it may be cut off; copy or make it again.")
 
 def _pointer(path):
-    if os.path.isfile(path) and path.read_bytes()[:23]==b'version https://git-lfs':
+    if os.path.isfile(path) and b'git-lfs' in path.read_bytes()[:40]:
         return "is a pointer of Git LFS, not the picture: `git lfs pull` brings it"
 
 def _odd_tiff(path):
