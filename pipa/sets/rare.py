@@ -181,7 +181,7 @@ def counts_from(
 def class_counts(
     domain:Domain, # A labelled domain
     cache:str|Path|None=None, # Folder of the cache; defaults to `cache_home()`
-    n_workers:int|None=None # Processes; defaults to the number of cores, 0 for none
+    n_workers:int|None=None # Helpers, processes or threads, see `remember`; defaults to the number of cores, 0 for none
 )->np.ndarray: # `images x classes`, pixels of each class in each image, int64; wrong masks raise `ValueError`
     "Count the pixels of each class in each mask, once"
     if domain.masks is None:
