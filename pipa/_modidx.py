@@ -1385,7 +1385,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'pipa.sets.named.named_domains': ('sets/named.html#named_domains', 'pipa/sets/named.py')},
             'pipa.sets.pictures': { 'pipa.sets.pictures.Unfit': ('sets/pictures.html#unfit', 'pipa/sets/pictures.py'),
                                     'pipa.sets.pictures._dim': ('sets/pictures.html#_dim', 'pipa/sets/pictures.py'),
-                                    'pipa.sets.pictures._is_dir': ('sets/pictures.html#_is_dir', 'pipa/sets/pictures.py'),
                                     'pipa.sets.pictures._lossy': ('sets/pictures.html#_lossy', 'pipa/sets/pictures.py'),
                                     'pipa.sets.pictures._odd_tiff': ('sets/pictures.html#_odd_tiff', 'pipa/sets/pictures.py'),
                                     'pipa.sets.pictures._others_of': ('sets/pictures.html#_others_of', 'pipa/sets/pictures.py'),

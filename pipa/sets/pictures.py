@@ -19,10 +19,6 @@ __all__ = ['image_exts', 'files_below', 'name_below', 'pictures', 'orientation',
 image_exts = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff'}
 _others = {f'.{o}' for o in 'gif jfif jpe avif heic heif ppm pgm pnm jp2 j2k jxl tga dng exr npy'.split()}
 
-def _is_dir(o):
-    try: return o.is_dir()
-    except OSError: return False   # a link to itself: who reads it will say so
-
 def files_below(
     path, # Folder
     above:tuple=() # Folders that we came through
@@ -35,7 +31,7 @@ def files_below(
                                        "change its permissions, or take it away.") from None
     for o in found:
         if o.name.startswith('.'): continue
-        if _is_dir(o): yield from files_below(o.path, (*above, here))
+        if o.is_dir(): yield from files_below(o.path, (*above, here))
         else: yield Path(o.path)
 
 # %% ../../nbs/sets/00_pictures.ipynb #pic00012
