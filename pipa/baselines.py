@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 from .losses import weighted_ce
 from .mix import block_mask, strong_augment, imagenet_mean, imagenet_std
 from .ranks import place, mine, whole_shape, average_, same_
-from .models import resize
+from .models import resize, with_feats
 from .callbacks import MeanTeacher, LossTerm, with_detail, step_panels, shown_after
 
 # %% auto #0
@@ -40,7 +40,7 @@ class MinEnt(LossTerm):
         super().__init__(w, start)
         self.eta = eta
 
-    def predict(self): self.seen,self.z = self.x_t,self.model(self.x_t)[0]
+    def predict(self): self.seen,self.z = self.x_t,with_feats(self.model(self.x_t))[0]
     def score(self):
         e = self_info(self.z).sum(1)
         return (e if self.eta is None else (e**2+1e-6)**self.eta).mean(),e.numel()
@@ -88,7 +88,7 @@ class AdvSeg(LossTerm):
         if place()[1]>1: same_(self.net_d.parameters())
         self.opt_d = torch.optim.Adam(self.net_d.parameters(), self.lr, (.9,.99))
 
-    def predict(self): self.seen,self.z_t = (self.x,self.x_t),self.model(self.x_t)[0]
+    def predict(self): self.seen,self.z_t = (self.x,self.x_t),with_feats(self.model(self.x_t))[0]
     def score(self):
         i_s,i_t = [self.view(resize(z.float(), self.x.shape[-2:])) for z in (self.pred, self.z_t)]
         if self.net_d is None: self.make(i_t.shape[1], i_t.device)
@@ -203,8 +203,8 @@ class MIC(LossTerm):
         self.b = x*hide,*self.labels
 
     def predict(self):
-        self.z,f = self.model(self.b[0])
-        self.detail = f.detail
+        self.z,f = with_feats(self.model(self.b[0]))
+        self.detail = getattr(f, 'detail', None)
 
     def score(self):
         l = with_detail(weighted_ce(self.z.float(), *self.b[1:]), weighted_ce, self.detail, *self.b[1:])

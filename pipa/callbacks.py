@@ -16,6 +16,7 @@ from .losses import weighted_ce, feat_dist, nearest, labels_at, sample_pixels, s
 from .mix import pseudo_label, margins, class_mask, class_mix, strong_augment, two_crops, crop_augment, aligned
 from .ranks import place, mine, whole_labels, mean, share, rows, own_places, all_rows
 from .draw import panels
+from .models import get_logits, resize, with_feats
 
 # %% auto #0
 __all__ = ['with_detail', 'Pair', 'step_panels', 'shown_after', 'has_bf16', 'HalfPrecision', 'ema_decay', 'ema_', 'MeanTeacher',
@@ -49,7 +50,9 @@ class Pair(Callback):
             self.learn.v_t = v[0] if v else None
 
     def after_pred(self):
-        if isinstance(self.pred, (tuple,list)): self.learn.pred,self.learn.feats = self.pred
+        z,feats = with_feats(self.pred)
+        self.learn.pred = z
+        if feats is not None: self.learn.feats = feats
 
     def after_loss(self):
         if not self.training: return
@@ -170,7 +173,7 @@ class MeanTeacher(Callback):
 # %% ../nbs/15_callbacks.ipynb #mt000001
 @patch
 @torch.inference_mode()
-def logits(self:MeanTeacher, x): return self.teacher(x)
+def logits(self:MeanTeacher, x): return resize(get_logits(self.teacher(x)), x.shape[-2:])
 
 @patch
 def label(self:MeanTeacher,
@@ -284,7 +287,7 @@ class Mix(LossTerm):
         x_m,y_m,w_m = class_mix(self.x, self.y, self.x_t, *self.labels, m)
         self.b = strong_augment(x_m, of=place(), **self.aug),y_m,w_m
     def predict(self):
-        self.pred_m,feats = self.model(self.b[0])
+        self.pred_m,feats = with_feats(self.model(self.b[0]))
         self.detail = getattr(feats, 'detail', None)
     def score(self):
         l = weighted_ce(self.pred_m.float(), *self.b[1:])

@@ -162,7 +162,7 @@ def _plane(mask):
 def inspect(
     domain:Domain, # With or without masks
     cache=None, # Folder of the cache, see `remember`
-    n_workers:int|None=None # Processes; defaults to the number of cores, 0 for none
+    n_workers:int|None=None # Helpers, processes or threads, see `remember`; defaults to the number of cores, 0 for none
 )->list: # A record for each image
     "Examine all files of a domain, or remember what was seen"
     return remember(check_pair, [*zip(domain.images, domain.masks)] if domain.masks else [(x,) for x in domain.images],
@@ -394,7 +394,7 @@ def report(
     domains:list, # From `domains_of`
     out:str|Path, # Folder for `problems.csv`, `classes.csv`, `classes.png` and a sheet for each domain
     cache=None, # Folder of the cache, see `remember`
-    n_workers:int|None=None # Processes; defaults to the number of cores, 0 for none
+    n_workers:int|None=None # Helpers, processes or threads, see `remember`; defaults to the number of cores, 0 for none
 )->pd.DataFrame: # The problems of all
     "Check domains, write tables and pictures, and print the essence"
     out,found,tables = at_home(out),[],[]

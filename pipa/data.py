@@ -21,10 +21,10 @@ from .sets.rare import *
 
 # %% auto #0
 __all__ = ['mean_color', 'resized', 'view_box', 'cut_view', 'source_view', 'trusted', 'made_once', 'copies_size', 'PairSet',
-           'PairDL', 'ZeroPad', 'Fit', 'upright', 'MaskOf', 'EvalDL', 'eval_dl', 'uda_dls', 'preset', 'image_exts',
-           'Domain', 'folder', 'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia', 'cityscapes',
-           'acdc', 'dark_zurich', 'bdd100k', 'mapillary', 'camvid', 'minicity', 'class_counts', 'rare_class_probs',
-           'images_with']
+           'PairDL', 'ZeroPad', 'covering', 'Fit', 'upright', 'MaskOf', 'EvalDL', 'eval_dl', 'uda_dls', 'preset',
+           'image_exts', 'Domain', 'folder', 'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia',
+           'cityscapes', 'acdc', 'dark_zurich', 'bdd100k', 'mapillary', 'camvid', 'minicity', 'class_counts',
+           'rare_class_probs', 'images_with']
 
 # %% ../nbs/12_data.ipynb #e7f36003
 _all_ = ['image_exts', 'Domain', 'folder', 'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia',
@@ -303,12 +303,19 @@ def _after_batch(pad=False):
     return [IntToFloatTensor(), Normalize.from_stats(*imagenet_stats, cuda=False)] + [ZeroPad()]*pad
 
 # %% ../nbs/12_data.ipynb #6c8349cc
+def covering(
+    hw:tuple, # Height and width of an image
+    size:tuple # Height and width to cover
+)->tuple: # Multiples of 32; of a strip, the longer side grows to 4 times the longer of `size` at most
+    "The size at which an image covers another"
+    s = max(size[0]/hw[0], size[1]/hw[1])
+    s = min(s, max(1, 4*max(size)/max(hw)))
+    return tuple(max(32, 32*round(o*s/32)) for o in hw)
+
 class Fit(Transform):
-    "Resize an image so that it covers `size`, sides rounded to a multiple of 32"
+    "Resize an image so that it covers `size`, see `covering`"
     def __init__(self, size): self.size = size # Height and width, px
-    def encodes(self, o:PILImage):
-        s = max(self.size[0]/o.height, self.size[1]/o.width)
-        return o.resize([max(32, 32*round(d*s/32)) for d in o.size], Image.BILINEAR)
+    def encodes(self, o:PILImage): return o.resize(covering((o.height,o.width), self.size)[::-1], Image.BILINEAR)
 
 def upright(
     o:Path|str|Tensor|np.ndarray|bytes|Image.Image # Path of a picture, or what else fastai takes for one
@@ -328,17 +335,28 @@ class MaskOf(Transform):
 class EvalDL(TfmdDL):
     "Validation batches `(x, y)`"
 
+def _bs_of(domain, bs, usual=4):
+    first = {}
+    for o in domain.images if bs!=1 else (): first.setdefault(image_size(o), o)
+    if len(first)<2: return bs or usual
+    (a,x),(b,y) = [*first.items()][:2]
+    if bs: raise ValueError(f"Images of `{domain.name}` differ in size (`{x}` is {a[0]}x{a[1]}, `{y}` is "
+                            f"{b[0]}x{b[1]}), so {bs} make no batch: give `bs_valid=1` (`bs=1` of `eval_dl`).")
+    return 1
+
 def eval_dl(
     domain:Domain, # A labelled domain
     size:tuple, # Height and width that images are resized to cover
-    bs:int=4, # Batch size; images of different shapes need 1
+    bs:int|None=None, # Batch size; None: 4, or 1 where images differ in size, which a larger one can't take
     device=None, # Where batches go
     num_workers:int=0 # Worker processes
 )->TfmdDL:
     "Loader of whole images with masks at their own size"
     if domain.masks is None:
         raise ValueError(f"The validation domain `{domain.name}` has no masks: a score needs them.")
+    if not len(domain): raise ValueError(f"The validation domain `{domain.name}` has no image.")
     domain = pairs_that_fit(domain)
+    bs = _bs_of(domain, bs)
     tfms = [[upright, Fit(size), ToTensor()], [MaskOf(domain)]]
     ds = Datasets([Path(o) for o in domain.images], tfms=tfms, n_inp=1)
     return EvalDL(ds, bs=bs, device=device, num_workers=num_workers, after_batch=_after_batch())
@@ -353,6 +371,8 @@ def _in_range(bs, size, num_workers, zoom=(1.,1.), zoom_t=None, rcs_temp=None, *
     if rcs_temp is not None: between('rcs_temp', rcs_temp, 0, above=True)
 
 def _fit_together(source, target, valid, n, bs, shard):
+    for d in (source, target, valid):
+        if not isinstance(d, Domain): raise TypeError(f"{d!r} is no `Domain`: `pipa.data.folder` makes one of folders.")
     if source.masks is None:
         raise ValueError(f"The source domain `{source.name}` has no masks: adaptation starts from labels.")
     for d,what in ((source, 'source'), (target, 'target')):
@@ -387,7 +407,7 @@ def uda_dls(
     min_share:float=.0015, # See `images_with`
     min_pixels:int|None=None, # Pixels in place of the share (3000 in DAFormer)
     min_crop_ratio:float|None=None, # `min_crop` is that times `min_pixels`, or `min_share` (DAFormer .5, HRDA 2)
-    bs_valid:int|None=None, # Images in a validation batch; defaults to `bs`
+    bs_valid:int|None=None, # Images in a validation batch; defaults to `bs`, or 1 where images differ in size
     seed:int|None=None, # Of all draws; None takes one from Python's `random`, which `set_seed` sets
     device=None, # Defaults to fastai's `default_device()`
     num_workers:int=0, # Worker processes
@@ -396,7 +416,7 @@ def uda_dls(
     **kwargs # To `PairSet`
 )->DataLoaders: # `train` yields `(x_s, y_s, x_t)`, `valid` yields `(x, y)`
     "Pair loaders of a source and a target domain"
-    valid,device = valid or source,device or default_device()
+    valid,device = source if valid is None else valid,device or default_device()
     _in_range(bs, size, num_workers, rcs_temp=rcs_temp, **kwargs)
     _fit_together(source, target, valid, n or len(source), bs, shard)
     for d in (source, target, valid): check_images(d)
@@ -413,7 +433,8 @@ def uda_dls(
     train = PairDL(pairs, bs=bs, n_pairs=n, seed=seed, device=device, num_workers=num_workers, shard=shard,
                    persistent_workers=persistent_workers, pin_memory=torch.device(device).type=='cuda',
                    after_batch=_after_batch(pads), **draw)
-    dls = DataLoaders(train, eval_dl(valid, size, bs_valid or bs, device, num_workers), device=device)
+    bs_valid = bs_valid or _bs_of(valid, None, bs)
+    dls = DataLoaders(train, eval_dl(valid, size, bs_valid, device, num_workers), device=device)
     dls.space,dls.vocab,dls.c,dls.counts = source.space,source.space.codes,source.space.n,counts
     return dls
 

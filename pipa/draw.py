@@ -69,6 +69,7 @@ def _no_picture(o):
         return f'{said}its channels come first, `.{turn}` puts them last{more}.'
     if 'float' in kind: return said+"floats from 0 to 1 become bytes with `(a*255).round().astype('uint8')`."
     if kind in ('uint16', '>u2'): return said+"16 bits become bytes with `(a/257).round().astype('uint8')`."
+    if kind=='uint8': return said+'make it that: a channel alone is `a[...,0]`.'
     if 'int' in kind: return said+"whole numbers from 0 to 255 become bytes with `.astype('uint8')`."
     return said+'make it one.'
 

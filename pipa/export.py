@@ -12,7 +12,8 @@ from torch import nn
 from fastai.vision.core import imagenet_stats
 from . import __version__
 from .basics import at_home, need, write_file
-from .models import get_logits, resize
+from .infer import evaluating
+from .models import get_logits, resize, sound
 from .checkpoints import space_meta
 from .learner import inference_net
 
@@ -47,7 +48,7 @@ def trace(
     if free not in frees: raise ValueError(f"`{free}` can't be free: choose one of {', '.join(frees)}.")
     if min(size)<64 or size[0]%32 or size[1]%32:
         raise ValueError(f"An example of {size[0]}×{size[1]}: both sides are multiples of 32, at least 64.")
-    plain,some = Plain(inference_net(net).cpu()).eval(),list(frees)[list(frees).index(free):]
+    plain,some = Plain(inference_net(net).cpu().float()).eval(),list(frees)[list(frees).index(free):]
     for f in some:
         x = torch.randn(1 if f=='nothing' else 2, 3, *size, generator=torch.Generator().manual_seed(0))
         try:
@@ -74,6 +75,12 @@ def _to_onnx(program, notes, f):
     f.write(program.model_proto.SerializeToString())
 
 # %% ../nbs/24_export.ipynb #ex000010
+def _see(net, size, space):
+    "Raise a `ValueError` for logits that say nothing, or are of other classes"
+    p = next((o for o in net.parameters() if o.is_floating_point()), torch.zeros(1))
+    with evaluating(net), torch.random.fork_rng(devices=[]):
+        sound(get_logits(net(torch.randn(1, 3, *size).to(p))).float(), space)
+
 def export_net(
     file:str|Path, # Where to, `.onnx` or `.pt2`; folders are made
     net:nn.Module, # Student or teacher, or any net, see `pipa.models.get_logits`
@@ -88,6 +95,7 @@ def export_net(
         raise ValueError(f"`{file}` ends in neither `.onnx` nor `.pt2`: the ending says what is written.")
     if file.suffix=='.onnx': _need_onnx()
     program,free = trace(net, size, free)
+    _see(net, size, space)
     many = 'in batches of any size' if free=='batch' else 'one at a time'
     if free!='sides': print(f"`{file.name}` takes images of {size[0]}×{size[1]} alone, {many}.")
     notes = _notes(net, space, size, free, meta)
@@ -161,7 +169,7 @@ def check_export(
     other,meta = load_graph(file)
     h,w = map(int, meta['size'].split('x'))
     more = dict(sides=[(2,h,w), (3,h+32,w), (1,max(64, h//64*32),w+96)], batch=[(2,h,w), (5,h,w)], nothing=[])
-    plain,rng,rows = Plain(inference_net(net).cpu()).eval(),torch.Generator().manual_seed(seed),[]
+    plain,rng,rows = Plain(inference_net(net).cpu().float()).eval(),torch.Generator().manual_seed(seed),[]
     for b,h,w in [(1,h,w)] + more[meta['free']]:
         x = torch.randn(b, 3, h, w, generator=rng)
         with torch.no_grad(): z,o = plain(x).float(),other(x).float()

@@ -219,10 +219,11 @@ def odd_columns(
 
 # %% ../nbs/18_guard.ipynb #gua00051
 @patch
-def before_validate(self:Guard): self.odd = ()
+def before_validate(self:Guard): self.odd,self.validated = (),False
 
 @patch
 def after_loss(self:Guard):
+    if not self.training: self.validated = True   # `lr_find` leaves validations out
     if self.training or self.odd or not _odd(torch.as_tensor(self.learn.loss)): return
     items,bs = getattr(self.dl, 'items', None),self.dl.bs
     some = items[self.iter*bs:(self.iter+1)*bs] if isinstance(items, (list,L)) and num_distrib()<2 else ()
@@ -232,7 +233,7 @@ def after_loss(self:Guard):
 def after_epoch(self:Guard):
     "Say which columns of validation went wrong, each once"
     new = [k for k in odd_columns(self.learn) if k not in self.told]
-    if not new: return
+    if not new or not getattr(self, 'validated', True): return
     self.told.update(new)
     at = ''
     if self.odd:

@@ -14,10 +14,10 @@ from PIL import Image, PngImagePlugin
 from fastprogress.fastprogress import progress_bar
 from fastcore.meta import delegates
 from fastai.vision.core import imagenet_stats
-from .labels import cityscapes19
+from .labels import cityscapes19, space as known_space
 from .basics import at_home, between, own, write_file
 from .models import get_logits, resize, same_classes
-from .data import Domain, image_exts, read_image
+from .data import Domain, covering, image_exts, read_image
 from .sets.domains import labels_of
 from .sets.pictures import files_below
 from .sets.rare import pairs_that_fit
@@ -25,21 +25,29 @@ from .draw import as_image, label_image, overlay
 from .metrics import confusion, iou, iou_table
 
 # %% auto #0
-__all__ = ['fit_size', 'pixels', 'normalise', 'to_input', 'windows', 'whole', 'slide_bands', 'slide', 'label_rows', 'best_class',
-           'evaluating', 'looking', 'in_bands', 'logits', 'predict', 'evaluate', 'score_table', 'mean_table', 'raw_ids',
-           'find_images', 'predict_folder']
+__all__ = ['sides', 'fit_size', 'pixels', 'normalise', 'to_input', 'windows', 'whole', 'slide_bands', 'slide', 'label_rows',
+           'best_class', 'evaluating', 'looking', 'in_bands', 'logits', 'predict', 'evaluate', 'score_table',
+           'mean_table', 'raw_ids', 'find_images', 'predict_folder']
 
 # %% ../nbs/21_infer.ipynb #6512bd43
+def sides(
+    o, # A number, or height and width
+    what='size' # What they are called in a message
+)->tuple: # Height and width; raises `ValueError` for what can't be a size
+    "One or two sides in pixels as two"
+    try: res = (int(o),)*2 if np.ndim(o)==0 else tuple(map(int, o))
+    except (TypeError, ValueError): res = ()
+    if len(res)!=2 or min(res)<1 or tuple(res)!=(tuple(o) if np.ndim(o) else (o,o)): raise ValueError(
+        f"`{what}={o!r}` is no size: give height and width in whole pixels, such as `(512, 1024)`, or one number.")
+    return res
+
 def fit_size(
     hw:tuple, # Height and width of the image
     size:tuple|int|None=None # Height and width to cover; None keeps the image's own
 )->tuple: # Height and width for the net
     "The size at which the net sees an image"
     if size is None: return tuple(max(32, o) for o in hw)
-    h,w = (size,size) if isinstance(size, int) else size
-    s = max(h/hw[0], w/hw[1])
-    s = min(s, max(1, 4*max(h, w)/max(hw)))   # a strip
-    return tuple(max(32, 32*round(o*s/32)) for o in hw)
+    return covering(hw, sides(size))
 
 def pixels(
     image:Image.Image, # RGB
@@ -76,11 +84,9 @@ def windows(
     return [(t,l) for t in starts(hw[0], crop[0], stride[0]) for l in starts(hw[1], crop[1], stride[1])]
 
 # %% ../nbs/21_infer.ipynb #70efdf2e
-def _pair(o): return (o,o) if isinstance(o, int) else tuple(o)
-
 def _windows(hw, crop, stride):
-    crop = _pair(crop)
-    stride = tuple(max(1, c//2) for c in crop) if stride is None else _pair(stride)
+    crop = sides(crop, 'crop')
+    stride = tuple(max(1, c//2) for c in crop) if stride is None else sides(stride, 'stride')
     if min(crop)<32: raise ValueError(f"A window of {crop[0]}×{crop[1]} is too small for a net of stride 32: "
                                       "give a `crop` of at least 32.")
     if min(stride)<1 or any(s>c for s,c in zip(stride, crop)):
@@ -96,7 +102,10 @@ def whole(
     flip:bool=False # Average with what the net says about the mirror image?
 )->Tensor: # B×K×H×W, float32
     "Logits in one piece, at the size of `x`; any net that `pipa.models.get_logits` understands will do"
-    z = resize(get_logits(net(x)).float(), x.shape[-2:])
+    z = get_logits(net(x)).float()
+    if len(z)!=len(x) or z.shape[1:3]==x.shape[2:]: raise ValueError(
+        f"The net answered {tuple(x.shape)} with {tuple(z.shape)}: logits have shape B×K×h×w, the class second.")
+    z = resize(z, x.shape[-2:])
     return (z+whole(net, x.flip(-1)).flip(-1))/2 if flip else z
 
 # %% ../nbs/21_infer.ipynb #6f4922f4
@@ -163,10 +172,10 @@ def label_rows(
             up = rows[..., a[s]-lo, :]
             if h!=hw[0]: up = torch.lerp(up, rows[..., b[s]-lo, :], w[s].to(z))
             best,lab[:,s] = resize(up, (up.shape[-2], hw[1])).max(1)
-            nan = nan | best.isnan().any()
+            nan = nan | ~best.isfinite().all()
         last,done = z[..., -1:, :].clone(),ready
-    if nan: raise ValueError("The net's logits are NaN: its weights are no numbers, or (with `amp`) too large for half "
-                             "precision. Take other weights, or leave `amp` out.")
+    if nan: raise ValueError("The net's logits are NaN or infinite: its weights are no numbers, or (with `amp`) too "
+                             "large for half precision. Take other weights, or leave `amp` out.")
     return lab
 
 # %% ../nbs/21_infer.ipynb #1ff1de77
@@ -202,9 +211,13 @@ def looking(
     device=None # Moves the net there; by default it stays where it is
 ): # Yields a function from bytes, B×3×H×W, to logits, B×K×H×W, float32
     "Ready a net to be asked about images"
-    dev = _device(model, device)
+    if not isinstance(model, nn.Module): raise TypeError(
+        f"{getattr(model, '__name__', repr(model))!s} is no net but a {type(model).__name__}: "
+        "give a `torch.nn.Module`, such as the first that `pipa.checkpoints.load` returns.")
+    dev,t = _device(model, device),next((o.dtype for o in model.parameters() if o.is_floating_point()), torch.float32)
+    if amp: t = torch.float32
     auto = torch.autocast(dev.type, amp if isinstance(amp, torch.dtype) else None) if amp else nullcontext()
-    with evaluating(model) as net, auto: yield lambda x: whole(net, normalise(x.to(dev)), flip)
+    with evaluating(model) as net, auto: yield lambda x: whole(net, normalise(x.to(dev)).to(t), flip)
 
 # %% ../nbs/21_infer.ipynb #33e75ff0
 def in_bands(
@@ -217,6 +230,7 @@ def in_bands(
     space=None # `LabelSpace` that the logits should fit; another number of classes is an error
 ): # Yields `(top, logits)`, see `slide_bands`
     "Logits whole or by windows, in bands of rows"
+    if isinstance(space, str): space = known_space(space)
     if mode not in ('whole', 'slide'): raise ValueError(f"There is no mode `{mode}`: choose `whole` or `slide`.")
     for top,z in slide_bands(net, x, crop, stride, bs) if mode=='slide' else [(0,whole(net, x))]:
         if space is not None: same_classes(z.shape[1], space.n, f'`{space.name}`')

@@ -289,9 +289,17 @@ _forms = [rf'(?P<name>{_void})[\s:=,]+(?P<numbers>{_some})', rf'(?P<numbers>{_so
 def _entry(line):
     "Name and numbers of a line; the name of void is empty"
     m = next((m for o in _forms if (m := re.fullmatch(o, line.strip(), re.I))), None)
+    if not m and re.match(rf'({_void})\s*[:=]', line.strip(), re.I):
+        raise ValueError(f"the line `{line.strip()}` has no whole numbers: write those that are void, `void: 0, 255`")
     name,numbers = (m['name'], m['numbers']) if m else (line.strip(), '')
     return '' if re.fullmatch(_void, name, re.I) else name,[int(o) for o in re.findall(r'-?\d+', numbers)]
 
+def _entries(lines):
+    if len(lines)>1 and all(re.match(r'-?\d+[\s,;]+[^\s:=]', o.strip()) for o in lines):
+        raise ValueError(f"the line `{lines[0]}` begins with a number: write names alone, or `7: name`")
+    return [_entry(o) for o in lines]
+
+# %% ../nbs/01_labels.ipynb #lab00103
 def _by_order(entries, void):
     "Names, and number and train id of each: numbers are counted from 0, those that are void are left out"
     free,names,pairs = (i for i in count() if i not in void),[],[]
@@ -317,7 +325,7 @@ def from_lines(
     lines:list # A class a line, see above
 )->LabelSpace: # Raises `ValueError`
     "The label space that the lines of a text file say"
-    es = [_entry(o) for o in lines]
+    es = _entries(lines)
     void = {i for name,numbers in es if not name for i in numbers}
     numbered = any(name and numbers for name,numbers in es)
     names,pairs = _by_number(es) if numbered else _by_order(es, void)

@@ -90,10 +90,14 @@ class MIoU(Metric):
     def name(self): return self._name
 
 # %% ../nbs/04_metrics.ipynb #8e296a06
+def _plain(out): # See `pipa.models.get_logits`
+    if isinstance(out, dict): out = out.get('out', out.get('logits'))
+    return getattr(out, 'logits', out)
+
 @torch.inference_mode()
 def _ask(net, x):
     was = [m.training for m in net.modules()]
-    try: return net.eval()(x)
+    try: return _plain(net.eval()(x))
     finally:
         for m,t in zip(net.modules(), was): m.training = t
 

@@ -21,8 +21,8 @@ from .encoders import encoder
 # %% auto #0
 __all__ = ['Feats', 'Detail', 'resize', 'mix_maps', 'ConvBN', 'SepConvBN', 'MixBN', 'SepASPP', 'Embed', 'DAFormerHead',
            'SegFormerHead', 'SegNet', 'daformer', 'segformer', 'light', 'ResNetV1c', 'DeepLabHead', 'deeplabv2',
-           'ProjHead', 'PatchHead', 'add_heads', 'get_logits', 'get_layer', 'run_with', 'Adapter', 'adapt',
-           'bare_names', 'bare_state', 'unwrapped', 'same_classes']
+           'ProjHead', 'PatchHead', 'add_heads', 'get_logits', 'with_feats', 'get_layer', 'run_with', 'Adapter',
+           'adapt', 'bare_names', 'bare_state', 'renamed', 'unwrapped', 'same_classes', 'sound']
 
 # %% ../nbs/07_models.ipynb #e4da3b7f
 class Feats(tuple):
@@ -322,13 +322,24 @@ def add_heads(
     return net
 
 # %% ../nbs/07_models.ipynb #9f61408e
-def get_logits(out): # A tensor, a mapping with 'out', or an object with `logits`; else a `TypeError`
+def get_logits(out): # A tensor, a mapping with 'out' or 'logits', or an object with `logits`; else a `TypeError`
     "The tensor of class scores in a net's answer"
-    if isinstance(out, Tensor): return out
-    if isinstance(out, Mapping) and 'out' in out: return out['out']
-    if isinstance(getattr(out, 'logits', None), Tensor): return out.logits
-    raise TypeError(f"The net answered with a {type(out).__name__}: `adapt` needs a tensor, a dict with 'out' "
-                    "or an object with `logits`.")
+    z = next((out[k] for k in ('out', 'logits') if k in out), out) if isinstance(out, Mapping) else out
+    if not isinstance(z, Tensor): z = getattr(z, 'logits', z)
+    if not isinstance(z, Tensor): raise TypeError(
+        f"The net answered with a {type(z).__name__}: its `forward` must give a tensor, a dict with 'out' or 'logits', "
+        "or an object with `logits`.")
+    if z.ndim!=4 or not z.is_floating_point(): raise TypeError(
+        f"The net answered with {str(z.dtype).removeprefix('torch.')} of shape {tuple(z.shape)}: "
+        "logits are floats of shape B×K×h×w, a map for each of K classes (no labels, and not the class last).")
+    return z
+
+def with_feats(out): # Answer of a net in training: `(logits, Feats)`, or what `get_logits` takes
+    "Logits, and `Feats` or None"
+    if not isinstance(out, (tuple,list)): return get_logits(out),None
+    if len(out)==2 and isinstance(out[1], (tuple,type(None))): return get_logits(out[0]),out[1]
+    raise TypeError(f"The net answered in training with a {type(out).__name__} of {len(out)}: its `forward` must give "
+                    "logits alone or `(logits, Feats)`, see `pipa.models.adapt`.")
 
 def get_layer(net:nn.Module, # A net
               layer:str      # Dotted name of a part of it; unknown names raise a `ValueError` that lists similar ones
@@ -418,6 +429,14 @@ def bare_state(
     "Weights as the net without wrappers has them"
     return {b:state[k] for b,k in bare_names(state).items()}
 
+def renamed(
+    state, # Anything by the names of weights
+    names # Of the weights of the same net, in other wrappers or in none
+)->dict: # What is in `state`, by those names; a name that isn't among them stays without its wrappers
+    "Weights as another wrapping of their net has them"
+    own = bare_names(names)
+    return {own.get(k, k):v for k,v in bare_state(state).items()}
+
 def unwrapped(
     net:nn.Module # Any net
 )->nn.Module: # The net inside of `torch.compile`, `DataParallel` and their like, or `net` itself
@@ -443,3 +462,14 @@ def same_classes(
                          f"must be one for each, and at least two{more}. Build it with `n_out={max(2, want or 2)}`; "
                          "or let it give `torch.cat([0*z, z], 1)` for its logit z: class 1 is then where z is above 0.")
     if want is not None and n!=want: raise ValueError(f"The net has {n} classes and {data} has {want}: {cure}.")
+
+def sound(
+    z:Tensor, # Logits, B×K×h×w
+    space=None # `LabelSpace` that they should be about, if it is known
+)->Tensor: # `z`; raises `ValueError` if no class can be read from it
+    "Logits, seen to be of several classes, of the right ones, and numbers"
+    same_classes(z.shape[1], *(() if space is None else (space.n, f'`{space.name}`')))
+    if not z.isfinite().all(): raise ValueError(
+        "The net's logits are NaN or infinite: its weights are no numbers, or too large for half precision. "
+        "Take other weights.")
+    return z

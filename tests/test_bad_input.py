@@ -250,7 +250,7 @@ valid_cut | valid/images/1.png` can't be read as a picture
 --bs=10000000000000 | `--bs` is 10000000000000
 --images={w}/pics | belong together: give both
 --images={w}/pics --masks={w}/empty | No picture .* in `{w}/empty`
---images={w}/pics --masks={w}/pics | has 3 channels
+--images={w}/pics --masks={w}/pics | given for the images and for their masks
 --codes={w}/three.txt | the masks have a, b, c
 --codes=nothing | no label space 'nothing', there are cityscapes
 --data=nowhere | `--data nowhere` is neither

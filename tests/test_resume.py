@@ -407,6 +407,22 @@ def test_other_images_are_named(home, tmp_path):
     b = make(more, tmp_path/'a', 'source'); b.resume()
     with pytest.raises(ValueError, match='source images was 4, from 0.png to 3.png and is 5'): fit(b)
 
+@pytest.mark.parametrize('first', [True, False])
+def test_a_compiled_net_and_a_plain_one_go_on_from_each_other(home, tmp_path, first):
+    "Student, teacher, gradients: their names differ by the words of the wrapper"
+    def build(p, wrap, *cbs, **kw):
+        learn = make(home, tmp_path/p, 'self_training', *cbs, **kw)
+        if wrap: learn.model.backbone = torch.compile(learn.model.backbone, backend='eager'); learn.model = torch.compile(learn.model, backend='eager')
+        return learn
+    bare = lambda learn: {k.replace('_orig_mod.', ''):v for k,v in weights(learn).items()}
+    a = fit(build('a', False))
+    stopped(build('b', first, Do(4, term)))
+    b = build('b', not first, s=9)
+    assert b.resume()==(1,1)
+    fit(b)
+    wa,wb = bare(a),bare(b)
+    assert wa.keys()==wb.keys() and all(torch.allclose(wa[k].float(), wb[k].float(), atol=1e-5) for k in wa)
+
 def test_another_net_is_named(home, tmp_path):
     stopped(make(home, tmp_path, 'source', Do(2, term)))
     b = make(home, tmp_path, 'pipa')

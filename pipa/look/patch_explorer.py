@@ -15,6 +15,7 @@ from ..draw import as_image
 from ..infer import to_input
 from ..labels import label_space, distinct_colors
 from ..mix import crop_corners
+from ..models import same_classes
 from .patches import *
 from ..draw import Fig, denorm
 from .surface import Page, Surface, rgba, palette, css, colored, shown_in, Words
@@ -89,7 +90,9 @@ def looks(self:_PairState, checkpoint=None, who=None): # Both default to those o
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             net,teacher = self.nets(name, who),self.nets.teacher(name)
-            self.cache[k] = pair_looks(net, crops, teacher, self.stride, self.augment),crops
+            l = pair_looks(net, crops, teacher, self.stride, self.augment)
+            same_classes(l.p_1.shape[1], self.space.n, f'`{self.space.name}`')
+            self.cache[k] = l,crops
     return self.cache[k]
 
 # %% ../../nbs/look/05_patch_explorer.ipynb #scor0002

@@ -10,7 +10,7 @@ from torch import nn, Tensor
 from fastprogress.fastprogress import progress_bar
 from ..losses import patch_contrast
 from ..mix import Crops, overlap, crop_iou, two_crops, aligned, crop_augment
-from ..models import resize
+from ..models import resize, sound
 from ..infer import evaluating, whole
 from .views import features
 from ..draw import Fig, grid, denorm
@@ -75,7 +75,7 @@ def _answer(net, x, stride):
     z,f = features(net, x)
     f = F.adaptive_avg_pool2d(f.fused, [s//stride for s in x.shape[-2:]])
     with evaluating(net): e = net.project(f) if hasattr(net, 'project') else F.normalize(f, dim=1)
-    return resize(z.float(), x.shape[-2:]).softmax(1), e.float()
+    return resize(sound(z.float()), x.shape[-2:]).softmax(1), e.float()
 
 # %% ../../nbs/look/02_patches.ipynb #c9f0f89b
 @torch.no_grad()
@@ -92,7 +92,7 @@ def pair_looks(
     p,f = _answer(net, x_c, stride)
     if teacher is None: q = p if x_c is x else _answer(net, x, stride)[0]
     elif isinstance(teacher, nn.Module):
-        with evaluating(teacher): q = whole(teacher, x).softmax(1)
+        with evaluating(teacher): q = sound(whole(teacher, x)).softmax(1)
     else: q = _answer(teacher, x, stride)[0]
     c,y = F.avg_pool2d(q, stride).max(1)
     return Looks(*p.chunk(2), *f.chunk(2), *y.chunk(2), *c.chunk(2))

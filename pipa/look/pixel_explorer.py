@@ -35,7 +35,8 @@ class _Looks:
         k = name,who,layer
         if k not in self.seen:
             net,(x,y,domain) = at_snapshot(self.learn, name, who),self.scenes
-            self.seen[k] = see(net, x.to(next(net.parameters()).device), y, domain, layer)
+            x,sp = x.to(next(net.parameters()).device),getattr(self.learn.dls, 'space', None)
+            self.seen[k] = see(net, x, y, domain, layer, space=sp)
         return self.seen[k]
 
 # %% ../../nbs/look/04_pixel_explorer.ipynb #45c48cce

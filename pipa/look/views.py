@@ -15,7 +15,7 @@ from fastai.callback.fp16 import MixedPrecision
 from threadpoolctl import threadpool_limits
 from ..basics import need
 from ..data import PairDL
-from ..models import resize, run_with
+from ..models import get_logits, resize, run_with, sound
 from ..infer import evaluating
 from ..draw import Fig, denorm
 from ..show import result_picture
@@ -119,13 +119,14 @@ def see(
     y=None, # Labels, `n×H×W`, 255 for none
     domain=None, # Name of the domain of each image
     layer:str|None=None, # Which vectors, see `embedding`
-    bs:int=8 # Images that go through the net together
+    bs:int=8, # Images that go through the net together
+    space=None # `LabelSpace` that the logits should fit; another number of classes is an error
 )->Views:
     "Look at images through a net"
     out = []
     for b in x.split(bs):
         z,e = embedding(net, b, layer)
-        c,p = resize(z.float(), x.shape[-2:]).softmax(1).max(1)
+        c,p = resize(sound(z.float(), space), x.shape[-2:]).softmax(1).max(1)
         out.append([o.cpu().numpy() for o in (e.float().movedim(1,-1), p, c)])
     e,p,c = map(np.concatenate, zip(*out))
     return views(denorm(x), e, None if y is None else np.asarray(y.cpu() if isinstance(y, Tensor) else y), p, c, domain)
@@ -217,7 +218,7 @@ def show(self:Snapshots, n:int=2):
     said = {}
     for k in self.states:
         net = at_snapshot(self.learn, k)
-        with evaluating(net): said[k] = net(x).argmax(1)
+        with evaluating(net): said[k] = sound(get_logits(net(x)), self.dls.space).argmax(1)
     return result_picture(x, y, said, self.dls.space)
 
 # %% ../../nbs/look/00_views.ipynb #1ff1de77

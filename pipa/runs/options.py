@@ -95,13 +95,14 @@ def given(
 
 # %% ../../nbs/runs/03_options.ipynb #opt00010
 def parse_size(
-    size:str, # Height x width, as `128x256`
+    size, # Height x width, as `128x256`, or two numbers
     what:str='--size', # Option that it was given with
     step:int=32, # Both sides are multiples of this
     least:int=64, # The smallest side
     most:int=2**15 # The largest side
 )->tuple: # Height and width; raises `ValueError` with a sentence
     "Read a size"
+    if isinstance(size, (tuple,list)): size = 'x'.join(map(str, size))
     try: h,w = map(int, str(size).lower().split('x'))
     except ValueError: raise ValueError(f"`{what} {size}` is not a height and a width: write it as 128x256.") from None
     if min(h,w)<least or h%step or w%step:

@@ -10,6 +10,7 @@ import torch, torch.distributed as dist
 from fastai.torch_basics import *
 from fastai.callback.core import Callback, CancelEpochException, CancelTrainException
 from fastai.learner import Learner
+from ..models import renamed
 from ..ranks import place, start, most
 from .state import asked_for, checkpoints, drop_checkpoints, load_rng, load_state, read_together
 from .state import setting_changes, state_of, write_state
@@ -217,7 +218,8 @@ def _same(learn, state, strict):
 
 def _take_student(learn, state, file):
     "Load the student, if it is one"
-    net,had = get_model(learn.model).state_dict(),state['student']
+    net = get_model(learn.model).state_dict()
+    had = renamed(state['student'], net)
     odd = [k for k,p in net.items() if k not in had or had[k].shape!=p.shape] + [*had.keys()-net.keys()]
     if odd: raise ValueError(f"`{file}` is of another net: {', '.join(odd[:3])}{' …' if len(odd)>3 else ''}. "
                              "Build the one of the interrupted run.")

@@ -19,6 +19,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 from .. import __version__
 from ..basics import at_home, sweep_folder, to_disk, write_file
+from ..models import renamed
 from ..ranks import place, start
 from .record import data_stamp
 from ..sets.domains import Domain
@@ -62,7 +63,9 @@ def load_cb_state(
     "Put back what a callback needs"
     state = to_device(state, device)
     for n in set(_names(cb)) & state.keys():
-        if hasattr(type(vars(cb)[n]), 'load_state_dict'): vars(cb)[n].load_state_dict(state[n])
+        o = vars(cb)[n]
+        if isinstance(o, nn.Module): o.load_state_dict(renamed(state[n], o.state_dict()))
+        elif hasattr(type(o), 'load_state_dict'): o.load_state_dict(state[n])
         else: vars(cb)[n] = state[n]
     if 'own' not in state: return
     where = dict(device=device) if 'device' in inspect.signature(cb.load_state_dict).parameters else {}
@@ -135,9 +138,11 @@ def load_state(
 ):
     "Put everything back"
     net,dls,dev = get_model(learn.model),learn.dls,next(learn.model.parameters()).device
-    net.load_state_dict(state['student'])
+    net.load_state_dict(renamed(state['student'], net.state_dict()))
     learn.opt.load_state_dict(state['opt'])
-    for k,p in net.named_parameters(): p.grad = state['grads'][k].to(p) if k in state['grads'] else None
+    ps = dict(net.named_parameters())
+    grads = renamed(state['grads'], ps)
+    for k,p in ps.items(): p.grad = grads[k].to(p) if k in grads else None
     if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
     for o in learn.cbs:
         if o.name in state['callbacks']: load_cb_state(o, state['callbacks'][o.name], dev)

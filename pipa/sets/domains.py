@@ -34,11 +34,11 @@ class Domain:
 
 # %% ../../nbs/sets/01_domains.ipynb #36c265e6
 def _lines(file):
-    "The lines of a text file that hold something"
+    "The lines of a text file that hold something, without those that begin with `#`"
     try: text = Path(file).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError:
         raise ValueError(f"`{file}` is no text in UTF-8: save the class names in that encoding, one a line.") from None
-    return [l.strip() for l in text.splitlines() if l.strip()]
+    return [l.strip() for l in text.splitlines() if l.strip() and not l.strip().startswith('#')]
 
 def _of_file(file):
     lines = _lines(file)
@@ -82,6 +82,8 @@ def folder(
 )->Domain: # Raises `FileNotFoundError` for a folder without pictures or an image without mask
     "The domain made of a folder of images and, for a source, a folder of masks"
     xs,sp,name = pictures(images),codes_space(codes),name or Path(images).resolve().parent.name
+    if masks is not None and at_home(masks).resolve()==at_home(images).resolve(): raise ValueError(
+        f"`{images}` is given for the images and for their masks: give the folder of the masks.")
     return Domain([*xs.values()], None if masks is None else pair(xs, pictures(masks), masks), sp, name)
 
 # %% ../../nbs/sets/01_domains.ipynb #6a54ef51
@@ -106,6 +108,8 @@ def complaint(
 def _cure(values, odd, sp):
     own,city = sorted(sp.ids)==[*range(sp.n)],sp.codes==space('cityscapes').codes
     named = {*sp.ids, *sp.void, *(space('cityscapes').ids if city else ())}
+    if odd[-1]>255 and not any(o%257 for o in values):
+        return "They look like 8 bits stretched to 16: divide them by 257"
     if odd[-1]>999 and all((o//1000 if o>999 else o) in named for o in odd):
         return "These are instance ids: take the file of class ids (`*_labelIds.png`) instead"
     if city and own and 18<odd[-1]<34: return ("These are raw ids of Cityscapes or GTA: use the label space "
@@ -138,8 +142,8 @@ def class_numbers(
     y:np.ndarray, # From `read_numbers`
     sp:LabelSpace # What they should be
 )->np.ndarray: # `h x w` if a class number can be had from each pixel, else as it came
-    "One number a pixel: a colour where the space is made of colours, the red channel of 16 bits"
-    if y.ndim==3 and y.dtype!=np.uint8: return y[...,0]
+    "One number a pixel: a colour where the space is made of colours, SYNTHIA's red channel of 16 bits"
+    if y.ndim==3 and y.dtype!=np.uint8 and sp.name=='synthia': return y[...,0]
     if y.ndim==3 and max(sp.ids, default=0)>0xffff: return rgb_ids(y[...,:3])
     return y
 

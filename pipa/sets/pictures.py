@@ -17,6 +17,7 @@ __all__ = ['image_exts', 'files_below', 'name_below', 'pictures', 'orientation',
 
 # %% ../../nbs/sets/00_pictures.ipynb #pic00010
 image_exts = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff'}
+_others = {f'.{o}' for o in 'gif jfif jpe avif heic heif ppm pgm pnm jp2 j2k jxl tga dng exr npy'.split()}
 
 def files_below(
     path, # Folder
@@ -49,14 +50,21 @@ def pictures(
     "Find the pictures of a folder and of those in it"
     path,found = at_home(path),{}
     if not path.is_dir(): raise FileNotFoundError(f"`{path}` is not a folder: give the folder that holds the pictures.")
-    for p in sorted(p for p in files_below(path) if p.suffix.lower() in image_exts):
+    files = sorted(files_below(path))
+    for p in (p for p in files if p.suffix.lower() in image_exts):
         k = name_below(p, path)
         if k in found: raise ValueError(f"`{found[k]}` and `{p}` have the same name but for the ending: photos and "
                                         "masks in one folder, or two pictures? Put them into folders of their own.")
         found[k] = p
-    if not found:
-        raise FileNotFoundError(f"No picture ({', '.join(sorted(image_exts))}) in `{path}`: is it the right folder?")
+    said,kinds = _others_of(files),', '.join(sorted(image_exts))
+    if not found: raise FileNotFoundError(f"No picture ({kinds}) in `{path}`: {said or 'is it the right folder?'}")
+    if said: warnings.warn(f"`{path}`: {said} Pictures end in {kinds}.")
     return found
+
+def _others_of(files):
+    "The sentence about files that hold pictures, but aren't read"
+    o = [p for p in files if p.suffix.lower() in _others]
+    return f"{len(o)} file{'s'*(len(o)>1)} of another kind left out, such as `{o[0]}`: save as PNG." if o else ""
 
 # %% ../../nbs/sets/00_pictures.ipynb #pic00021
 def orientation(
@@ -145,10 +153,14 @@ def _unreadable(path, what, e):
     if isinstance(e, Image.DecompressionBombError):
         return ValueError(f"`{path}` says that it has more pixels than Pillow opens unasked: "
                           "if you trust it, cut it into pieces.")
-    if odd := _odd_tiff(path): return ValueError(f"`{path}` {odd}.")
+    if odd := _odd_tiff(path) or _pointer(path): return ValueError(f"`{path}` {odd}.")
     said = str(e).splitlines()[0] if str(e) else type(e).__name__
     why = 'it is a folder' if isinstance(e, IsADirectoryError) else said
     return ValueError(f"`{path}` can't be read as a {what} ({why}): it may be cut off; copy or make it again.")
+
+def _pointer(path):
+    if os.path.isfile(path) and b'git-lfs' in path.read_bytes()[:40]:
+        return "is a pointer of Git LFS, not the picture: `git lfs pull` brings it"
 
 def _odd_tiff(path):
     "What a TIFF holds that Pillow has no mode for"
@@ -244,6 +256,10 @@ def _lossy(o, path):
     if o.format=='TIFF' and o.info.get('compression') in ('jpeg','tiff_jpeg','webp'): return 'TIFF with JPEG in it'
     if o.format=='WEBP' and b'VP8L' not in at_home(path).read_bytes()[:4096]: return 'WebP with losses'
 
+def _step(o):
+    "What Pillow multiplies the numbers of a PNG of 2 or 4 bits by, to reach 255"
+    return {'L;2':85, 'L;4':17}.get(o.tile[0][3] if o.format=='PNG' and o.tile else '', 1)
+
 def read_numbers(
     path # Of a mask; raises `ValueError` with its name when it can't be read, or lost something as it was saved
 )->np.ndarray: # `h x w` or `h x w x channels`, of the type that is in the file, upright
@@ -252,9 +268,13 @@ def read_numbers(
         if how := _lossy(o, path): raise Unfit(
             f"`{path}` is a {how}: its numbers are mixed along every outline, and nothing brings the right ones back. "
             "Take the mask that it was made from, and save it as a PNG.")
-        k,wide = orientation(o),';16' in str(o.tile) and not o.mode.startswith('I')
+        k,wide,step = orientation(o),';16' in str(o.tile) and not o.mode.startswith('I'),_step(o)
         if wide and o.format!='PNG': raise Unfit(f"`{path}` is a {o.format} in colours of 16 bits: save it as a PNG.")
-        if not wide: return turned(np.array(o), k)
+        if o.format=='TIFF' and o.tag_v2.get(262)==0: raise Unfit(
+            f"`{path}` is a TIFF in which 0 is white, and programs read other numbers from it: save it as a PNG.")
+        a = None if wide else np.array(o)
+        if a is not None and a.dtype==np.uint8 and o.format=='TIFF' and _tiff(o.tag_v2)[2]==2: a = a.view(np.int8)
+        if a is not None: return turned(a//step if step>1 else a, k)
         raw = torch.frombuffer(bytearray(at_home(path).read_bytes()), dtype=torch.uint8)
         return turned(decode_image(raw).movedim(0, -1).numpy(), k)
 

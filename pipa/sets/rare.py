@@ -20,7 +20,7 @@ __all__ = ['remember', 'readable', 'check_images', 'sizes', 'pairs_that_fit', 'l
            'absent', 'name_absent', 'rare_class_probs', 'images_with']
 
 # %% ../../nbs/sets/03_rare.ipynb #35b2a493
-_format = 2   # of the answers: another number, and nothing that was written before is believed
+_format = 3   # of the answers: another number, and nothing that was written before is believed
 
 def _part(o):
     f,items,file = o
@@ -110,12 +110,12 @@ def look(
         y,(hw,turn) = read_numbers(mask),header(image)
     except (ValueError, OSError) as e: return dict(error=str(e))
     if y.dtype.kind not in 'iub': return dict(error=fractions(mask, y))
-    bands = y.shape[2] if y.ndim==3 and y.dtype==np.uint8 else 1
-    if y.ndim==3: y = rgb_ids(y[...,:3] if bands>2 else y[...,[0,0,0]]) if bands>1 else y[...,0]
+    bands,wide = y.shape[2] if y.ndim==3 else 1,y.dtype!=np.uint8
+    if y.ndim==3: y = y[...,0] if wide else rgb_ids(y[...,:3] if bands>2 else y[...,[0,0,0]])
     if y.dtype==bool: y = y.astype(np.uint8)
     if y.dtype in (np.uint8, np.uint16): v = np.flatnonzero(n := np.bincount(y.ravel())); n = n[v]
     else: v,n = np.unique(y, return_counts=True)
-    found = dict(values=v[:1024].tolist(), counts=n[:1024].tolist(), bands=bands)
+    found = dict(values=v[:1024].tolist(), counts=n[:1024].tolist(), bands=bands, wide=bool(wide))
     return dict(found, size=[*y.shape], image=[*hw], turn=turn)
 
 # %% ../../nbs/sets/03_rare.ipynb #e5faf687
@@ -130,7 +130,8 @@ def complaints(
             continue
         (h,w),(H,W) = r['size'],r['image']
         colours = max(domain.space.ids, default=0)>0xffff
-        why = complaint(r['values'], domain.space, 1 if colours else r['bands'])
+        red = r['wide'] and domain.space.name=='synthia'   # see `class_numbers`
+        why = complaint(r['values'], domain.space, 1 if colours or red else r['bands'])
         if why: yield m,f"`{m}` {why}."
         elif not domain.spare and way_to_fit((h,w), (H,W), r.get('turn', 1)) is None:
             yield m,size_complaint(x, (H,W), m, (h,w))
@@ -180,7 +181,7 @@ def counts_from(
 def class_counts(
     domain:Domain, # A labelled domain
     cache:str|Path|None=None, # Folder of the cache; defaults to `cache_home()`
-    n_workers:int|None=None # Processes; defaults to the number of cores, 0 for none
+    n_workers:int|None=None # Helpers, processes or threads, see `remember`; defaults to the number of cores, 0 for none
 )->np.ndarray: # `images x classes`, pixels of each class in each image, int64; wrong masks raise `ValueError`
     "Count the pixels of each class in each mask, once"
     if domain.masks is None:
