@@ -31,7 +31,7 @@ def options(
     size:str='128x256', # Height x width that the net sees, multiples of 32
     net:str='light', # Net: light, segformer, daformer or hrda; the host `hrda` is a net of its own
     arch:str='mit_b0', # Encoder: mit_b0 to mit_b5, lite0, or timm:NAME for any of timm's
-    pretrained:store_true=False, # Start from ImageNet weights: from a package (lite0), a hub or its cache (timm), or a file known by its name
+    pretrained:store_true=False, # Start from ImageNet weights: of a package (lite0), a hub's cache (timm) or a file
     encoder:str=None, # File of weights for the encoder, such as mit_b5.pth
     lr:float=2e-3, # Learning rate of the encoder; heads have twice as much
     alpha:float=.97, # Decay of the teacher

@@ -167,8 +167,8 @@ def one_net(
 
 # %% ../../nbs/weights/01_names.ipynb #nam00028
 def _encoder_of(state):
-    if (w := state.get('net.blocks.6.0.conv_pwl.weight')) is not None and len(w)==320 and not any('.se.' in k for k in state):
-        return 'lite0'
+    last = state.get('net.blocks.6.0.conv_pwl.weight')   # other nets of timm have such names, too
+    if last is not None and len(last)==320 and not any('.se.' in k for k in state): return 'lite0'
     if 'layer3.22.conv1.weight' in state: return 'resnet101'
     widths,depths = [],[]
     while (k := f'patch_embed{len(widths)+1}.proj.weight') in state:
