@@ -92,9 +92,8 @@ def pipa_export(
     "Write weights as a graph for other programs, and compare it with the net"
     net,meta,sp,file = open_net(weights, teacher)
     dest = Path(out) if out else file.with_suffix('.onnx')
-    if dest.suffix in ('.onnx', '.pt2'): writable(dest, folder=False)
     if file.suffix=='.onnx': raise ValueError(f"`{file}` is exported already.")
-    own({dest: 'pipa_export'}, 'pipa_export')
+    if dest.suffix in ('.onnx', '.pt2'): own({writable(dest, folder=False): 'pipa_export'}, 'pipa_export')
     print('Tracing the net; large ones take minutes.', flush=True)
     hw = parse_size(size or meta.get('size', '128x256'))
     export.export_net(dest, net, sp, hw, free, method=meta.get('method'))

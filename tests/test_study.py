@@ -191,7 +191,9 @@ def study_of(methods, seeds='0', jobs=1):
 def begun(*args, **kw):
     "A study in a process of its own"
     def go():
-        signal.signal(signal.SIGINT, signal.default_int_handler); sys.stdout = sys.stderr = open('said', 'w', buffering=1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for s in (signal.SIGTERM, signal.SIGHUP): signal.signal(s, signal.SIG_DFL)   # what a shell gives; a job of `nohup` ignores one
+        sys.stdout = sys.stderr = open('said', 'w', buffering=1)
         study_of(*args, **kw)
     p = mp.get_context('fork').Process(target=go); p.start(); return p
 
