@@ -335,7 +335,7 @@ class MaskOf(Transform):
 class EvalDL(TfmdDL):
     "Validation batches `(x, y)`"
 
-def _bs_of(domain, bs, usual=4):
+def _bs_of(domain, bs, usual):
     first = {}
     for o in domain.images if bs!=1 else (): first.setdefault(image_size(o), o)
     if len(first)<2: return bs or usual
@@ -347,16 +347,17 @@ def _bs_of(domain, bs, usual=4):
 def eval_dl(
     domain:Domain, # A labelled domain
     size:tuple, # Height and width that images are resized to cover
-    bs:int|None=None, # Batch size; None: 4, or 1 where images differ in size, which a larger one can't take
+    bs:int|None=None, # Batch size; None: `usual`, or 1 where images differ in size, which a larger one can't take
     device=None, # Where batches go
-    num_workers:int=0 # Worker processes
+    num_workers:int=0, # Worker processes
+    usual:int=4 # Batch size without `bs`, where images have one size
 )->TfmdDL:
     "Loader of whole images with masks at their own size"
     if domain.masks is None:
         raise ValueError(f"The validation domain `{domain.name}` has no masks: a score needs them.")
     if not len(domain): raise ValueError(f"The validation domain `{domain.name}` has no image.")
     domain = pairs_that_fit(domain)
-    bs = _bs_of(domain, bs)
+    bs = _bs_of(domain, bs, usual)
     tfms = [[upright, Fit(size), ToTensor()], [MaskOf(domain)]]
     ds = Datasets([Path(o) for o in domain.images], tfms=tfms, n_inp=1)
     return EvalDL(ds, bs=bs, device=device, num_workers=num_workers, after_batch=_after_batch())
@@ -420,7 +421,8 @@ def uda_dls(
     _in_range(bs, size, num_workers, rcs_temp=rcs_temp, **kwargs)
     _fit_together(source, target, valid, n or len(source), bs, shard)
     for d in (source, target, valid): check_images(d)
-    source = pairs_that_fit(source)
+    whole,source = source,pairs_that_fit(source)
+    if valid is whole: valid = source
     n,counts = n or len(source),class_counts(source)
     name_absent(counts, source)
     if min_crop_ratio is None: kwargs.setdefault('min_crop', min_share)
@@ -433,8 +435,7 @@ def uda_dls(
     train = PairDL(pairs, bs=bs, n_pairs=n, seed=seed, device=device, num_workers=num_workers, shard=shard,
                    persistent_workers=persistent_workers, pin_memory=torch.device(device).type=='cuda',
                    after_batch=_after_batch(pads), **draw)
-    bs_valid = bs_valid or _bs_of(valid, None, bs)
-    dls = DataLoaders(train, eval_dl(valid, size, bs_valid, device, num_workers), device=device)
+    dls = DataLoaders(train, eval_dl(valid, size, bs_valid, device, num_workers, usual=bs), device=device)
     dls.space,dls.vocab,dls.c,dls.counts = source.space,source.space.codes,source.space.n,counts
     return dls
 

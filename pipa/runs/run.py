@@ -13,7 +13,6 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from ..basics import between, no_formulas, one_line, writable, write_file
 from ..ranks import place, start
-from ..sets.pictures import image_size
 from ..sets.named import domains
 from ..data import class_counts, uda_dls
 from ..checkpoints import save
@@ -29,8 +28,8 @@ from .state import checkpoints, claim, drop_checkpoints, same_ranks
 from .. import check, show
 
 # %% auto #0
-__all__ = ['new_folder', 'rank0_first', 'rank0_folder', 'Before', 'write_run', 'measures', 'valid_bs', 'look_at', 'plain_log',
-           'watch', 'halved', 'prepare', 'fit_in_folder', 'begun_with', 'resumed', 'run', 'in_file', 'run_command']
+__all__ = ['new_folder', 'rank0_first', 'rank0_folder', 'Before', 'write_run', 'measures', 'look_at', 'plain_log', 'watch',
+           'halved', 'prepare', 'fit_in_folder', 'begun_with', 'resumed', 'run', 'in_file', 'run_command']
 
 # %% ../../nbs/runs/04_run.ipynb #run00006
 def new_folder(
@@ -114,14 +113,6 @@ def measures(
     "What a row of results says of a run beside its scores: the label-free scores of the last epoch"
     return {m.name: m.value for m in learn.metrics if isinstance(m, Validator)}
 
-# %% ../../nbs/runs/04_run.ipynb #e4000101
-def valid_bs(
-    domain, # Labelled `Domain`
-    bs:int # Wanted
-)->int: # `bs`, or 1 where images or masks differ in size and can't be stacked
-    "How many validation images may go together"
-    return bs if len({image_size(x) for x in domain.images})<2 else 1
-
 # %% ../../nbs/runs/04_run.ipynb #run00010
 def look_at(
     valid # Labelled `Domain` to report on
@@ -185,8 +176,7 @@ def prepare(
     views,net = data_args(o, src, tgt),net_args(o)
     o.size = 'x'.join(map(str, views['size']))
     o.precision = arithmetic(o.precision, views['bs']*math.prod(views['size']))
-    dls = uda_dls(src, tgt, val, n=o.steps*views['bs']*world, shard=(place()[0],world), num_workers=o.workers,
-                  bs_valid=valid_bs(val or src, views['bs']), **views)
+    dls = uda_dls(src, tgt, val, n=o.steps*views['bs']*world, shard=(place()[0],world), num_workers=o.workers, **views)
     before = Before(dls.valid)
     model = fast(make_net(net['model'], dls.c, o.arch, o.encoder or o.pretrained, **net['net']))
     learn = uda_learner(dls, model, o.method, lr=o.lr, lean=o.get('lean', False), n_unlabelled=o.unlabelled,

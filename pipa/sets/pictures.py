@@ -250,16 +250,26 @@ def intact(
         return hw
 
 # %% ../../nbs/sets/00_pictures.ipynb #pic00051
+def _chunks(path):
+    "The kinds of parts that a WebP is made of"
+    b,at,kinds = at_home(path).read_bytes(),12,set()
+    while at+8<=len(b):
+        kinds.add(b[at:at+4])
+        n = int.from_bytes(b[at+4:at+8], 'little')
+        at += 8+n+n%2
+    return kinds
+
 def _lossy(o, path):
     "The format of a picture that was stored with losses, or None"
     if o.format in ('JPEG','MPO'): return 'JPEG'
     if o.format=='TIFF' and o.info.get('compression') in ('jpeg','tiff_jpeg','webp'): return 'TIFF with JPEG in it'
-    if o.format=='WEBP' and b'VP8L' not in at_home(path).read_bytes()[:4096]: return 'WebP with losses'
+    if o.format=='WEBP' and b'VP8L' not in _chunks(path): return 'WebP with losses'
 
 def _step(o):
     "What Pillow multiplies the numbers of a PNG of 2 or 4 bits by, to reach 255"
     return {'L;2':85, 'L;4':17}.get(o.tile[0][3] if o.format=='PNG' and o.tile else '', 1)
 
+# %% ../../nbs/sets/00_pictures.ipynb #pic0051b
 def read_numbers(
     path # Of a mask; raises `ValueError` with its name when it can't be read, or lost something as it was saved
 )->np.ndarray: # `h x w` or `h x w x channels`, of the type that is in the file, upright
