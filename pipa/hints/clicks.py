@@ -224,9 +224,24 @@ def find(self:Names,
     exact = [i for i in self.ending(parts) if self.names[i]==name]
     if exact or not loose: return exact or self.ending(parts)
     for stem in (False, True):
-        for k in range(len(parts)):
-            if found := self.ending(parts[k:], stem): return found
+        if found := self.ending(parts, stem) or self.within(parts, stem): return found
     return []
+
+@patch
+def within(self:Names, parts, stem=False):
+    "Indices of pictures whose whole name `parts` ends with"
+    for k in range(1, len(parts)):
+        some = self.ending(parts[k:], stem)
+        if found := [i for i in some if self.names[i].count('/')==len(parts)-k-1]: return found
+    return []
+
+@patch
+def depth(self:Names,
+    name:str # From `inner_path`
+)->int: # 0 if no picture has this name
+    "How many last parts of a path some picture has in common with it, without the ending of the file"
+    parts = name.split('/')
+    return next((len(parts)-k for k in range(len(parts)) if self.ending(parts[k:], True)), 0)
 
 # %% ../../nbs/hints/00_clicks.ipynb #hcl00030
 def same_files(
@@ -261,14 +276,14 @@ def which_image(
 )->int: # Index of the picture; raises `ValueError` with what is wrong
     "The one picture of the target that is meant"
     found = names.find(name, loose)
+    if valid and valid.find(name, loose) and (not found or loose and valid.depth(name)>names.depth(name)):
+        raise ValueError(f"`{what}` names `{name}`, which is an image of validation: "
+                         "no score means anything when the net was told about it.")
     if len(found)==1: return found[0]
     def said(some, word): return f' {word} '.join(f'`{o}`' for o in some)
     if found: raise ValueError(
         f"`{what}` names `{name}`, and there are {said([names.names[i] for i in found[:2]], 'and')}: "
         "write the path below the folder of the target's pictures.")
-    if valid and valid.find(name, loose): raise ValueError(
-        f"`{what}` names `{name}`, which is an image of validation: "
-        "no score means anything when the net was told about it.")
     near = difflib.get_close_matches(name, names.names, 2) if len(names.names)<10_000 else []
     cure = f"do you mean {said(near, 'or')}?" if near else f"one of its images is `{names.names[0]}`."
     raise ValueError(f"`{what}` names `{name}`, and the target has no such image: {cure}")
