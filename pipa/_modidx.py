@@ -535,7 +535,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'pipa.hints.tools._percent': ('hints/tools.html#_percent', 'pipa/hints/tools.py'),
                                   'pipa.hints.tools._polygons': ('hints/tools.html#_polygons', 'pipa/hints/tools.py'),
                                   'pipa.hints.tools._ratio': ('hints/tools.html#_ratio', 'pipa/hints/tools.py'),
-                                  'pipa.hints.tools._shrink': ('hints/tools.html#_shrink', 'pipa/hints/tools.py'),
                                   'pipa.hints.tools._unread': ('hints/tools.html#_unread', 'pipa/hints/tools.py'),
                                   'pipa.hints.tools._which': ('hints/tools.html#_which', 'pipa/hints/tools.py'),
                                   'pipa.hints.tools.color_map': ('hints/tools.html#color_map', 'pipa/hints/tools.py'),

@@ -156,21 +156,20 @@ def click_masks(
     clicks, # List of `Click`, all of one picture
     size:tuple, # Height and width of that picture, upright
     space:LabelSpace, # The classes
-    hw:tuple|None=None, # Height and width of the label map; None: as large as the picture
-    shrink:float=1. # Pixels of the map that become one when it is shrunk later, see above
+    hw:tuple|None=None # Height and width of the label map; None: as large as the picture
 )->np.ndarray: # `h x w`, uint8 train ids, `space.ignore` where nobody clicked
     "Draw clicks as discs"
     (H,W),(h,w) = size,hw or size
     res = np.full((h,w), space.ignore, np.uint8)
     for o in clicks:
         if not (0<=o.x<W and 0<=o.y<H): raise ValueError(outside(o, size))
-        sy,sx,r = H/h,W/w,o.r if shrink<=1 else max(o.r, shrink/2**.5)
+        sy,sx = H/h,W/w
         cy,cx = (o.y+.5)/sy,(o.x+.5)/sx
-        (t,b),(l,g) = ((max(0, int(c-r/s-1)), int(c+r/s+2)) for c,s in ((cy,sy), (cx,sx)))
+        (t,b),(l,g) = ((max(0, int(c-o.r/s-1)), int(c+o.r/s+2)) for c,s in ((cy,sy), (cx,sx)))
         box = res[t:b,l:g]
         y,x = np.ogrid[t:t+box.shape[0], l:l+box.shape[1]]
         c = space.codes.index(known_label(o.label, space))
-        box[((y+.5-cy)*sy)**2+((x+.5-cx)*sx)**2<=r**2+1e-6] = c
+        box[((y+.5-cy)*sy)**2+((x+.5-cx)*sx)**2<=o.r**2+1e-6] = c
         res[int(cy),int(cx)] = c
     return res
 

@@ -13,7 +13,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 from PIL import Image
 from ..basics import at_home, cache_home, keep_file, write_file
-from ..data import resized
 from .clicks import *
 from ..labels import LabelSpace
 from ..sets.domains import Domain, labels_of, size_complaint
@@ -93,8 +92,7 @@ def _ratio(marked, size):
 def drawn(
     marked:Marked, # What a file says of a picture
     image, # Path of the picture
-    space:LabelSpace, # The classes
-    shrink:float=1. # See `click_masks`
+    space:LabelSpace # The classes
 )->np.ndarray: # `h x w`, uint8 train ids, `space.ignore` where nothing is said
     "The label map that a tool means"
     if marked.colors: return _of_colors(marked, image, space)
@@ -106,7 +104,7 @@ def drawn(
         if o.kind=='polygon': fill_(y, p, o.c)
         elif o.c!=space.ignore:
             c = Click(marked.image, *np.floor(p[0]).astype(int).tolist(), space.codes[o.c])
-            m = click_masks([c], size, space, shrink=shrink)
+            m = click_masks([c], size, space)
             y[m!=space.ignore] = o.c
     return y
 
@@ -336,18 +334,11 @@ def _which(m, names, valid):
     plain = re.sub('(^|/)[0-9a-f]{8}-([^/]+)$', r'\1\2', name)
     return which_image(plain if not names.find(name, True) else name, names, valid, m.file, loose=True)
 
-def _shrink(size, views, resize):
-    "Pixels of a picture that become one in the smallest view"
-    if resize: return max(1, *(a/b for a,b in zip(size, resized(size, resize))))
-    return max(1., min(size[0]/views[0], size[1]/views[1])) if views else 1.
-
 # %% ../../nbs/hints/01_tools.ipynb #hto00032
 def hints_of(
     target:Domain, # Its pictures may have hints
     folder, # Folder of the target, with `clicks.csv` or `hints`; or a file, or a folder of hints (with `itself`)
     valid:Domain|None=None, # Pictures to report on: a hint about one is refused
-    size:tuple|None=None, # Height and width of the views of training, see `click_masks`
-    resize:tuple|None=None, # What images are brought to before, see `pipa.data.resized`
     itself:bool=False, # Is `folder` the place of the hints, if nothing of that name lies in it?
     cache=None # Folder for the masks; defaults to `cache_home()`
 )->Hints|None: # Pictures with hints and their masks, in train ids; None if there are none; raises `ValueError`
@@ -362,7 +353,7 @@ def hints_of(
     not_of_valid([target.images[i] for i in by], valid, f'`{folder}`')
     some = sorted(i for i in {*by, *clicks} if clicks.get(i) or any(m.mask or m.shapes for m in by[i]))
     if not some: return None
-    return _hints(target, some, by, clicks, lambda s: _shrink(s, size, resize), Path(cache or cache_home()))
+    return _hints(target, some, by, clicks, Path(cache or cache_home()))
 
 # %% ../../nbs/hints/01_tools.ipynb #hto00028
 def _found(folder, target, itself):
@@ -373,22 +364,22 @@ def _found(folder, target, itself):
     read = [read_hints(p, target.space, target.images) for p in own]
     return (sum((m for m,_ in read), []), sum((c for _,c in read), [])) if read else None
 
-def _merged(image, marked, clicks, space, shrink):
+def _merged(image, marked, clicks, space):
     "One label map: masks below, outlines on them, clicks on top"
     size,_ = header(image)
-    y,k = np.full(size, space.ignore, np.uint8),shrink(size)
+    y = np.full(size, space.ignore, np.uint8)
     for m in sorted(marked, key=lambda m: m.mask is None):
-        o = drawn(m, image, space, k)
+        o = drawn(m, image, space)
         y = np.where(o==space.ignore, y, o)
-    o = click_masks(clicks, size, space, shrink=k)
+    o = click_masks(clicks, size, space)
     return np.where(o==space.ignore, y, o)
 
 # %% ../../nbs/hints/01_tools.ipynb #hto00033
-def _hints(target, some, by, clicks, shrink, home):
+def _hints(target, some, by, clicks, home):
     sp,masks,n,h = target.space,[],np.zeros(256, np.int64),hashlib.sha256(json.dumps(target.space.codes).encode())
     names = click_names(target)
     for i in some:
-        y = _merged(target.images[i], by.get(i, ()), clicks.get(i, ()), sp, shrink)
+        y = _merged(target.images[i], by.get(i, ()), clicks.get(i, ()), sp)
         n += np.bincount(y.ravel(), minlength=256)
         masks.append(_kept(y, home))
         h.update(f'{names[i]} {masks[-1].stem}'.encode())
