@@ -12,6 +12,7 @@ from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 from PIL import Image
+from fastcore.basics import patch
 from ..basics import at_home, cache_home, keep_file, write_file
 from .clicks import *
 from ..labels import LabelSpace
@@ -308,6 +309,12 @@ class Hints(Domain):
     pixels:dict = field(default_factory=dict) # Labelled pixels of each class
     code:str='' # Hash of names of pictures and classes, and of all masks
     said:str='' # A line for people
+
+@patch
+def stamp(self:Hints)->dict: # For `config.json` and the file of weights
+    "What these hints are: how many pictures, a hash, clicks and pixels of each class"
+    return dict(name='hints', files=len(self), hash=self.code, classes=', '.join(self.space.codes),
+                clicks={k:v for k,v in self.clicks.items() if v}, pixels={k:v for k,v in self.pixels.items() if v})
 
 @lru_cache
 def _for_now(): return tempfile.TemporaryDirectory(prefix='pipa-hints-', ignore_cleanup_errors=True)
