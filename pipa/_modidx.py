@@ -693,6 +693,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                    'pipa/look/patch_explorer.py'),
                                           'pipa.look.patch_explorer.PatchConsistency._handles': ( 'look/patch_explorer.html#patchconsistency._handles',
                                                                                                   'pipa/look/patch_explorer.py'),
+                                          'pipa.look.patch_explorer.PatchConsistency._keys': ( 'look/patch_explorer.html#patchconsistency._keys',
+                                                                                               'pipa/look/patch_explorer.py'),
                                           'pipa.look.patch_explorer.PatchConsistency._moved': ( 'look/patch_explorer.html#patchconsistency._moved',
                                                                                                 'pipa/look/patch_explorer.py'),
                                           'pipa.look.patch_explorer.PatchConsistency._reactions': ( 'look/patch_explorer.html#patchconsistency._reactions',

@@ -18,7 +18,7 @@ from ..mix import crop_corners
 from ..models import same_classes
 from .patches import *
 from ..draw import Fig, denorm
-from .surface import Page, Surface, rgba, palette, css, colored, shown_in, Words
+from .surface import Page, Surface, rgba, palette, css, colored, scale, shown_in, Words
 from .surface import control_row, pick, slider, tick, width
 
 # %% auto #0
@@ -31,8 +31,11 @@ class _Nets:
         self.learn,self.kept = what if hasattr(what, 'dls') else None,{}
         if self.learn is not None:
             self.names,self.who = moments(what),[*nets_of(what)]
-            if images is None: x,y,_ = scenes(what.dls, n, seed); images,y = x[n:],y[n:]
+            if images is None:
+                x,y,domain = scenes(what.dls, n, seed)
+                images,y = (o[domain.index('target'):] for o in (x, y))
         else:
+            if what is None: raise TypeError('There is nothing to compare: give a learner, or a net and `images`.')
             if images is None: raise ValueError('A net alone has nothing to look at: give `images` too.')
             self.given = what if isinstance(what, dict) else {'now': what}
             self.names,self.who = [*self.given],['student']
@@ -143,6 +146,7 @@ def place(self:_PairState, which, at, size=None): # 1 or 2; top and left, px; he
 
 # %% ../../nbs/look/06_patch_explorer.ipynb #9bf31c7f
 _blue,_orange = np.array([86,180,233], np.uint8),np.array([213,94,0], np.uint8)
+_bar = scale('disagreement, 1 − cosine, sureness', 0., 1., 'inferno')
 
 def _bright(a): return np.uint8(255*colormaps['inferno'](np.asarray(a).clip(0, 1))[...,:3])
 def _large(a, hw): return np.array(Image.fromarray(a).resize(hw[::-1], Image.NEAREST))
@@ -242,7 +246,7 @@ class PatchConsistency(Page, _PairState):
         self.dark,self.drawn = False,None
         half = tuple(max(min(32, n), n//2//stride*stride) for n in self.hw)
         self.surface = Surface(self._reactions(), label=self.title, cols=1, max_width=560, step=stride)
-        self.maps = Surface(cols=4, max_width=300, label='What both crops see')
+        self.maps = Surface(cols=4, max_width=300, height=120, rows=2, label='What both crops see', scales=[_bar])
         super().__init__(**dict(size=half, checkpoint=len(self.nets.names)-1) | traits)
         if not {'at_1', 'at_2'} & set(traits): self.draw()
         self.side,self.gallery = Words(),W.ToggleButtons(options=[('–', None)], style=dict(button_width='48px'))
@@ -306,11 +310,19 @@ def _show_boxes(self:PatchConsistency):
         s.boxes = [dict(panel=0, x=l, y=t, w=w, h=h, text=k, color=c) for k,c,(t,l) in two]
 
 @patch
+def _keys(self:PatchConsistency):
+    "What the colours of the maps mean: the classes that either crop names, and same or not"
+    pal,there = palette(self.space, self.blind),self.class_scores()['class']
+    of = [(c, pal[self.space.codes.index(c)]) for c in there]
+    return [dict(text=t, color=css(c)) for t,c in [*of, ('both say the same', _blue), ('they differ', _orange)]]
+
+@patch
 def _show_maps(self:PatchConsistency):
     s,ps = self.maps,self.pictures()
     with s.hold_sync():
         s.panels = [dict(title=k, w=a.shape[1], h=a.shape[0], crisp=True) for k,a in ps.items()]
         s.base = rgba(ps.values())
+        s.swatches = self._keys()
     self.side.value = self._numbers_html()
 
 # %% ../../nbs/look/06_patch_explorer.ipynb #5h0w000b
@@ -353,6 +365,7 @@ def _tab(self:PatchConsistency, i):
 def _show_tab(self:PatchConsistency):
     i = self.tabs.selected_index
     if not i: return
+    if not self.panes[i].children: self.panes[i].children = [Words('looking at the pairs …')]
     self.panes[i].children = [shown_in(o, self.dark, _pair_tabs[i]) for o in self._tab(i)]
 
 # %% ../../nbs/look/06_patch_explorer.ipynb #3c59dc04

@@ -98,6 +98,7 @@ function render({ model, el }) {
       y += TITLE + (fixed || Math.max(...hs)) + GAP;
     }
     pics.style.display = panels.length ? '' : 'none';
+    (S.xy.length || g('empty') || !panels.length ? plot : pics).append(keys);  // without a plot they are about the images
     S.W = cols * cw + GAP * (cols - 1); S.H = Math.max(y, g('rows') * (TITLE + fixed + GAP)) - GAP;
     images.dataset.rects = JSON.stringify(S.rects.map(r => [r.x, r.y, r.w, r.h].map(v => Math.round(v * 10) / 10)));
     plot.style.display = S.xy.length || g('empty') ? '' : 'none';
