@@ -61,7 +61,7 @@ def refit(
     b:Tensor, # Its offsets, `K`
     w:Tensor|None=None, # Weights of the clicked places, `N`; None: all the same
     share:float=.5, # Weight of all clicks together, the source has the rest
-    decay:float=1e-4, # How strongly the matrix is held to the net's
+    decay:float=.03, # How strongly the matrix is held to the net's
     steps:int=60 # Of L-BFGS, at most
 )->tuple: # Matrix and offsets
     "The last layer that explains clicks and source, and stays near that of the net"
@@ -170,7 +170,7 @@ class Pen:
         self.clicks = [o._replace(image=name[o.image]) for o in self.clicks]
         self.nets,self.old = {},{}
 
-# %% ../../nbs/look/04_pen.ipynb #2109bd9d
+# %% ../../nbs/look/04_pen.ipynb #9627dcba
 @patch
 def scenes(self:Pen): # Images, labels (none), domains, as `pipa.look.views.scenes` gives them
     return self.x,torch.full_like(self.x[:,0], 255, dtype=torch.long),['target']*len(self.x)
@@ -200,9 +200,11 @@ class _Last:
         if self.conv.bias is not None: self.b0 = self.conv.bias.detach().float().cpu()
         self.f,self.source = last_inputs(net, x, layer),source_cells(net, dls, layer)
         self.put(self.W0, self.b0)
-    def put(self, W, b): self.W,self.b,self.z = W,b,sound(F.linear(self.f, W, b).movedim(-1, 1))
+    def put(self, W, b):
+        z = sound(F.linear(self.f, W, b).movedim(-1, 1))
+        self.W,self.b,self.was,self.z = W,b,getattr(self, 'z', z),z
 
-# %% ../../nbs/look/04_pen.ipynb #8c88be06
+# %% ../../nbs/look/04_pen.ipynb #80c88e31
 @patch
 def last(self:Pen, net, key='now'): # The net, and a name to remember it by
     "The last layer of a net, refitted to the clicks; its `conv` is None where there is none"
@@ -242,7 +244,7 @@ def _keep(self:Pen, clicks):
     self.clicks = clicks
     for k in self.nets: self.teach(k)
 
-# %% ../../nbs/look/04_pen.ipynb #09fbfcff
+# %% ../../nbs/look/04_pen.ipynb #ba8c6458
 @patch
 def add(self:Pen, i, x, y, c): # Number of the image, place in pixels that the net sees, train id
     "Label a place; the file is written and all nets follow"
@@ -268,22 +270,23 @@ def marks(self:Pen): # Image, x, y (middle, in pixels that the net sees), class
 
 # %% ../../nbs/look/04_pen.ipynb #penl0028
 @patch
-def maps(self:Pen, images, key='now', most=3e7): # Numbers of images; no more numbers than `most`
+def maps(self:Pen, images, key='now', was=False, most=3e7): # Of before the last click? No more numbers than `most`
     "Prediction and confidence of some images, each `m×H×W`"
-    z,(H,W) = self.nets[key].z[images],self.hw
+    o,(H,W) = self.nets[key],self.hw
+    z = (o.was if was else o.z)[images]
     k = max(1, (z.shape[0]*z.shape[1]*H*W/most)**.5)
     hw = tuple(max(a, int(b/k)) for a,b in zip(z.shape[-2:], (H,W)))
     c,p = resize(z, hw).softmax(1).max(1)
     r,s = (np.arange(n)*m//n for n,m in zip((H,W), hw))
     return tuple(o.numpy()[:,r][:,:,s] for o in (p, c))
 
-# %% ../../nbs/look/04_pen.ipynb #67751090
+# %% ../../nbs/look/04_pen.ipynb #e4c0c439
 @patch
 def near(self:Pen, t, key='now'): # A table with image, x and y, from `pipa.look.views.sample`
     "Prediction and confidence of the cells that hold some pixels"
     z,(H,W) = self.nets[key].z,self.hw
-    r,c = t.y.values*z.shape[2]//H,t.x.values*z.shape[3]//W
-    c,p = z[t.image.values,:,r,c].softmax(1).max(1)
+    i,r,c = (torch.tensor(o.tolist(), dtype=torch.long) for o in (t.image, t.y*z.shape[2]//H, t.x*z.shape[3]//W))
+    c,p = z[i,:,r,c].softmax(1).max(1)
     return p.numpy(),c.numpy()
 
 @patch
@@ -296,7 +299,7 @@ def says(self:Pen, at, key='now'): # Image, x and y of some places, `N×3` or mo
         out.append(int(p.argmax(1)))
     return np.array(out, int)
 
-# %% ../../nbs/look/04_pen.ipynb #74a771a7
+# %% ../../nbs/look/04_pen.ipynb #d88e53e8
 @patch
 def scores(self:Pen, key='now'): # Of all images, `n×h×w`
     "RIPU's score of every cell"

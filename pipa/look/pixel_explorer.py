@@ -57,7 +57,7 @@ def _numbered(v):
     n = int(ids[ids!=255].max(initial=0))+1
     return label_space([f'class {i}' for i in range(n)], palette=distinct_colors(n+1)[1:])
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #c49c50ff
+# %% ../../nbs/look/05_pixel_explorer.ipynb #433e2920
 class _State(T.HasTraits):
     queries = T.List()          # Examples: (image, row, col, sign) in cells; a sign below 0 is a counter-example
     lit = T.List()              # Selected rows of `table`
@@ -80,7 +80,7 @@ class _State(T.HasTraits):
     trails = T.Bool(False)      # Draw the ways of the class means?
     blind = T.Bool(False)       # Colours for colour-blind eyes?
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #4fd751e4
+# %% ../../nbs/look/05_pixel_explorer.ipynb #54518344
 def pages_of(
     domains, # Name of the domain of each image
     n:int=6 # Images on a page, at most
@@ -100,7 +100,7 @@ def start(self:_State, what, space=None, n_images=None, seed=0, target='valid', 
         '`clicks` teach a net what target images show: give its learner.')
     self.pen = None if clicks is None else Pen(what, clicks, n_images or 24, seed)
     def some(dls): return scenes(dls, n_images or 3, seed, target) if self.pen is None else self.pen.scenes()
-    self.cache,self.follow,self.before,self.fine = {},{},{},None
+    self.cache,self.follow,self.fine = {},{},None
     self.looks = looks = _Looks(what, some)
     self.space = space or getattr(getattr(looks.learn, 'dls', None), 'space', None) or _numbered(looks(looks.names[0]))
     return self
@@ -117,7 +117,7 @@ def here(self:_State): # Numbers of the images on the page
     ps = pages_of(self._seen.domain, max(1, self.per_page))
     return ps[min(max(self.page, 0), len(ps)-1)]
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #59cddd2f
+# %% ../../nbs/look/05_pixel_explorer.ipynb #ec880bdb
 @patch
 def _kept(self:_State, name, f):
     k = name,self.who,self.layer,self.n,self.pure,self.seed
@@ -156,7 +156,7 @@ def _projection(self:_State):
         return _in_square(zs),share
     return self._kept(('xy', 'pca'), f)
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #b0ee6df7
+# %% ../../nbs/look/05_pixel_explorer.ipynb #9e6b1af1
 @patch
 def points_at(self:_State, k):
     "Points at checkpoint `k`; t-SNE begins with the one that is shown, others begin where the nearest known one lies"
@@ -275,7 +275,7 @@ def _images(self:_State):
                 fine=here.index(big[0]) if big else -1,
                 fine_base=rgba(v.images[big]), fine_over=rgba(self._over(v, big)))
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #8b440ef5
+# %% ../../nbs/look/05_pixel_explorer.ipynb #6da13ea4
 @patch
 def _over(self:_State, v, some):
     "What lies on some images: RGBA, or nothing"
@@ -285,7 +285,8 @@ def _over(self:_State, v, some):
         case 'prediction': return colored(pred, pal)
         case 'errors': return colored(np.where((y==255)|(pred==255), 2, y==pred), np.array([_wrong, _right]))
         case 'changes':
-            was = np.array([self.before.get(i, v.pred[i]) for i in some]).reshape(pred.shape)
+            k = self._net_key
+            was = self.pen.maps(some, k, was=True)[0] if self.pen.nets[k].conv is not None else pred
             return colored(np.where(pred==was, 255, pred), pal)
     return ()
 
@@ -328,7 +329,7 @@ def _above(self:_State):
     "How much lies above the threshold, in words"
     return '' if self.sim is None else f'{(self.sim>=self.threshold).mean():.1%} lie above {self.threshold:.2f}'
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #6f9135b6
+# %% ../../nbs/look/05_pixel_explorer.ipynb #d517e6f0
 @patch
 def read_out(self:_State, image, x, y, sim=None): # Number of the image, place in pixels, similarities if there are some
     "What is known about a pixel, as a line"
@@ -424,13 +425,12 @@ def _asked(self:PixelEmbeddingExplorer)->dict:
         self.queries = [*self.queries, q] if ev.get('add') or ev.get('neg') else [q]
         self.surface.said = f"{self.read_out(*self._place(ev), self.sim)} · {self._above()}"
     def hover(ev):
-        if self.surface.pen>=0: sim = None
-        else: sim = self.sim if self.queries else self.similarities([(*self._cell(ev), 1)])
-        if not self.queries and sim is not None: self._draw(self._heat(sim))
+        sim = self.sim if self.queries else self.similarities([(*self._cell(ev), 1)])
+        if not self.queries: self._draw(self._heat(sim))
         self.surface.said = self.read_out(*self._place(ev), sim)
     def leave(ev):
         self._draw(self._heat(self.sim))
-        self.surface.said = self._say_lit()
+        self.surface.said = self._say_lit() or ('' if self.pen is None else self.pen.told())
     def point(ev):
         r = self.table.loc[ev['i']]
         if r.image not in self.here: self.page = self._page_of(r.image)
@@ -454,7 +454,7 @@ def _toggle(self:PixelEmbeddingExplorer, c):
     on = set(self.shown or there) ^ {c}
     self.shown = [] if on>=there else sorted(on)
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #d40992a4
+# %% ../../nbs/look/05_pixel_explorer.ipynb #562a6339
 @patch
 def _reactions(self:PixelEmbeddingExplorer):
     def lasso(ev): self._light(in_lasso(self.points_at(self.checkpoint), ev['poly']), ev.get('add'))
@@ -506,7 +506,7 @@ _help = [('click', 'asks what is alike'), ('ctrl-click', 'adds an example'), ('s
          ('Backspace, Escape', 'take the last example back, clear'), ('double-click', 'shows the whole plot')]
 _hint = 'Click a pixel: what the net takes for the same lights up. Drag: select an area here, or points in the plot.'
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #88ea8e2f
+# %% ../../nbs/look/05_pixel_explorer.ipynb #832bf43d
 @patch
 def _changed(self:PixelEmbeddingExplorer, c):
     k,s = c['name'],self.surface
@@ -523,7 +523,7 @@ def _changed(self:PixelEmbeddingExplorer, c):
     finally:
         if k in _slow: s.busy,s.said = False,why
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #4ff06f32
+# %% ../../nbs/look/05_pixel_explorer.ipynb #cb93f4bf
 @patch
 def _watch(self:PixelEmbeddingExplorer):
     for k in ('over_alpha', 'heat_alpha', 'hover'): T.dlink((self, k), (self.surface, k))
@@ -669,12 +669,12 @@ def picture(self:PixelEmbeddingExplorer):
         self._draw_names(fig, ax)
     return fig
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #69b1dc00
+# %% ../../nbs/look/05_pixel_explorer.ipynb #357e9e9b
 @patch
 def figures(self:PixelEmbeddingExplorer):
     return {k: joined(*[img_tag(o, k) if isinstance(o, Fig) else o for o in self._tab(k)]) for k in _tab_names[:2]}
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #230059ca
+# %% ../../nbs/look/05_pixel_explorer.ipynb #da67ebf0
 @patch(as_prop=True)
 def _net_key(self:_State): # A name for the net that is looked at; the pen remembers its last layer by it
     k = self.looks.names[self.checkpoint],self.who
@@ -701,7 +701,7 @@ def _told(self:_State, t):
     pred,conf = self.pen.near(t, k)
     return t.assign(pred=pred, conf=conf, cls=np.where(t.label==255, pred, t.cls))
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #4665403f
+# %% ../../nbs/look/05_pixel_explorer.ipynb #9cd92e6b
 @patch
 def _pens(self:_State, chip):
     "A chip for each class"
@@ -721,13 +721,10 @@ def _clicked(self:_State, panel):
     return [dict(panel=panel[int(i)], x=x, y=y, color=css(pal[int(c)]), off=bool(o))
             for (i,x,y,c),o in zip(at, off) if int(i) in panel]
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #2419183b
+# %% ../../nbs/look/05_pixel_explorer.ipynb #7baa6647
 @patch
 def _follow(self:PixelEmbeddingExplorer, change):
     "Do something to the clicks, and show what the net says now"
-    k = self._net_key
-    if k in self.follow:
-        self.before = {i: self.follow[k][0][i].copy() for i in self.follow[k][2]}
     change()
     for _,_,done in self.follow.values(): done.clear()
     self._show('images', 'points', 'heat', 'plot')
@@ -744,7 +741,7 @@ def label(self:PixelEmbeddingExplorer, image, x, y, c): # Number of the image, p
     if not can: net = 'this net does not end in a 1×1 convolution: it learns from clicks when it is trained on'
     self.surface.said = f'{name} {n} of {self.goal} · {net} · saved'
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #c2686bb2
+# %% ../../nbs/look/05_pixel_explorer.ipynb #c1820bce
 @patch
 def keep(self:PixelEmbeddingExplorer):
     "Give the learner's net the last layer that the clicks want"
@@ -754,7 +751,7 @@ def keep(self:PixelEmbeddingExplorer):
     with torch.no_grad():
         for p,v in ((o.conv.weight, o.W[:,:,None,None]), (o.conv.bias, o.b)): p.copy_(v)
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #3d7f56c1
+# %% ../../nbs/look/05_pixel_explorer.ipynb #8471ffb1
 _pen_help = [('1 … 9, 0, [ ], or a chip', 'choose a class; a click then labels. Escape: a click asks again'),
              ('Space', "takes the net's word for the place below the cross"),
              ('Backspace or ctrl-z, Delete', 'takes back the last click, the one below the cross'),
@@ -769,7 +766,7 @@ def _go(self:PixelEmbeddingExplorer, i, x, y):
     self.surface.go = dict(panel=self.here.index(i), x=float(x), y=float(y), n=self.turns)
     self.at = int(i)
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #4c2dea21
+# %% ../../nbs/look/05_pixel_explorer.ipynb #132ecf9b
 @patch
 def _pen_reactions(self:PixelEmbeddingExplorer)->dict:
     "What a class, space, undo, delete, next and disagree do"
@@ -792,7 +789,7 @@ def _pen_reactions(self:PixelEmbeddingExplorer)->dict:
         else: self._believe(at[off], int(off.sum()))
     return dict(pen=pen, accept=accept, undo=undo, drop=drop, next=next, differs=differs)
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #a14101b3
+# %% ../../nbs/look/05_pixel_explorer.ipynb #29f1047f
 @patch
 def _taken(self:PixelEmbeddingExplorer, f):
     n = len(self.pen.clicks)

@@ -461,7 +461,7 @@ function render({ model, el }) {
       boxes(false);
     } else if (d && h && S.pen < 0 && Math.hypot(e.clientX - d.X, e.clientY - d.Y) > 4) {
       S.area = { panel: h.panel, x: Math.min(h.x, d.at.x), y: Math.min(h.y, d.at.y), w: Math.abs(h.x - d.at.x), h: Math.abs(h.y - d.at.y) };
-    } else if (!d && g('hover')) send(h ? { type: 'hover', ...h } : { type: 'leave' }, true);
+    } else if (!d && g('hover') && S.pen < 0) send(h ? { type: 'hover', ...h } : { type: 'leave' }, true);
     const b = h && !d && boxAt(h);
     images.style.cursor = b ? (b[1] ? 'nwse-resize' : 'move') : h ? 'crosshair' : 'default';
     draw('images');
@@ -490,7 +490,7 @@ function render({ model, el }) {
   }, { passive: false });
   images.addEventListener('contextmenu', e => { if (Object.keys(S.zooms).length) e.preventDefault(); });
   images.addEventListener('pointercancel', () => { S.drag = S.area = null; draw('images'); });
-  images.addEventListener('pointerleave', () => { if (S.drag) return; S.hover = null; tell(null); if (g('hover')) send({ type: 'leave' }, true); draw('images'); });
+  images.addEventListener('pointerleave', () => { if (S.drag) return; S.hover = null; tell(null); if (g('hover') && S.pen < 0) send({ type: 'leave' }, true); draw('images'); });
 
   images.addEventListener('keydown', e => {
     const arrow = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[e.key], panels = g('panels');
@@ -518,7 +518,7 @@ function render({ model, el }) {
       if ((to < 0 || to >= panels.length) && turn >= 0 && turn < g('pages')[1]) { send({ type: 'page', to: turn }); e.preventDefault(); e.stopPropagation(); return; }
       const i = (to + panels.length) % panels.length, p = panels[i];
       S.cursor = S.hover = { panel: i, x: clamp(c.x + (arrow ? arrow[0] * k : 0), 0, p.w - .001), y: clamp(c.y + (arrow ? arrow[1] * k : 0), 0, p.h - .001) };
-      into(S.cursor); tell(S.cursor); if (g('hover')) send({ type: 'hover', ...S.cursor }, true);
+      into(S.cursor); tell(S.cursor); if (g('hover') && S.pen < 0) send({ type: 'hover', ...S.cursor }, true);
     } else if (e.key === 'Enter' && S.cursor) press(S.cursor, flags(e));
     else if (e.key === 'Backspace' || e.key === 'Delete') send({ type: 'undo' });
     else if (e.key === 'Escape' && S.pen >= 0) choose(-1);
