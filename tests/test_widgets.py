@@ -332,3 +332,13 @@ def test_an_error_is_said_and_the_browser_freed():
     s = S.Surface(dict(click=lambda ev: {}['nothing']))
     with pytest.raises(KeyError): s.event(dict(type='click', n=4))
     assert s.done==4 and 'KeyError' in s.said and not s.busy
+
+def test_steps_without_validation_show_the_target(tmp_path):
+    learn = town(tmp_path, 1); pairs = learn.dls.train.dataset
+    own = uda_learner(uda_dls(pairs.source, pairs.target, bs=2, size=(64,96), seed=0), 'light')
+    x_s,y_s,x_t,y_t,z = X.step_batch(own)
+    assert (y_t==255).all() and x_t.shape==x_s.shape and not any(torch.equal(a, b) for a in x_t for b in x_s)
+    assert X.trust_explorer(x_t, z, sp, y_t).to_png()[1:4]==b'PNG'
+    x,y,domain = E.scenes(own.dls, 2); assert domain==['source']*2+['target']*2 and (y[2:]==255).all() and (y[:2]!=255).any()
+    files = [np.array(Image.open(f).resize((96,64), Image.BILINEAR)) for f in pairs.target.images]
+    for o in X.denorm(x[2:]): assert min(np.abs(o.astype(int)-f).max() for f in files)<=1, 'an image of the target, not a renamed one of the source'

@@ -170,7 +170,7 @@ class Pen:
         self.clicks = [o._replace(image=name[o.image]) for o in self.clicks]
         self.nets,self.old = {},{}
 
-# %% ../../nbs/look/04_pen.ipynb #9627dcba
+# %% ../../nbs/look/04_pen.ipynb #b2ffca38
 @patch
 def scenes(self:Pen): # Images, labels (none), domains, as `pipa.look.views.scenes` gives them
     return self.x,torch.full_like(self.x[:,0], 255, dtype=torch.long),['target']*len(self.x)
@@ -204,7 +204,7 @@ class _Last:
         z = sound(F.linear(self.f, W, b).movedim(-1, 1))
         self.W,self.b,self.was,self.z = W,b,getattr(self, 'z', z),z
 
-# %% ../../nbs/look/04_pen.ipynb #80c88e31
+# %% ../../nbs/look/04_pen.ipynb #4d054636
 @patch
 def last(self:Pen, net, key='now'): # The net, and a name to remember it by
     "The last layer of a net, refitted to the clicks; its `conv` is None where there is none"
@@ -244,7 +244,7 @@ def _keep(self:Pen, clicks):
     self.clicks = clicks
     for k in self.nets: self.teach(k)
 
-# %% ../../nbs/look/04_pen.ipynb #ba8c6458
+# %% ../../nbs/look/04_pen.ipynb #b568a0dd
 @patch
 def add(self:Pen, i, x, y, c): # Number of the image, place in pixels that the net sees, train id
     "Label a place; the file is written and all nets follow"
@@ -280,7 +280,7 @@ def maps(self:Pen, images, key='now', was=False, most=3e7): # Of before the last
     r,s = (np.arange(n)*m//n for n,m in zip((H,W), hw))
     return tuple(o.numpy()[:,r][:,:,s] for o in (p, c))
 
-# %% ../../nbs/look/04_pen.ipynb #e4c0c439
+# %% ../../nbs/look/04_pen.ipynb #22ecd163
 @patch
 def near(self:Pen, t, key='now'): # A table with image, x and y, from `pipa.look.views.sample`
     "Prediction and confidence of the cells that hold some pixels"
@@ -299,7 +299,7 @@ def says(self:Pen, at, key='now'): # Image, x and y of some places, `N×3` or mo
         out.append(int(p.argmax(1)))
     return np.array(out, int)
 
-# %% ../../nbs/look/04_pen.ipynb #d88e53e8
+# %% ../../nbs/look/04_pen.ipynb #c6455cbb
 @patch
 def scores(self:Pen, key='now'): # Of all images, `n×h×w`
     "RIPU's score of every cell"

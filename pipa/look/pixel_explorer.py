@@ -57,7 +57,7 @@ def _numbered(v):
     n = int(ids[ids!=255].max(initial=0))+1
     return label_space([f'class {i}' for i in range(n)], palette=distinct_colors(n+1)[1:])
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #433e2920
+# %% ../../nbs/look/05_pixel_explorer.ipynb #1874a117
 class _State(T.HasTraits):
     queries = T.List()          # Examples: (image, row, col, sign) in cells; a sign below 0 is a counter-example
     lit = T.List()              # Selected rows of `table`
@@ -80,7 +80,7 @@ class _State(T.HasTraits):
     trails = T.Bool(False)      # Draw the ways of the class means?
     blind = T.Bool(False)       # Colours for colour-blind eyes?
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #54518344
+# %% ../../nbs/look/05_pixel_explorer.ipynb #effd4195
 def pages_of(
     domains, # Name of the domain of each image
     n:int=6 # Images on a page, at most
@@ -117,7 +117,7 @@ def here(self:_State): # Numbers of the images on the page
     ps = pages_of(self._seen.domain, max(1, self.per_page))
     return ps[min(max(self.page, 0), len(ps)-1)]
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #ec880bdb
+# %% ../../nbs/look/05_pixel_explorer.ipynb #fa1b57e3
 @patch
 def _kept(self:_State, name, f):
     k = name,self.who,self.layer,self.n,self.pure,self.seed
@@ -156,7 +156,7 @@ def _projection(self:_State):
         return _in_square(zs),share
     return self._kept(('xy', 'pca'), f)
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #9e6b1af1
+# %% ../../nbs/look/05_pixel_explorer.ipynb #b2bc3e3c
 @patch
 def points_at(self:_State, k):
     "Points at checkpoint `k`; t-SNE begins with the one that is shown, others begin where the nearest known one lies"
@@ -264,7 +264,7 @@ def _images(self:_State):
     v,here = self.views,self.here
     h,w = v.images.shape[1:3]
     dots = {d: css(_domain_colors[i%4]) for i,d in enumerate(sorted(set(v.domain)))}
-    base,top = ([shrunk(a) for a in o] for o in (v.images[here], self._over(v, here)))
+    base,top = [shrunk(v.images[i]) for i in here],self._over(v, here)
     H,W_ = base[0].shape[:2]
     def title(i, d): return f'{d or "image"} {v.domain[:i].count(d)+1}'
     panels = [dict(title=title(i, v.domain[i]), w=w, h=h, W=W_, H=H, dot=dots[v.domain[i]] if v.domain[i] else '')
@@ -273,20 +273,22 @@ def _images(self:_State):
     return dict(panels=panels, base=rgba(base), over=rgba(top), cols=1 if len(v.images)<2 else 2,
                 pages=[self.page, n, f'page {self.page+1} of {n}, {len(v.images)} images'],
                 fine=here.index(big[0]) if big else -1,
-                fine_base=rgba(v.images[big]), fine_over=rgba(self._over(v, big)))
+                fine_base=rgba(v.images[big]), fine_over=rgba(self._over(v, big, np.asarray)))
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #6da13ea4
+# %% ../../nbs/look/05_pixel_explorer.ipynb #7ff65c5d
 @patch
-def _over(self:_State, v, some):
-    "What lies on some images: RGBA, or nothing"
-    pal,y,pred = palette(self.space, self.blind),v.y[some],v.pred[some]
+def _over(self:_State, v, some, size=shrunk):
+    "What lies on some images: RGBA at the size that the function `size` gives, or nothing"
+    def of(a): return np.array([size(o) for o in a])
+    if self.over=='nothing' or not some: return ()
+    pal,y,pred = palette(self.space, self.blind),of(v.y[i] for i in some),of(v.pred[i] for i in some)
     match self.over:
         case 'labels': return colored(y, pal)
         case 'prediction': return colored(pred, pal)
         case 'errors': return colored(np.where((y==255)|(pred==255), 2, y==pred), np.array([_wrong, _right]))
         case 'changes':
             k = self._net_key
-            was = self.pen.maps(some, k, was=True)[0] if self.pen.nets[k].conv is not None else pred
+            was = of(self.pen.maps(some, k, was=True)[0]) if self.pen.nets[k].conv is not None else pred
             return colored(np.where(pred==was, 255, pred), pal)
     return ()
 
@@ -329,7 +331,7 @@ def _above(self:_State):
     "How much lies above the threshold, in words"
     return '' if self.sim is None else f'{(self.sim>=self.threshold).mean():.1%} lie above {self.threshold:.2f}'
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #d517e6f0
+# %% ../../nbs/look/05_pixel_explorer.ipynb #576a0ea9
 @patch
 def read_out(self:_State, image, x, y, sim=None): # Number of the image, place in pixels, similarities if there are some
     "What is known about a pixel, as a line"
@@ -454,7 +456,7 @@ def _toggle(self:PixelEmbeddingExplorer, c):
     on = set(self.shown or there) ^ {c}
     self.shown = [] if on>=there else sorted(on)
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #562a6339
+# %% ../../nbs/look/05_pixel_explorer.ipynb #7535e308
 @patch
 def _reactions(self:PixelEmbeddingExplorer):
     def lasso(ev): self._light(in_lasso(self.points_at(self.checkpoint), ev['poly']), ev.get('add'))
@@ -506,7 +508,7 @@ _help = [('click', 'asks what is alike'), ('ctrl-click', 'adds an example'), ('s
          ('Backspace, Escape', 'take the last example back, clear'), ('double-click', 'shows the whole plot')]
 _hint = 'Click a pixel: what the net takes for the same lights up. Drag: select an area here, or points in the plot.'
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #832bf43d
+# %% ../../nbs/look/05_pixel_explorer.ipynb #93ab05b9
 @patch
 def _changed(self:PixelEmbeddingExplorer, c):
     k,s = c['name'],self.surface
@@ -523,7 +525,7 @@ def _changed(self:PixelEmbeddingExplorer, c):
     finally:
         if k in _slow: s.busy,s.said = False,why
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #cb93f4bf
+# %% ../../nbs/look/05_pixel_explorer.ipynb #2abb2165
 @patch
 def _watch(self:PixelEmbeddingExplorer):
     for k in ('over_alpha', 'heat_alpha', 'hover'): T.dlink((self, k), (self.surface, k))
@@ -658,7 +660,7 @@ def picture(self:PixelEmbeddingExplorer):
     for i,ax in enumerate(axs[:n]):
         ax.imshow(v.images[here[i]])
         ax.set_title(self.surface.panels[i]['title'], fontsize=8, pad=2)
-        for o in self._over(v, [here[i]]): ax.imshow(o, alpha=self.over_alpha*(o[...,3]>0))
+        for o in self._over(v, [here[i]], np.asarray): ax.imshow(o, alpha=self.over_alpha*(o[...,3]>0))
         if sim is not None: _draw_heat(ax, sim[here[i]], (h,w), self.threshold, sim.max(), self.heat_alpha)
     for m in self.surface.marks:
         mark,c = ('o', m['color']) if 'color' in m else ('P', 'w') if m['sign']>0 else ('X', '#d55e00')
@@ -669,12 +671,12 @@ def picture(self:PixelEmbeddingExplorer):
         self._draw_names(fig, ax)
     return fig
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #357e9e9b
+# %% ../../nbs/look/05_pixel_explorer.ipynb #a21af269
 @patch
 def figures(self:PixelEmbeddingExplorer):
     return {k: joined(*[img_tag(o, k) if isinstance(o, Fig) else o for o in self._tab(k)]) for k in _tab_names[:2]}
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #da67ebf0
+# %% ../../nbs/look/05_pixel_explorer.ipynb #0249cc6b
 @patch(as_prop=True)
 def _net_key(self:_State): # A name for the net that is looked at; the pen remembers its last layer by it
     k = self.looks.names[self.checkpoint],self.who
@@ -701,7 +703,7 @@ def _told(self:_State, t):
     pred,conf = self.pen.near(t, k)
     return t.assign(pred=pred, conf=conf, cls=np.where(t.label==255, pred, t.cls))
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #9cd92e6b
+# %% ../../nbs/look/05_pixel_explorer.ipynb #aae97db4
 @patch
 def _pens(self:_State, chip):
     "A chip for each class"
@@ -721,7 +723,7 @@ def _clicked(self:_State, panel):
     return [dict(panel=panel[int(i)], x=x, y=y, color=css(pal[int(c)]), off=bool(o))
             for (i,x,y,c),o in zip(at, off) if int(i) in panel]
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #7baa6647
+# %% ../../nbs/look/05_pixel_explorer.ipynb #f1e7d540
 @patch
 def _follow(self:PixelEmbeddingExplorer, change):
     "Do something to the clicks, and show what the net says now"
@@ -741,7 +743,7 @@ def label(self:PixelEmbeddingExplorer, image, x, y, c): # Number of the image, p
     if not can: net = 'this net does not end in a 1×1 convolution: it learns from clicks when it is trained on'
     self.surface.said = f'{name} {n} of {self.goal} · {net} · saved'
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #c1820bce
+# %% ../../nbs/look/05_pixel_explorer.ipynb #76dc868d
 @patch
 def keep(self:PixelEmbeddingExplorer):
     "Give the learner's net the last layer that the clicks want"
@@ -751,7 +753,7 @@ def keep(self:PixelEmbeddingExplorer):
     with torch.no_grad():
         for p,v in ((o.conv.weight, o.W[:,:,None,None]), (o.conv.bias, o.b)): p.copy_(v)
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #8471ffb1
+# %% ../../nbs/look/05_pixel_explorer.ipynb #0741cf8b
 _pen_help = [('1 … 9, 0, [ ], or a chip', 'choose a class; a click then labels. Escape: a click asks again'),
              ('Space', "takes the net's word for the place below the cross"),
              ('Backspace or ctrl-z, Delete', 'takes back the last click, the one below the cross'),
@@ -766,7 +768,7 @@ def _go(self:PixelEmbeddingExplorer, i, x, y):
     self.surface.go = dict(panel=self.here.index(i), x=float(x), y=float(y), n=self.turns)
     self.at = int(i)
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #132ecf9b
+# %% ../../nbs/look/05_pixel_explorer.ipynb #150b2fe5
 @patch
 def _pen_reactions(self:PixelEmbeddingExplorer)->dict:
     "What a class, space, undo, delete, next and disagree do"
@@ -789,7 +791,7 @@ def _pen_reactions(self:PixelEmbeddingExplorer)->dict:
         else: self._believe(at[off], int(off.sum()))
     return dict(pen=pen, accept=accept, undo=undo, drop=drop, next=next, differs=differs)
 
-# %% ../../nbs/look/05_pixel_explorer.ipynb #29f1047f
+# %% ../../nbs/look/05_pixel_explorer.ipynb #e40400a9
 @patch
 def _taken(self:PixelEmbeddingExplorer, f):
     n = len(self.pen.clicks)

@@ -398,8 +398,10 @@ function render({ model, el }) {
   function relaid() { S.laid = 0; draw(); }
 
   function frame() {
+    const went = stale.delete('go');  // the last: a new page forgets the cross
     for (const k of stale) loaders[k]();
     stale.clear();
+    if (went) loaders.go();
     if (S.laid !== window.devicePixelRatio) layout();
     const todo = new Set(S.dirty);
     S.dirty.clear();
@@ -589,7 +591,7 @@ function render({ model, el }) {
   on(['scales'], loaders.scales);
   on(['pages'], loaders.pages);
   on(['help'], loaders.help);
-  on(['go'], () => { for (const k of stale) loaders[k](); stale.clear(); loaders.go(); });
+  on(['go'], () => { stale.add('go'); draw('images'); });
   on(['fine', 'fine_base', 'fine_over'], () => { stale.add('fine'); draw('images'); });
   on(['done'], () => { const n = S.fresh.length; S.fresh = S.fresh.filter(m => m.n > g('done')); if (n !== S.fresh.length) draw('images'); if (root.classList.contains('pipa-gone')) loaders.said(); });
   on(['marks', 'over_alpha', 'heat_alpha'], () => draw('images'));

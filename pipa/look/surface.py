@@ -68,7 +68,7 @@ class _Words(T.HasTraits):
     busy = _trait(T.Bool(False))     # Turn a wheel before it?
     label = _trait(T.Unicode(''))    # Name for those who hear the page
 
-# %% ../../nbs/look/03_surface.ipynb #47591131
+# %% ../../nbs/look/03_surface.ipynb #2e1e9a55
 class Surface(_Images, _Points, _Words, anywidget.AnyWidget):
     "Images and points that answer to the mouse; what people do arrives at the functions in `react`"
     _esm,_css = ((files('pipa.look')/f'surface.{k}').read_text(encoding='utf8') for k in ('js', 'css'))
@@ -99,17 +99,17 @@ def rgba(
     return b''.join(np.ascontiguousarray(four(np.asarray(a, np.uint8))).tobytes() for a in images)
 
 def shrunk(
-    a:np.ndarray, # Image `H×W×3`, or what lies on one, `H×W×4`; uint8
+    a:np.ndarray, # Image `H×W×3`, uint8, or labels `H×W`
     side:int=720 # Longest side of the result, px
 )->np.ndarray: # `a` itself if it is no larger
     "A picture at the size of a screen; of labels the nearest are picked, for they must not mix"
     k = max(a.shape[:2])/side
     if k<=1: return a
     h,w = (max(1, round(n/k)) for n in a.shape[:2])
-    if a.shape[-1]==3: return np.asarray(Image.fromarray(a).resize((w,h), Image.BOX))
+    if a.ndim==3: return np.asarray(Image.fromarray(a).resize((w,h), Image.BOX))
     return a[((np.arange(h)+.5)*a.shape[0]/h).astype(int)][:,((np.arange(w)+.5)*a.shape[1]/w).astype(int)]
 
-# %% ../../nbs/look/03_surface.ipynb #64dd8f7c
+# %% ../../nbs/look/03_surface.ipynb #c78950c2
 def heat_bytes(
     s:np.ndarray # Similarities in -1..1, any shape; NaN counts as -1
 )->bytes:
