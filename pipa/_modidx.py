@@ -777,6 +777,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'pipa.look.pen': { 'pipa.look.pen.Pen': ('look/pen.html#pen', 'pipa/look/pen.py'),
                                'pipa.look.pen.Pen.__init__': ('look/pen.html#pen.__init__', 'pipa/look/pen.py'),
                                'pipa.look.pen.Pen._drawn': ('look/pen.html#pen._drawn', 'pipa/look/pen.py'),
+                               'pipa.look.pen.Pen._few': ('look/pen.html#pen._few', 'pipa/look/pen.py'),
                                'pipa.look.pen.Pen._keep': ('look/pen.html#pen._keep', 'pipa/look/pen.py'),
                                'pipa.look.pen.Pen._to_file': ('look/pen.html#pen._to_file', 'pipa/look/pen.py'),
                                'pipa.look.pen.Pen._valid': ('look/pen.html#pen._valid', 'pipa/look/pen.py'),

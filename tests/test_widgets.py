@@ -342,3 +342,9 @@ def test_steps_without_validation_show_the_target(tmp_path):
     x,y,domain = E.scenes(own.dls, 2); assert domain==['source']*2+['target']*2 and (y[2:]==255).all() and (y[:2]!=255).any()
     files = [np.array(Image.open(f).resize((96,64), Image.BILINEAR)) for f in pairs.target.images]
     for o in X.denorm(x[2:]): assert min(np.abs(o.astype(int)-f).max() for f in files)<=1, 'an image of the target, not a renamed one of the source'
+
+@pytest.mark.parametrize('hw,n', [((128,192), 24), ((512,1024), 24), ((1024,2048), 6), ((768,1536), 11)])
+def test_the_pen_takes_fewer_of_large_images(hw, n, monkeypatch):
+    from pipa.look import pen as L
+    monkeypatch.setattr(L, 'target_images', lambda dls, which: [torch.zeros(1, 3, *hw)])
+    p = object.__new__(L.Pen); p.learn = type('O', (), dict(dls=None)); assert p._few()==n

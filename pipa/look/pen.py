@@ -151,7 +151,7 @@ class Pen:
     def __init__(self,
         learn, # A learner; `learn.dls` from `pipa.data.uda_dls`
         file, # Where clicks are read from, if it exists, and written to
-        n:int=24, # Images to choose from, but for those that have clicks
+        n:int|None=None, # Images to choose from, beside those with clicks; None: 24, or 6 and more if they are large
         seed:int=0, # Which ones
         r:float=2. # Radius of a click, in pixels that the net sees
     ):
@@ -161,7 +161,7 @@ class Pen:
         self.names = click_names(target)
         self.clicks = read_clicks(self.file, self.space) if self.file.exists() else []
         at = clicks_by_image(self.clicks, target, self._valid(target), self.file)
-        self.which = self._drawn(target, [*at], n, seed)
+        self.which = self._drawn(target, [*at], n or self._few(), seed)
         full = target_images(learn.dls, self.which)
         self.full,self.size = [tuple(x.shape[-2:]) for x in full],[image_size(target.images[i]) for i in self.which]
         h,w = (min(o[d] for o in self.full) for d in (0,1))
@@ -180,6 +180,11 @@ def _valid(self:Pen, target):
     if not held_out(self.learn.dls): return None
     files = [o for o in self.learn.dls.valid.items if isinstance(o, (str,Path))]
     return type(target)(files, None, self.space, 'validation')
+
+@patch
+def _few(self:Pen, most=13e6): # Pixels of them all, which a laptop holds with what a net sees in them
+    h,w = target_images(self.learn.dls, [0])[0].shape[-2:]
+    return min(24, max(6, int(most/(h*w))))
 
 @patch
 def _drawn(self:Pen, target, clicked, n, seed):

@@ -98,7 +98,7 @@ def start(self:_State, what, space=None, n_images=None, seed=0, target='valid', 
     "Say what is looked at, see `PixelEmbeddingExplorer`"
     if clicks is not None and not hasattr(what, 'dls'): raise ValueError(
         '`clicks` teach a net what target images show: give its learner.')
-    self.pen = None if clicks is None else Pen(what, clicks, n_images or 24, seed)
+    self.pen = None if clicks is None else Pen(what, clicks, n_images, seed)
     def some(dls): return scenes(dls, n_images or 3, seed, target) if self.pen is None else self.pen.scenes()
     self.cache,self.follow,self.fine = {},{},None
     self.looks = looks = _Looks(what, some)
@@ -366,7 +366,7 @@ class PixelEmbeddingExplorer(Page, _State):
         emb=None, # Embeddings `n×h×w×D`, when `what` are images
         y=None, pred=None, conf=None, domain=None, # Further arrays, see `pipa.look.views.views`
         space=None, # `LabelSpace`; defaults to the learner's, or to numbers
-        n_images=None, # Images of each domain, from a learner; None: 3, or 24 to click on
+        n_images=None, # Images of each domain, from a learner; None: 3, or up to 24 to click on
         scene_seed=0, # Which ones
         target='valid', # Its validation images, or 'train': those that it trains on, see `pipa.look.views.scenes`
         clicks=None, # A file for clicks, such as 'clicks.csv': then there is a pen, and the target's training images
