@@ -110,7 +110,7 @@ def patch_loss(
     if neg is None: neg = torch.cat([l.f_1, l.f_2]).movedim(1, -1).flatten(0, 2),torch.cat([l.y_1, l.y_2]).flatten()
     (f_1,f_2),(y_1,y_2),(c_1,c_2) = (aligned(*o, crops, stride) for o in (l[2:4], l[4:6], l[6:8]))
     v,*n = patch_contrast(f_1, f_2, y_1, y_2, c_1, c_2, *neg, temp, thresh, return_n=True)
-    return float(v),sum(n)
+    return float(v),int(sum(n))
 
 # %% ../../nbs/look/02_patches.ipynb #9bf31c7f
 def js_divergence(
