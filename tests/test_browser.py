@@ -167,6 +167,7 @@ def test_pen(opened, tmp_path):
     page.keyboard.press(' '); nb.wait('len(page.pen.clicks)==3')
     page.keyboard.press('Escape'); nb.wait('page.surface.pen==-1')
     page.mouse.click(*nb.at('.pipa-images', 3, .5, .5)); nb.wait('page.queries and page.queries[0][0]==3 and len(page.pen.clicks)==3')
+    chip.click(); nb.wait('page.surface.pen==2'); page.keyboard.press('1'); nb.wait('page.surface.pen==0')   # a chip has the keys, too
     page.keyboard.press('n'); nb.wait("page.surface.go['panel']>=0 and page.surface.said.startswith('Unsure')")
     assert nb.py("PixelEmbeddingExplorer(page.looks.learn, clicks=home/'clicks.csv', n_images=2, n=10).pen.clicks==page.pen.clicks")
 

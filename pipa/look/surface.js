@@ -58,12 +58,12 @@ function render({ model, el }) {
   const root = document.createElement('div');
   root.className = 'pipa-surface';
   root.setAttribute('role', 'group');
-  const calm = 'data-lm-suppress-shortcuts="true"';  // JupyterLab asks the element with the focus: letters shall not be commands to the notebook
-  root.innerHTML = `<div class="pipa-status"><span class="pipa-pages" hidden><button type="button" class="pipa-chip" data-step="-1" title="images before these" ${calm}>‹</button><span></span>
-    <button type="button" class="pipa-chip" data-step="1" title="images after these" ${calm}>›</button></span><span class="pipa-here"></span><span class="pipa-said" role="status" aria-live="polite"></span>
-    <button type="button" class="pipa-chip pipa-ask" title="mouse and keys" aria-expanded="false" ${calm}>?</button></div><div class="pipa-help" hidden></div><div class="pipa-legend"></div>
-    <div class="pipa-views"><div class="pipa-pics"><canvas class="pipa-images" tabindex="0" role="img" ${calm}></canvas><div class="pipa-scales"></div></div>
-    <div class="pipa-plot"><canvas class="pipa-points" tabindex="0" role="img" ${calm}></canvas><div class="pipa-empty"></div><div class="pipa-keys"></div></div></div>`;
+  root.innerHTML = `<div class="pipa-status"><span class="pipa-pages" hidden><button type="button" class="pipa-chip" data-step="-1" title="images before these">‹</button><span></span>
+    <button type="button" class="pipa-chip" data-step="1" title="images after these">›</button></span><span class="pipa-here"></span><span class="pipa-said" role="status" aria-live="polite"></span>
+    <button type="button" class="pipa-chip pipa-ask" title="mouse and keys" aria-expanded="false">?</button></div><div class="pipa-help" hidden></div><div class="pipa-legend"></div>
+    <div class="pipa-views"><div class="pipa-pics"><canvas class="pipa-images" tabindex="0" role="img"></canvas><div class="pipa-scales"></div></div>
+    <div class="pipa-plot"><canvas class="pipa-points" tabindex="0" role="img"></canvas><div class="pipa-empty"></div><div class="pipa-keys"></div></div></div>`;
+  for (const e of root.querySelectorAll('canvas, button')) e.dataset.lmSuppressShortcuts = 'true';  // JupyterLab asks the element with the focus: letters shall not be commands to the notebook
   el.append(root);
   const [images, points, pics, plot, keys, legend, here, said, pages, ask, help, empty, scales] =
     ['images', 'points', 'pics', 'plot', 'keys', 'legend', 'here', 'said', 'pages', 'ask', 'help', 'empty', 'scales'].map(k => root.querySelector('.pipa-' + k));
@@ -278,8 +278,8 @@ function render({ model, el }) {
     panels.forEach((p, i) => {
       const r = S.rects[i];
       ctx.font = '12px ' + color('--pipa-font'); ctx.textBaseline = 'alphabetic';
-      let tx = r.x;
-      if (p.dot) { ctx.fillStyle = p.dot; ctx.beginPath(); ctx.arc(r.x + 4, r.y - 8, 4, 0, 7); ctx.fill(); tx += 12; }
+      let tx = r.x + 3;
+      if (p.dot) { ctx.fillStyle = p.dot; ctx.beginPath(); ctx.arc(r.x + 7, r.y - 8, 4, 0, 7); ctx.fill(); tx += 12; }
       ctx.fillStyle = color('--pipa-fg'); ctx.fillText((p.title || '') + (zoomed(i).s > 1 ? `  ×${zoomed(i).s.toFixed(1)}` : ''), tx, r.y - 4, r.w - 12);
     });
     ctx.drawImage(backdrop(panels), 0, 0, S.W, S.H);
@@ -577,6 +577,11 @@ function render({ model, el }) {
 
   // --- life ---
   const on = (names, f) => names.forEach(k => model.on('change:' + k, f));
+  legend.addEventListener('keydown', e => {  // after a press on a chip the keys of the pen go on
+    if (!g('pens') || !/^[\dn[\]]$|^d$|^(Escape|Backspace|Delete)$/.test(e.key)) return;
+    e.preventDefault(); e.stopPropagation(); images.focus({ preventScroll: true });
+    images.dispatchEvent(new KeyboardEvent('keydown', { key: e.key, ctrlKey: e.ctrlKey }));
+  });
   ask.onclick = () => { help.hidden = !help.hidden; ask.setAttribute('aria-expanded', !help.hidden); };
   on(['panels'], () => { stale.add('base').add('over'); relaid(); });
   on(['base'], () => { stale.add('base'); draw(); });
