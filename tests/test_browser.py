@@ -80,6 +80,7 @@ def test_pixel_explorer(opened):
     nb.drag([nb.at('.pipa-images', 1, .02, .02), nb.at('.pipa-images', 1, .6, .9)])
     nb.wait("len(page.lit)>5 and (page.selection.image==1).all()")
     nb.page.locator('.pipa-chip[data-name="class 1"]').click(); nb.wait('1 not in page.shown and len(page.shown)==2')
+    names = nb.page.locator('.noUi-handle').evaluate_all("es => es.map(e => e.getAttribute('aria-label'))"); assert all(names) and {'opacity', 'heat', 'similar from'}<=set(names)
     handle = nb.page.locator('.pipa-checkpoint [role=slider], .pipa-checkpoint .noUi-handle').first
     handle.focus(); nb.page.keyboard.press('ArrowLeft'); nb.wait('page.checkpoint==0')
     assert nb.py("page.surface.caption").startswith('PCA')

@@ -74,6 +74,12 @@ function render({ model, el }) {
   const stale = new Set();  // loaders of traits that came since the last frame: what comes together is read once
   const color = name => S.colors[name] ||= getComputedStyle(root).getPropertyValue(name).trim();
 
+  function named() {  // the handles of the sliders around, which have no name of their own
+    let page = root;
+    for (let p; (p = page.parentElement?.closest('.widget-vbox'));) page = p;
+    for (const h of page.querySelectorAll('.noUi-handle')) h.setAttribute('aria-label', h.closest('.widget-slider')?.querySelector('.widget-label')?.textContent || 'slider');
+  }
+
   // --- layout ---
   function size(canvas, w, h) {
     const r = window.devicePixelRatio || 1;
@@ -87,6 +93,7 @@ function render({ model, el }) {
   function layout() {
     const total = root.clientWidth, panels = g('panels'), both = panels.length && (S.xy.length || g('empty')), fixed = g('height');
     if (!total) return;
+    named();
     S.laid = window.devicePixelRatio; S.dirty.add('images').add('points');
     const side = both && total > 800, share = g('share');
     const W = Math.floor(side ? total * share - GAP : total), cols = Math.max(1, Math.min(g('cols') || 2, panels.length || 1));
