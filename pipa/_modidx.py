@@ -107,7 +107,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'pipa.bench.parts.ema_ways': ('bench/parts.html#ema_ways', 'pipa/bench/parts.py'),
                                   'pipa.bench.parts.encoder_ways': ('bench/parts.html#encoder_ways', 'pipa/bench/parts.py'),
                                   'pipa.bench.parts.head_ways': ('bench/parts.html#head_ways', 'pipa/bench/parts.py'),
-                                  'pipa.bench.parts.in_same_shapes': ('bench/parts.html#in_same_shapes', 'pipa/bench/parts.py'),
+                                  'pipa.bench.parts.in_other_shapes': ('bench/parts.html#in_other_shapes', 'pipa/bench/parts.py'),
                                   'pipa.bench.parts.interleaved': ('bench/parts.html#interleaved', 'pipa/bench/parts.py'),
                                   'pipa.bench.parts.machine': ('bench/parts.html#machine', 'pipa/bench/parts.py'),
                                   'pipa.bench.parts.measurable': ('bench/parts.html#measurable', 'pipa/bench/parts.py'),
