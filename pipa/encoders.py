@@ -97,7 +97,7 @@ def _size(m): return sum(p.numel() for p in m.parameters())
 def _stages(kids):
     "Children with numbers, if there are several of them to each number (`patch_embed1`, `block1`, `norm1`), by number"
     ends = {k: re.fullmatch(r'(.*?)_?(\d+)', k) for k in kids}
-    if not all(ends.values()): return
+    if not ends or not all(ends.values()): return
     words = {o[1]:[] for o in ends.values()}
     for k,o in ends.items(): words[o[1]].append(int(o[2]))
     first,*rest = map(sorted, words.values())
