@@ -24,6 +24,7 @@ __all__ = ['ends_in', 'options', 'taking', 'parser', 'defaults', 'given', 'parse
 def options(
     method:str='pipa', # source oracle minent advseg advent fda self_training daformer hrda mic pixel patch pipa, or a+b
     data:str='minicity', # minicity, a pair such as gta:cityscapes, or a folder with codes.txt, source, target, valid
+    hints:str='auto', # Hints of the target: auto (clicks.csv and hints beside its images in --data), off, or a path
     seed:int=0, # Seed of everything random
     epochs:int=5, # Validations; training is cut into so many epochs
     steps:int=260, # Steps in an epoch
