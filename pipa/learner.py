@@ -18,7 +18,7 @@ from .models import add_heads, bare_names, light, same_classes, segformer, dafor
 from .hrda import hrda
 from .callbacks import *
 from .baselines import MinEnt, AdvSeg, AdvEnt, FDA, MIC
-from .hints.term import Clicks
+from .hints.term import with_hints
 from .distrib import Ranks
 from .guard import Guard
 from .lean import Lean
@@ -318,7 +318,7 @@ def uda_learner(
     lean:bool=False, # Backpropagate each loss as soon as it is made? Less memory, see `Lean`
     guard:str|None='stop', # At a number that isn't finite: 'stop', 'skip' the batch and count, or `None`; see `Guard`
     hints=None, # `Domain` of a few labels in the target, see `Clicks`; `None`: no label of the target is read
-    clicks:dict=None, # More arguments for `Clicks`
+    clicks:dict=None, # More arguments for `with_hints`
     **kwargs # To `method_cbs`
 )->Learner:
     "A learner that adapts `model` from the source to the target of `dls`"
@@ -327,7 +327,7 @@ def uda_learner(
     if isinstance(method, str): kwargs = dict(things=dls.space.things if hasattr(dls, 'space') else ()) | kwargs
     net = make_net(_model_of(model, method), dls.c, arch, pretrained, **(net or {})).to(dls.device)
     parts = method_cbs(method, **kwargs) if isinstance(method, str) else _own_cbs(method, kwargs)
-    if hints is not None: parts.append(Clicks(hints, **(clicks or {})))
+    if hints is not None: parts = with_hints(parts, hints, **(clicks or {}))
     _warn_of(parts)
     loss = SegLoss(n_out=dls.c, data=f'`{dls.space.name}`' if hasattr(dls, 'space') else 'the data')
     if isinstance(n := getattr(unwrapped(net), 'n_out', None), int): loss.check(torch.empty(0, n))

@@ -11,36 +11,16 @@ from fastai.torch_basics import *
 from ..basics import one_of
 from ..sets.domains import Domain, labels_of
 from ..sets.pictures import read_image
-from ..data import cut_view, resized, view_box
+from ..data import cut_hints, cut_view, resized, view_box
+from ..losses import labels_at, nearest, sample_pixels, sup_contrast
 from ..mix import imagenet_mean, imagenet_std, strong_augment
 from ..models import resize, with_feats
-from ..ranks import place, share, total
-from ..callbacks import LossTerm, shown_after, step_panels
+from ..ranks import own_places, place, rows, share, total, whole_labels
+from ..callbacks import LossTerm, PixelContrast, shown_after, step_panels
 
 # %% auto #0
-__all__ = ['cut_hints', 'box_around', 'draw_class', 'HintViews', 'click_ce', 'prior_shift', 'Clicks']
-
-# %% ../../nbs/hints/02_term.ipynb #clk00011
-def cut_hints(
-    y:np.ndarray, # Train ids, `h x w`, `ignore` where nobody has said anything
-    box:tuple, # From `pipa.data.view_box`
-    size:tuple, # Height and width of the result
-    flip:bool=False, # Mirror it?
-    ignore:int=255 # Label of pixels without class
-)->np.ndarray: # `size`, uint8
-    "Cut `box` out of sparse labels, as `cut_view` cuts the image; what lies in the box is in the result"
-    o,(x0,y0,x1,y1),(h,w) = cut_view(y, box, size, mask=True),box,size
-    if x1-x0>w or y1-y0>h:
-        i,j = np.nonzero(y!=ignore)
-        at = [np.floor((k+.5-a)*n/(b-a)).astype(int) for k,a,b,n in ((i,y0,y1,h), (j,x0,x1,w))]
-        there = (at[0]>=0) & (at[0]<h) & (at[1]>=0) & (at[1]<w)
-        i,j,at = i[there],j[there],[k[there] for k in at]
-        free = o[*at]==ignore
-        o[at[0][free],at[1][free]] = y[i[free],j[free]]
-    if not flip: return o
-    n = max(1, round(w*min(1, (y.shape[1]-x0)/(x1-x0))))   # the rest is padding, which stays at the right
-    o[:,:n] = o[:,:n][:,::-1].copy()
-    return o
+__all__ = ['box_around', 'draw_class', 'HintViews', 'click_ce', 'prior_shift', 'Clicks', 'label_cells', 'ClickContrast',
+           'with_hints']
 
 # %% ../../nbs/hints/02_term.ipynb #clk00015
 def box_around(
@@ -150,6 +130,7 @@ class Clicks(LossTerm):
         tau:float=1., # How much of it, see `prior_shift`
         size:tuple|None=None, # Height and width of a view; `None`: the pair loader's
         zoom:tuple|None=None, # See `view_box`; `None`: the pair loader's for the target
+        partners:bool=False, # Also find the embeddings of the views, for `ClickContrast`?
         seed:int|None=None, # Of the draws; `None`: from Python's generator
         room:int=2**28, # Bytes of images that are kept, see `HintViews`
         **aug # To `strong_augment`
@@ -157,7 +138,8 @@ class Clicks(LossTerm):
         super().__init__(w, start)
         one_of('prior', prior, (None, 'logits', 'weights'))
         one_of('street', street, ('seen', 'source'))
-        store_attr('hints,bs,prior,street,tau,size,zoom,room,aug')
+        store_attr('hints,bs,prior,street,tau,size,zoom,partners,room,aug')
+        self.alone = not partners
         self.seed = random.getrandbits(63) if seed is None else seed
         self.views,self.shares = None,None
 
@@ -170,6 +152,7 @@ class Clicks(LossTerm):
     def predict(self):
         self.z,f = with_feats(self.model(self.b[0]))
         self.detail = getattr(f, 'detail', None)
+        if self.partners: self.emb,self.seen = self.model.proj_head(f.finest.maps),f.finest.cut(self.b[1])
 
 # %% ../../nbs/hints/02_term.ipynb #clk00053
 @patch
@@ -228,3 +211,44 @@ def score(self:Clicks):
 def show(self:Clicks, n:int=2):
     "The last views, and what is labelled in them"
     return step_panels(self, [*zip(*[o[:n] for o in self.b])], ('view', 'labelled'))
+
+# %% ../../nbs/hints/02_term.ipynb #clk00071
+def label_cells(
+    y:Tensor, # Sparse labels, `B×H×W`, 0..255
+    size:tuple # Height and width of the grid
+)->Tensor: # `B×h×w`
+    "Labels on a coarser grid; a dot is not lost"
+    return -F.adaptive_max_pool2d(-y[:,None].float(), tuple(size))[:,0].long()
+
+class ClickContrast(PixelContrast):
+    "Pixel contrast in which clicked pixels of the target are partners of the source's"
+    name = 'pixel_contrast'
+    def drawn(self, e, y, pred, least):
+        y,pred = whole_labels(y),whole_labels(pred)
+        i = sample_pixels(y, pred, self.max_samples, self.max_views, least)
+        return rows(e, i),labels_at(y, i),own_places(i, e[0,0].numel())
+
+    def score(self):
+        e,y,pred = self.emb.float(),self.seen[1],self.feats.finest.cut(self.pred).detach().argmax(1)
+        source = self.drawn(e, *(nearest(o, e.shape[-2:]) for o in (y, pred)), self.min_pixels)
+        cb = self.learn.clicks
+        es,ys,ns = zip(source, *[self.drawn(c, label_cells(cb.seen, c.shape[-2:]), None, 1)
+                                 for c in ([cb.emb.float()] if cb.active else [])])
+        return sup_contrast(torch.cat(es), torch.cat(ys), self.temp, form=self.form),sum(ns)
+
+# %% ../../nbs/hints/02_term.ipynb #clk00081
+@delegates(Clicks.__init__, but=['hints', 'partners'])
+def with_hints(
+    cbs:list, # Callbacks of a method
+    hints:Domain, # See `Clicks`
+    partners:bool=False, # Are clicked pixels partners in the method's pixel contrast? See `ClickContrast`
+    **kwargs # To `Clicks`
+)->list: # Callbacks
+    "A method that also learns from hints"
+    def joined(cb):
+        names = 'w start temp max_samples max_views min_pixels form'.split()
+        return ClickContrast(**{k:getattr(cb, k) for k in names}) if type(cb) is PixelContrast else cb
+    if partners: cbs = [*map(joined, cbs)]
+    if partners and not any(isinstance(cb, ClickContrast) for cb in cbs): raise ValueError(
+        "`partners` asks for pixel contrast with clicked pixels, and the method has no pixel contrast: add `pixel`.")
+    return [*cbs, Clicks(hints, partners=partners, **kwargs)]

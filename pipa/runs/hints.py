@@ -62,7 +62,7 @@ def hints_from(
 # %% ../../nbs/runs/09_hints.ipynb #hst00021
 def parse_term(
     o:str # Such as 'w=.3 prior=logits'
-)->dict: # Arguments of `Clicks`
+)->dict: # Arguments of `with_hints`, and perhaps `overrule`
     "Read the settings of a term"
     def value(v):
         try: return literal_eval(v)
@@ -74,6 +74,7 @@ def parse_term(
 def _learner(o, hints, clicks):
     src,tgt,val = domains(o.data, host_terms(o.method, o.terms)[0])
     views,net = data_args(o, src, tgt),net_args(o)
+    if clicks.pop('overrule', False): views['hints'] = hints
     dls = uda_dls(src, tgt, val, n=o.steps*views['bs'], num_workers=o.workers or 0, **views)
     model = fast(make_net(net['model'], dls.c, o.arch, o.encoder or o.pretrained, **net['net']))
     learn = uda_learner(dls, model, o.method, lr=o.lr, lean=o.lean, n_unlabelled=o.unlabelled, hidden=net['hidden'],
