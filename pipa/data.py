@@ -237,6 +237,7 @@ def source_part(self:PairSet, i, want, rng):
     x,y = source_view(img, y, self.size, rng, self.zoom, want, self.min_crop, self.max_ratio, resize=self.resize)
     return _tensor(x, TensorImage),_tensor(y, TensorMask)
 
+# %% ../nbs/12_data.ipynb #hnt00003
 @patch
 def told_part(self:PairSet, j, hw, box, flip):
     "What a person has said of a view of target image `j`; `hw` is the size in which `box` lies"
@@ -247,7 +248,7 @@ def told_part(self:PairSet, j, hw, box, flip):
 
 @patch
 def target_part(self:PairSet, j, rng):
-    "A view of target image `j`, where it may be trusted if there's a margin, and what is known of it if there are hints"
+    "A view of target image `j`; where it may be trusted, if there's a margin; what is known of it, if there are hints"
     img = self._image(self.target.images[j], self.resize_t, self.draft)
     box,flip = view_box(_hw(img), self.size, rng, self.zoom_t, self.resize_t),rng.random()<.5
     x = _tensor(cut_view(img, box, self.size, flip), TensorImage)

@@ -81,13 +81,17 @@ class HintViews:
         if self.used+sum(a.nbytes for a in o)<=self.room: self.kept[i],self.used = o,self.used+sum(a.nbytes for a in o)
         return o
 
-    def draw(self, rng):
-        "A view with a labelled pixel of an evenly drawn class: image `h x w x 3` and labels `h x w`, uint8"
-        i,c = draw_class(self.have, rng)
-        img,y = self[i]
-        at = np.unravel_index(rng.choice(np.flatnonzero(y==c)), y.shape)
-        box,flip = box_around(at, y.shape, self.size, rng, self.zoom, bool(self.resize)),rng.random()<.5
-        return cut_view(img, box, self.size, flip),cut_hints(y, box, self.size, flip)
+# %% ../../nbs/hints/02_term.ipynb #clk00023
+@patch
+def draw(self:HintViews,
+    rng:np.random.Generator # Source of randomness
+)->tuple: # Image `h x w x 3` and labels `h x w`, uint8
+    "Cut a view with a labelled pixel of an evenly drawn class"
+    i,c = draw_class(self.have, rng)
+    img,y = self[i]
+    at = np.unravel_index(rng.choice(np.flatnonzero(y==c)), y.shape)
+    box,flip = box_around(at, y.shape, self.size, rng, self.zoom, bool(self.resize)),rng.random()<.5
+    return cut_view(img, box, self.size, flip),cut_hints(y, box, self.size, flip)
 
 # %% ../../nbs/hints/02_term.ipynb #clk00031
 def click_ce(

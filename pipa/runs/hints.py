@@ -26,7 +26,7 @@ from .plan import add_row, read_table
 from .record import class_columns, made_of, seed_all
 
 # %% auto #0
-__all__ = ['small', 'parse_hints', 'hints_from', 'parse_term', 'hints_run', 'hints_plan', 'missing', 'hints_study']
+__all__ = ['small', 'parse_hints', 'hints_from', 'parse_term', 'scores', 'hints_run', 'hints_plan', 'missing', 'hints_study']
 
 # %% ../../nbs/runs/09_hints.ipynb #hst00010
 def parse_hints(
@@ -67,7 +67,8 @@ def parse_term(
     def value(v):
         try: return literal_eval(v)
         except (ValueError, SyntaxError): return v
-    if bad := [p for p in o.split() if '=' not in p]: raise ValueError(f"`{bad[0]}` is no setting: write w=.3 prior=logits.")
+    if bad := [p for p in o.split() if '=' not in p]: raise ValueError(
+        f"`{bad[0]}` is no setting of a term: write them as w=.3 prior=logits.")
     return {k:value(v) for k,v in (p.split('=', 1) for p in o.split())}
 
 # %% ../../nbs/runs/09_hints.ipynb #hst00024
@@ -82,6 +83,18 @@ def _learner(o, hints, clicks):
     for m in learn.metrics.filter(lambda m: isinstance(m, Validator)): m.last = True
     return learn
 
+def scores(
+    learn, # Fitted learner
+    ms:dict # Its metrics by name
+)->dict: # Columns of a row of results
+    "mIoU of student and teacher, IoU of each class, and what can be measured without labels"
+    cm,teacher = ms['miou'].cm.cpu(),ms['teacher_miou'].value if 'teacher_miou' in ms else float('nan')
+    row = dict(miou_student=miou(cm), miou_teacher=teacher)
+    row |= dict(zip(class_columns(learn.dls.space.codes), iou(cm).tolist()))
+    row |= {k:m.value for k,m in ms.items() if isinstance(m, Validator)}
+    return row | tightness(learn.model, learn.dls)
+
+# %% ../../nbs/runs/09_hints.ipynb #hst00025
 def hints_run(
     args:list, # Of `pipa_train`
     hints:str='0', # See `parse_hints`
@@ -97,22 +110,22 @@ def hints_run(
         learn = _learner(o, given, parse_term(term))
         with learn.no_bar(), learn.no_logging(): learn.fit_poly(o.epochs, **fit_args(o))
     (host,terms),ms = host_terms(o.method, o.terms),{m.name:m for m in learn.metrics}
-    row,cm = dict(benchmark=root.name, method=method_name(host, terms), seed=o.seed, epochs=o.epochs),ms['miou'].cm.cpu()
-    row |= dict(host=host, terms=terms, hints=hints, clicks=n, term=term, miou_student=miou(cm))
-    row |= dict(miou_teacher=ms['teacher_miou'].value if 'teacher_miou' in ms else float('nan'))
-    row |= dict(zip(class_columns(learn.dls.space.codes), iou(cm).tolist()))
-    return row | {m.name:m.value for m in ms.values() if isinstance(m, Validator)} | tightness(learn.model, learn.dls)
+    said = dict(benchmark=root.name, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms)
+    return said | dict(hints=hints, clicks=n, term=term) | scores(learn, ms)
 
 # %% ../../nbs/runs/09_hints.ipynb #hst00031
 _methods = 'source','self_training+fda','self_training+fda+pipa'
 
 def hints_plan()->list: # `(method, hints, term)` each
     "The runs of a seed, the most telling first"
-    st = _methods[1]
-    first = [(m, '0', '') for m in _methods] + [(m, h, 'w=1') for h in ('10x1', '20x3') for m in _methods]
-    cures = ['w=.3', 'w=1 prior=logits', 'w=.3 prior=logits', 'w=1 prior=logits street=source',
-             'w=1 prior=weights tau=.5', 'w=1 prior=logits tau=.5']
-    return first + [(st, h, t) for h in ('20x3', '10x1') for t in cures]
+    source,st,pipa = _methods
+    cures = ['w=.3', 'w=1 prior=logits', 'w=1 prior=weights tau=.5', 'w=1 prior=logits street=source',
+             'w=.3 prior=logits', 'w=1 prior=logits tau=.5']
+    first = [(st, '20x3', t) for t in ('w=1', *cures)] + [(st, '10x1', t) for t in ('w=1', 'w=.3', 'w=1 prior=logits')]
+    more = [(pipa, '20x3', t) for t in ('w=.3', 'w=.3 partners=True')] + [(st, '20x3', 'w=.3 overrule=True')]
+    rest = [(m, h, '' if h=='0' else 'w=.3') for h in ('0', '20x3', '10x1') for m in _methods]
+    amounts = [(st, h, 'w=.3') for h in ('3x1', '10x3', '10x1r', '10x1w.1', 'full5', 'full20')]
+    return [*dict.fromkeys([*first, *more, *rest, *amounts, ('oracle', '0', '')])]
 
 def missing(
     plan:list, # From `hints_plan`
