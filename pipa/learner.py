@@ -20,6 +20,7 @@ from .models import add_heads, bare_names, light, same_classes, segformer, dafor
 from .hrda import hrda
 from .callbacks import *
 from .baselines import MinEnt, AdvSeg, AdvEnt, FDA, MIC
+from .hints.term import with_hints
 from .distrib import Ranks
 from .guard import Guard
 from .lean import Lean
@@ -402,6 +403,8 @@ def uda_learner(
     path='.', # Where `learn.save` and loggers write
     lean:bool=False, # Backpropagate each loss as soon as it is made? Less memory, see `Lean`
     guard:str|None='stop', # At a number that isn't finite: 'stop', 'skip' the batch and count, or `None`; see `Guard`
+    hints=None, # `Domain` of a few labels in the target, see `Clicks`; `None`: no label of the target is read
+    clicks:dict=None, # More arguments for `with_hints`
     **kwargs # To `method_cbs`
 )->Learner:
     "A learner that adapts `model` from the source to the target of `dls`"
@@ -413,6 +416,7 @@ def uda_learner(
     if frozen is not None: freeze_encoder(net, frozen)
     splitter = partial(param_groups, layer_decay=layer_decay)
     parts = method_cbs(method, **kwargs) if isinstance(method, str) else _own_cbs(method, kwargs)
+    if hints is not None: parts = with_hints(parts, hints, **(clicks or {}))
     _warn_of(parts)
     loss = SegLoss(n_out=dls.c, data=f'`{dls.space.name}`' if hasattr(dls, 'space') else 'the data')
     if isinstance(n := getattr(unwrapped(net), 'n_out', None), int): loss.check(torch.empty(0, n))
