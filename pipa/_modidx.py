@@ -1178,6 +1178,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'pipa.nets.others._hf': ('nets/others.html#_hf', 'pipa/nets/others.py'),
                                   'pipa.nets.others._hf_class': ('nets/others.html#_hf_class', 'pipa/nets/others.py'),
                                   'pipa.nets.others._hf_encoder': ('nets/others.html#_hf_encoder', 'pipa/nets/others.py'),
+                                  'pipa.nets.others._hf_seen': ('nets/others.html#_hf_seen', 'pipa/nets/others.py'),
                                   'pipa.nets.others._json': ('nets/others.html#_json', 'pipa/nets/others.py'),
                                   'pipa.nets.others._near': ('nets/others.html#_near', 'pipa/nets/others.py'),
                                   'pipa.nets.others._of': ('nets/others.html#_of', 'pipa/nets/others.py'),

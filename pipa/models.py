@@ -366,6 +366,7 @@ def _caught(o, how, of_linear):
     if how=='in': return o.movedim(-1, 1) if of_linear and o.ndim==4 else o
     if how!='last' or isinstance(o, Tensor): return o
     if isinstance(o, Mapping): o = next((o[k] for k in ('feature_maps', 'last_hidden_state') if k in o), [*o.values()])
+    if isinstance(o, (list,tuple)) and isinstance(o[0], (list,tuple)): o = o[0]   # maps, and tokens beside them
     return o if isinstance(o, Tensor) else o[-1]
 
 # %% ../nbs/07_models.ipynb #rw000001

@@ -137,7 +137,7 @@ def of_smp(
 )->tuple: # The net, and the name of its encoder
     "A net of segmentation_models_pytorch"
     smp,arch,enc = smp_parts(name)
-    more = dict(dynamic_img_size=True) if arch=='DPT' else {}
+    more = dict(dynamic_img_size=True) if arch=='DPT' else dict(strict_img_size=False) if 'swin' in enc else {}
     def make(): return smp.create_model(arch, enc, encoder_weights=weights, classes=n_out, **more)
     with warnings.catch_warnings(action='ignore'):
         try: return make(),'encoder'
@@ -227,7 +227,7 @@ def of_hf(
     kind = config['model_type']
     if kind in ('beit', 'data2vec-vision') and len(config.get('out_indices') or ())!=4:
         n = config.get('num_hidden_layers', 12)
-        config = dict(config, out_indices=[(i+1)*n//4-1 for i in range(4)])
+        config = dict(config, out_features=None, out_indices=[(i+1)*n//4-1 for i in range(4)])
     c = hf_config(config, n_out)
     try: net = need('transformers', f'The net hf:{kind}', 'hf').AutoModelForSemanticSegmentation.from_config(c)
     except (TypeError, ValueError, AttributeError) as e: raise ValueError(
@@ -395,6 +395,17 @@ def _hf_encoder(config, n_out, **scale):
     spec = dict(make=f"hf:{config['model_type']}", n_out=n_out, config=config, **scale)
     return SegNet(enc, SegFormerHead(enc.widths, n_out, dim=128), spec)
 
+def _hf_seen(config, n_out, **scale):
+    "An encoder of Hugging Face that has taken an image"
+    try:
+        net = _hf_encoder(config, n_out, **scale)
+        with torch.no_grad(): net(next(net.parameters()).new_zeros(2, 3, 64, 96))
+        return net
+    except ImportError: raise
+    except Exception as e: raise ValueError(   # nets fail in a dozen ways
+        f"hf:{config['model_type']} can't be an encoder here ({(str(e).splitlines() or [type(e).__name__])[0]}): "
+        "choose another, for instance one of timm (`arch='timm:NAME'`).") from None
+
 # %% ../../nbs/nets/00_others.ipynb #oth0026b
 def _hf(name, n_out, pretrained, layer):
     folder,config,scale = hf_place(name)
@@ -403,7 +414,7 @@ def _hf(name, n_out, pretrained, layer):
     file = folder if pretrained is True else pretrained
     whole = config['model_type'] in hf_kinds()[0]
     if not whole:
-        net = _hf_encoder(config, n_out, **scale)
+        net = _hf_seen(config, n_out, **scale)
         if file: fill_hf(net.backbone.net, file)
         return net
     net,deep = of_hf(config, n_out)
