@@ -13,11 +13,10 @@ from fastai.callback.schedule import ParamScheduler
 from .basics import at_home, between, one_of, write_file
 from .losses import weighted_ce
 from .metrics import MIoU, TeacherMIoU, TermColumn, validators, label_free
-from .checkpoints import load_pretrained
 from .encoders import TimmEncoder, by_block, freeze
 from .mit import MiT
-from .models import add_heads, bare_names, light, same_classes, segformer, daformer, unwrapped
-from .hrda import hrda
+from .models import add_heads, bare_names, same_classes, unwrapped
+from .nets.named import make_net, nets
 from .callbacks import *
 from .baselines import MinEnt, AdvSeg, AdvEnt, FDA, MIC
 from .hints.term import with_hints
@@ -26,9 +25,9 @@ from .guard import Guard
 from .lean import Lean
 
 # %% auto #0
-__all__ = ['nets', 'host_terms', 'method_name', 'method_cbs', 'in_encoder', 'encoder_of', 'param_groups', 'heads_alone', 'rates',
-           'adamw', 'group_table', 'freeze_encoder', 'poly_lr', 'SegLoss', 'target_dl', 'make_net', 'uda_learner',
-           'inference_net']
+__all__ = ['host_terms', 'method_name', 'method_cbs', 'in_encoder', 'encoder_of', 'param_groups', 'heads_alone', 'rates', 'adamw',
+           'group_table', 'freeze_encoder', 'poly_lr', 'SegLoss', 'target_dl', 'uda_learner', 'inference_net', 'nets',
+           'make_net']
 
 # %% ../nbs/20_learner.ipynb #0d193d73
 _on = dict(none=set(), pixel={'pixel'}, patch={'patch'}, both={'pixel','patch'}, pipa={'pixel','patch'})
@@ -321,22 +320,8 @@ def target_dl(
     return dls.test_dl([ims[i] for i in np.linspace(0, len(ims)-1, min(n, len(ims))).round().astype(int)])
 
 # %% ../nbs/20_learner.ipynb #b6d767d2
-nets = dict(light=light, segformer=segformer, daformer=daformer, hrda=hrda)
-
-def make_net(
-    model, # A name such as 'light', 'segformer', 'daformer' or 'hrda', or any net
-    n_out:int, # Number of classes
-    arch:str='mit_b0', # Encoder, when `model` is a name
-    pretrained:bool|str=False, # Start from ImageNet weights? `True`, or a file, see `load_pretrained`
-    **kwargs # To the net's factory, such as `frozen` for a pretrained 'lite0' (default 'norms')
-)->nn.Module:
-    "A net by name, or the net itself"
-    if isinstance(model, nn.Module): return load_pretrained(model, pretrained) if pretrained else model
-    if model not in nets: raise ValueError(f"There is no net `{model}`: choose one of {', '.join(nets)}, "
-                                           "or give a net of your own (see `pipa.models.adapt`).")
-    if pretrained and arch=='lite0': kwargs = dict(frozen='norms') | kwargs
-    net = nets[model](arch, n_out=n_out, **kwargs)
-    return load_pretrained(net, pretrained) if pretrained else net
+_by_name = nets,make_net
+_all_ = ['nets', 'make_net']
 
 # %% ../nbs/20_learner.ipynb #lrn00024
 def _model_of(model, method):
@@ -360,17 +345,6 @@ def _warn_of(cbs):
         warnings.warn('No class of this data is known as a thing, so the feature distance has nothing to do: '
                       'name some with `things`.')
 
-# %% ../nbs/20_learner.ipynb #lrn00025
-def _fits(net, cbs):
-    "Raise a `ValueError` for a net that can't be trained like this"
-    if odd := {str(p.dtype) for p in net.parameters() if p.is_floating_point() and p.dtype!=torch.float32}:
-        raise ValueError(f"The net has weights of {', '.join(sorted(odd))}: give `net.float()`; "
-                         "`learn.to_bf16()` then trains in half precision.")
-    far,near = (any(isinstance(cb, o) for cb in cbs) for o in (FeatureDistance, (PixelContrast, PatchContrast)))
-    if far and not near and not hasattr(unwrapped(net), 'widths'): raise ValueError(
-        f"A {type(net).__name__} doesn't say what maps it has, and the feature distance looks at them: wrap the net "
-        "with `pipa.models.adapt`, or take another method.")
-
 # %% ../nbs/20_learner.ipynb #lrn00026
 def _columns(parts, dls, metrics, n_unlabelled):
     "Losses of all terms, mIoU, more metrics, how much the contrasts scored, and scores without labels"
@@ -387,7 +361,7 @@ def _columns(parts, dls, metrics, n_unlabelled):
 @delegates(method_cbs)
 def uda_learner(
     dls, # From `uda_dls`
-    model=None, # A name from `nets`, or any net (see `pipa.models.adapt`); `None`: 'light', or what the host brings
+    model=None, # A name for `make_net`, or any net (see `pipa.models.adapt`); `None`: 'light', or the host's
     method='pipa', # A name, see `method_cbs`, or a list of callbacks
     arch:str='mit_b0', # Encoder, when `model` is a name
     pretrained:bool|str=False, # Start from ImageNet weights? `True`, or a file, see `load_pretrained`

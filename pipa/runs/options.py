@@ -30,7 +30,7 @@ def options(
     steps:int=260, # Steps in an epoch
     bs:int=4, # Source images, and target images, in a batch
     size:str='128x256', # Height x width that the net sees, multiples of 32
-    net:str='light', # Net: light, segformer, daformer or hrda; the host `hrda` is a net of its own
+    net:str='light', # Net: light segformer daformer hrda deeplabv2, or smp:ARCH/ENCODER torchvision:NAME hf:FOLDER
     arch:str='mit_b0', # Encoder: mit_b0 to mit_b5, lite0, or timm:NAME for any of timm's
     pretrained:store_true=False, # Start from ImageNet weights: of a package (lite0), a hub's cache (timm) or a file
     encoder:str=None, # File of weights for the encoder, such as mit_b5.pth
