@@ -12,7 +12,7 @@ from torch.func import functional_call
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from .losses import weighted_ce
-from .mix import block_mask, strong_augment, imagenet_mean, imagenet_std
+from .mix import block_mask, normed, strong_augment, unnormed
 from .ranks import place, mine, whole_shape, average_, same_
 from .models import resize, with_feats
 from .callbacks import MeanTeacher, LossTerm, with_detail, step_panels, shown_after
@@ -172,8 +172,7 @@ class FDA(Callback):
     order,run_valid = MeanTeacher.order,False
     def __init__(self, beta:float=.01): self.beta = beta # See `fda`
     def before_batch(self):
-        mean,std = (torch.tensor(o, device=self.x.device)[:,None,None] for o in (imagenet_mean, imagenet_std))
-        x_st = (fda(self.x*std+mean, self.x_t*std+mean, self.beta)-mean)/std
+        x_st = normed(fda(unnormed(self.x), unnormed(self.x_t), self.beta))
         self.seen,self.learn.xb = (self.x, self.x_t, x_st),(x_st,)
 
 @patch

@@ -12,9 +12,10 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from .basics import at_home, between, need
 from .mit import mit, mit_sizes
+from .mix import imagenet_mean, imagenet_std
 
 # %% auto #0
-__all__ = ['lite_name', 'Pyramid', 'TimmEncoder', 'from_lite', 'lite_state', 'lite', 'encoder']
+__all__ = ['lite_name', 'Pyramid', 'TimmEncoder', 'own_unit', 'from_lite', 'lite_state', 'lite', 'encoder']
 
 # %% ../nbs/06_encoders.ipynb #tim00002
 _up = lambda c: nn.ConvTranspose2d(c, c, 2, 2)
@@ -54,8 +55,6 @@ def _body(make, name, **kwargs):
     return make(name, features_only=True, **dict(kwargs, out_indices=last)),0
 
 # %% ../nbs/06_encoders.ipynb #tim00004
-_mean,_std = (.485,.456,.406),(.229,.224,.225)   # ImageNet's, in which images come
-
 class TimmEncoder(nn.Module):
     "An encoder of timm: B×3×H×W to four maps of strides 4, 8, 16, 32"
     def __init__(self,
@@ -69,19 +68,21 @@ class TimmEncoder(nn.Module):
         self.net,n = _body(self.make, name, **self.more)
         self.widths = tuple(self.net.feature_info.channels())
         self.pyramid = Pyramid(self.widths[0]) if n else None
-        self.patch = self.net.feature_info.reduction()[0] if n or hasattr(self.net, 'patch_embed') else 1
+        cut = n or hasattr(getattr(self.net, 'patch_embed', None), 'strict_img_size')   # into patches that don't overlap
+        self.patch = self.net.feature_info.reduction()[0] if cut else 1
         cfg = self.net.default_cfg if hasattr(self.net, 'default_cfg') else self.net.pretrained_cfg
-        (m,s),(a,b) = (torch.tensor(o)[...,None,None] for o in ([_mean, _std], [cfg['mean'], cfg['std']]))
+        ours,own = (imagenet_mean, imagenet_std),(tuple(cfg['mean']), tuple(cfg['std']))
+        (m,s),(a,b) = (torch.tensor(o)[...,None,None] for o in (ours, own))
         self.register_buffer('scale', s/b, persistent=False)
         self.register_buffer('shift', (m-a)/b, persistent=False)
-        self.rescale = tuple(cfg['mean'])!=_mean or tuple(cfg['std'])!=_std
+        self.unit = dict(mean=own[0], std=own[1]) if own!=ours else {}
         for p in self.still(): p.requires_grad_(False)
 
 # %% ../nbs/06_encoders.ipynb #tim00005
 @patch
 def forward(self:TimmEncoder, x):
     hw = x.shape[-2:]
-    if self.rescale: x = x*self.scale+self.shift
+    if self.unit: x = x*self.scale+self.shift
     if any(n%self.patch for n in hw):
         x = F.interpolate(x, [-(-n//self.patch)*self.patch for n in hw], mode='bilinear', align_corners=False)
     maps = self.net(x.contiguous(memory_format=torch.channels_last))
@@ -89,6 +90,13 @@ def forward(self:TimmEncoder, x):
     sizes = [[-(-n//s) for n in hw] for s in (4,8,16,32)]
     return [m if [*m.shape[-2:]]==s else F.interpolate(m, s, mode='bilinear', align_corners=False)
             for m,s in zip(self.pyramid(maps) if self.pyramid else maps, sizes)]
+
+# %% ../nbs/06_encoders.ipynb #tim0005a
+def own_unit(
+    net:nn.Module # Any
+)->dict: # `mean` and `std` to which the net brings images itself; empty if it takes them as they come
+    "The unit of images inside a net, which it says by an attribute `unit` of one of its parts"
+    return next((dict(m.unit) for m in net.modules() if getattr(m, 'unit', None)), {})
 
 # %% ../nbs/06_encoders.ipynb #tim0005b
 @patch
