@@ -7,7 +7,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from itertools import takewhile
 import torch, torch.nn.functional as F
-from torch import nn
+from torch import nn, Tensor
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from .basics import at_home, between, need
@@ -68,7 +68,7 @@ class TimmEncoder(nn.Module):
         self.net,n = _body(self.make, name, **self.more)
         self.widths = tuple(self.net.feature_info.channels())
         self.pyramid = Pyramid(self.widths[0]) if n else None
-        cut = n or hasattr(getattr(self.net, 'patch_embed', None), 'strict_img_size')   # into patches that don't overlap
+        cut = n or hasattr(getattr(self.net, 'patch_embed', None), 'strict_img_size')   # into separate patches
         self.patch = self.net.feature_info.reduction()[0] if cut else 1
         cfg = self.net.default_cfg if hasattr(self.net, 'default_cfg') else self.net.pretrained_cfg
         ours,own = (imagenet_mean, imagenet_std),(tuple(cfg['mean']), tuple(cfg['std']))
@@ -80,14 +80,20 @@ class TimmEncoder(nn.Module):
 
 # %% ../nbs/06_encoders.ipynb #tim00005
 @patch
-def forward(self:TimmEncoder, x):
-    hw = x.shape[-2:]
+def own_maps(self:TimmEncoder,
+    x:Tensor # Images, B×3×H×W, see `pipa.mix.normed`
+)->list: # Four maps, B×C×h×w each; those of a plain transformer on one grid
+    "The maps of timm's net as they come"
     if self.unit: x = x*self.scale+self.shift
-    if any(n%self.patch for n in hw):
-        x = F.interpolate(x, [-(-n//self.patch)*self.patch for n in hw], mode='bilinear', align_corners=False)
+    if any(n%self.patch for n in x.shape[-2:]):
+        fit = [-(-n//self.patch)*self.patch for n in x.shape[-2:]]
+        x = F.interpolate(x, fit, mode='bilinear', align_corners=False)
     maps = self.net(x.contiguous(memory_format=torch.channels_last))
-    maps = [m if m.shape[1]==c else m.permute(0,3,1,2) for m,c in zip(maps, self.widths)]
-    sizes = [[-(-n//s) for n in hw] for s in (4,8,16,32)]
+    return [m if m.shape[1]==c else m.permute(0,3,1,2) for m,c in zip(maps, self.widths)]
+
+@patch
+def forward(self:TimmEncoder, x):
+    maps,sizes = self.own_maps(x),[[-(-n//s) for n in x.shape[-2:]] for s in (4,8,16,32)]
     return [m if [*m.shape[-2:]]==s else F.interpolate(m, s, mode='bilinear', align_corners=False)
             for m,s in zip(self.pyramid(maps) if self.pyramid else maps, sizes)]
 
