@@ -12,11 +12,12 @@ from fastai.torch_basics import *
 from fastai.data.core import Datasets, DataLoaders, TfmdDL
 from fastai.data.load import _loaders
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
-from fastai.vision.core import PILImage, imagenet_stats
+from fastai.vision.core import PILImage
 from .sets.pictures import *
 from .sets.domains import *
 from .sets.layouts import *
 from .basics import at_home, between, keep_file, stamp
+from .mix import imagenet_mean, imagenet_std, normed
 from .sets.rare import *
 
 # %% auto #0
@@ -60,7 +61,7 @@ def view_box(
     return x,y,x+bw,y+bh
 
 # %% ../nbs/12_data.ipynb #1c383cd3
-mean_color = tuple(round(255*o) for o in imagenet_stats[0])
+mean_color = tuple(round(255*o) for o in imagenet_mean)
 
 def _near(a, box):
     "The part of an array around `box`, with what a filter needs at its rim, and the box in it"
@@ -327,14 +328,13 @@ class ZeroPad(Transform):
     "Set pixels of the mean colour to zero, once they are normalised"
     order = Normalize.order+1
     def __init__(self):
-        mean,std = (torch.tensor(o)[:,None,None] for o in imagenet_stats)
-        self.fill = (torch.tensor(mean_color)[:,None,None]/255-mean)/std
+        self.fill = normed(torch.tensor(mean_color)[:,None,None]/255)
     def encodes(self, o:TensorImage):
         pad = ((o-self.fill.to(o.device)).abs()<1e-4).all(-3, keepdim=True)
         return o.masked_fill(pad, 0)
 
 def _after_batch(pad=False):
-    return [IntToFloatTensor(), Normalize.from_stats(*imagenet_stats, cuda=False)] + [ZeroPad()]*pad
+    return [IntToFloatTensor(), Normalize.from_stats(imagenet_mean, imagenet_std, cuda=False)] + [ZeroPad()]*pad
 
 # %% ../nbs/12_data.ipynb #6c8349cc
 def covering(

@@ -273,6 +273,13 @@ def test_a_public_name_has_one_meaning():
     double = {n:ms for n,ms in homes.items() if len(ms)>1 and n[0]!='_'}
     assert not double, f'one name, two meanings: {double}'
 
+def test_one_place_knows_the_mean_and_the_deviation_of_images():
+    "Pages and modules ask `pipa.mix`; a test may write the numbers down, as an oracle"
+    of = re.compile(r'\.485\b|\.229\b|imagenet_stats')
+    bad = [p.name for p in modules if of.search(p.read_text(encoding='utf8'))]
+    bad += [p.name for p in nbs for c in cells(p) if c['cell_type']=='code' and of.search(source(c))]
+    assert sorted(bad)==['03_mix.ipynb', 'mix.py'], 'take `normed` and `unnormed`, or the two constants'
+
 @every_module
 def test_private_names_stay_at_home(mod):
     for o in ast.walk(ast.parse((root/f'pipa/{mod.replace(".", "/")}.py').read_text(encoding='utf8'))):
