@@ -19,7 +19,8 @@ from ..hints.tools import Hints, hints_of
 from ..checkpoints import save
 from ..fast import fast
 from ..guard import Guard
-from ..learner import host_terms, make_net, method_cbs, method_name, uda_learner
+from ..models import unwrapped
+from ..learner import encoder_of, host_terms, make_net, method_cbs, method_name, uda_learner
 from ..metrics import iou, iou_table, miou, Validator
 from ..look.measures import tightness
 from .options import *
@@ -209,7 +210,8 @@ def prepare(
     before = Before(dls.valid)
     model = fast(make_net(net['model'], dls.c, o.arch, o.encoder or o.pretrained, **net['net']))
     learn = uda_learner(dls, model, o.method, lr=o.lr, lean=o.get('lean', False), n_unlabelled=o.unlabelled,
-                        guard=None, hidden=net['hidden'], **(dict(hints=hints) if hints else {}), **method_args(o),
+                        guard=None, hidden=net['hidden'], **(dict(hints=hints) if hints else {}), **learn_args(o),
+                        **method_args(o),
                         cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)])
     for m in learn.metrics.filter(lambda m: isinstance(m, Validator)): m.last = True # Once, at the end
     return learn,before,(src,tgt,val,hints)
@@ -230,7 +232,9 @@ def fit_in_folder(
     learn.path = out = Path(out) if o.resume else rank0_folder(out)
     watch(learn, o.get('guard', 'off'), out/'metrics.csv' if checkpoints(out) else None)   # else it begins anew
     if not rank: held.enter_context(claim(out))
-    text = json.dumps(dict(o, ranks=world, **origins(o, *doms, out=out if o.resume else None)), indent=1)
+    loaded = next((m.loaded for m in (unwrapped(learn.model), encoder_of(learn.model)) if hasattr(m, 'loaded')), None)
+    made = origins(o, *doms, out=out if o.resume else None, loaded=loaded)
+    text = json.dumps(dict(o, ranks=world, **made), indent=1)
     if o.resume: checkpoints(out) and learn.resume()
     elif not rank: write_file(out/'config.json', lambda f: f.write(text.encode()))
     quiet = nullcontext() if rank or sys.stdout.isatty() else plain_log(learn)
