@@ -63,7 +63,7 @@ def _label(name, space):
     void = re.fullmatch('void|ignored?|unlabell?ed|background|_background_|no[ _-]?data', name, re.I)
     return space.ignore if void and name not in space.codes else space.codes.index(known_label(name, space))
 
-def _of_file(file, most=5*10**8):
+def _of_file(file, most=2*10**8):
     if Path(file).stat().st_size>most: raise ValueError(f"`{file}` has more than {most//10**6} MB: "
                                                         "is it the annotation file? Export fewer images at a time.")
     try: return Path(file).read_bytes().decode('utf-8-sig')
