@@ -631,6 +631,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'pipa.hints.tools._kind': ('hints/tools.html#_kind', 'pipa/hints/tools.py'),
                                   'pipa.hints.tools._label': ('hints/tools.html#_label', 'pipa/hints/tools.py'),
                                   'pipa.hints.tools._line': ('hints/tools.html#_line', 'pipa/hints/tools.py'),
+                                  'pipa.hints.tools._made': ('hints/tools.html#_made', 'pipa/hints/tools.py'),
                                   'pipa.hints.tools._merged': ('hints/tools.html#_merged', 'pipa/hints/tools.py'),
                                   'pipa.hints.tools._of_colors': ('hints/tools.html#_of_colors', 'pipa/hints/tools.py'),
                                   'pipa.hints.tools._of_file': ('hints/tools.html#_of_file', 'pipa/hints/tools.py'),

@@ -277,6 +277,21 @@ def test_memory_holds_one_map(target, home, tmp_path, monkeypatch):
     write_clicks(home/'clicks.csv', [Click(o, 5, 5, 'road') for o in click_names(target)][1:])
     assert hints_of(target, home).code!=a.code
 
+def test_label_maps_are_drawn_once(target, home, tmp_path, monkeypatch):
+    "For the same files and clicks; another mask, click or class is another map"
+    calls,real = [],tools._merged
+    monkeypatch.setattr(tools, '_merged', lambda *a: calls.append(a) or real(*a))
+    mask(home/'hints/2.png', {(0,0):1}); put(home/'hints/a.json', labelme(imagePath='3.jpg')); write_clicks(home/'clicks.csv', [Click('4.jpg', 5, 5, 'road')])
+    def drawn_anew(): calls.clear(); h = hints_of(target, home); return len(calls),h.code,h.pixels
+    n,code,pixels = drawn_anew()
+    assert n==3 and drawn_anew()==(0, code, pixels)
+    mask(home/'hints/2.png', {(0,0):1, (10,10):2}); assert drawn_anew()[0]==1
+    write_clicks(home/'clicks.csv', [Click('4.jpg', 5, 6, 'road')]); assert drawn_anew()[0]==1
+    put(home/'hints/a.json', labelme(imagePath='3.jpg', shapes=[shape('polygon', box, 'car')])); assert drawn_anew()[0]==1
+    for o in (tmp_path/'xdg/pipa/hints').glob('*.json'): o.write_text('{"file": "none.png"}')
+    assert drawn_anew()[0]==3
+    target.space = label_space(['pavement','road','sky','car']); assert drawn_anew()[0]==3
+
 # --- validation -------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('o', [labelme(imagePath='../../valid/images/v.png'), labelme(imagePath='../../valid/images/2.jpg'), coco(file_name='valid/images/2.jpg'), studio(image='/data/valid/images/2.jpg')], ids=range(4))
 def test_validation_is_never_hinted(o, target, home, tmp_path):
