@@ -385,7 +385,8 @@ def _merged(image, marked, clicks, space):
 def _made(image, marked, clicks, space, home):
     "The file of a label map and the pixels of each number in it, made once"
     of = [[*map(list, clicks)], [[m.image, sorted((m.colors or {}).items())] for m in marked]]
-    key = stamp_of([image, *(m.file for m in marked)], of, sorted(space.ids.items()), sorted(space.void), space.codes, 1)
+    classes = [space.codes, sorted(space.ids.items()), sorted(space.void)]
+    key = stamp_of([image, *(m.file for m in marked)], of, classes)
     note = home/'hints'/f'{key}.json'
     try:
         o = json.loads(note.read_text(encoding='utf8'))
