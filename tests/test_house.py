@@ -126,7 +126,7 @@ def test_version():
 # --- arrows go down ---------------------------------------------------------------------------------------------------------------------
 # A page uses only pages above it. In the core their numbers are the order; a folder stands behind the core page of this number, folders of one
 # number in this order, and inside a folder numbers count again. Nobody but the command line uses `bench` and `runs`.
-rooms = dict(sets=11, weights=8, nets=8, hints=16, look=24, runs=24, bench=24)
+rooms = dict(sets=11, weights=8, nets=8, hints=16, look=24, runs=25, bench=25)
 leaves = 'labels losses mix mit encoders fast models hrda minicity'.split()
 
 def number(p): return int(m[0]) if (m := re.match(r'\d+', p.stem)) else None
@@ -190,6 +190,7 @@ def test_anatomy(nb):
     assert nb.stat().st_size<400_000, 'figures are small: a notebook has less than 400 kB'
     assert not [o for c in cs for o in c.get('outputs', []) if o['output_type']=='error']
     assert not [o for c in cs for o in c.get('outputs', []) if o.get('name')=='stderr'], 'warnings, which name a machine, are no output'
+    assert len({c['id'] for c in cs})==len(cs), 'each cell has a name of its own'
     assert 'widgets' not in json.loads(nb.read_text(encoding='utf8'))['metadata']
     if any(map(has_default, cs)): assert 'nbdev_export()' in source(cs[-1]), 'the last cell exports'
 
