@@ -13,7 +13,7 @@ from .basics import between
 from .callbacks import LossTerm
 
 # %% auto #0
-__all__ = ['seconds', 'plan', 'Clock', 'pace']
+__all__ = ['seconds', 'steps_in', 'StepClock', 'pace']
 
 # %% ../nbs/25_budget.ipynb #bud00007
 def seconds(
@@ -25,7 +25,7 @@ def seconds(
     return between('the time, in seconds', float(m[1])*dict(s=1, m=60, h=3600)[m[2]], 0, above=True)
 
 # %% ../nbs/25_budget.ipynb #bud00010
-def plan(
+def steps_in(
     t:float, # Seconds that there are
     early:float, # Seconds of a step before the terms begin
     late:float, # Seconds of a step after that
@@ -42,7 +42,7 @@ def plan(
     return dict(epochs=e, steps=steps, start=round(share*e*steps))
 
 # %% ../nbs/25_budget.ipynb #bud00013
-class Clock(Callback):
+class StepClock(Callback):
     "End a fit after a few steps and keep how long each took"
     order = 2000
     def __init__(self,
@@ -57,16 +57,17 @@ class Clock(Callback):
     @property
     def step(self): return statistics.median(b-a for a,b in zip(self.ends[self.skip:], self.ends[self.skip+1:]))
 
+# %% ../nbs/25_budget.ipynb #bud00019
 def pace(
     learn, # Learner that will be thrown away; a fit of it writes nothing
     n:int=3 # Steps that count, of each kind
-)->dict: # `early`, `late` and `look`, the seconds that `plan` asks for
+)->dict: # `early`, `late` and `look`, the seconds that `steps_in` asks for
     "How long a step takes before and after the terms begin, and a validation"
     terms,res = [cb for cb in learn.cbs if isinstance(cb, LossTerm)],{}
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, CSVLogger) or cb.name=='checkpoint'])
     for k,at in dict(early=inf, late=0).items():
         for cb in terms: cb.start = at
-        with learn.no_bar(), learn.no_logging(), learn.added_cbs(clock := Clock(n)): learn.fit(1)
+        with learn.no_bar(), learn.no_logging(), learn.added_cbs(clock := StepClock(n)): learn.fit(1)
         res[k] = clock.step
     return res | dict(look=_look(learn))
 

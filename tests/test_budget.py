@@ -39,7 +39,7 @@ def paces(monkeypatch):
 def test_a_time_becomes_steps_that_are_kept(data, paces, capsys):
     cli.pipa_train('self_training', str(data), time='18s', out='a', epochs=2, **opts)
     out,c = capsys.readouterr().out,config('a')
-    want = budget.plan(18-2-5, .5, 1., 2., epochs=2, share=500/(2*260))
+    want = budget.steps_in(18-2-5, .5, 1., 2., epochs=2, share=500/(2*260))
     assert {k:c[k] for k in want}==want and c['time']=='18s' and f"{want['epochs']} epochs of {want['steps']} steps" in out
     row = json.loads(Path('a/row.json').read_text())
     assert settings(row['command'])['steps']==want['steps'] and '--time' not in row['command'] and len(paces)==1

@@ -17,7 +17,7 @@ from ..ranks import place, start
 from ..sets.named import domains
 from ..data import class_counts, uda_dls
 from ..hints.tools import Hints, hints_of
-from ..budget import pace, plan, seconds
+from ..budget import pace, seconds, steps_in
 from ..checkpoints import load, save
 from ..fast import fast
 from ..guard import Guard
@@ -35,8 +35,8 @@ from .. import check, show
 
 # %% auto #0
 __all__ = ['hint_columns', 'new_folder', 'rank0_first', 'rank0_folder', 'Before', 'write_run', 'measures', 'look_at', 'plain_log',
-           'watch', 'find_hints', 'begun_hints', 'halved', 'begun_from', 'net_of_run', 'teach', 'planned', 'prepare',
-           'fit_in_folder', 'begun_with', 'resumed', 'run', 'without', 'in_file', 'run_command']
+           'watch', 'find_hints', 'begun_hints', 'halved', 'begun_from', 'net_of_run', 'teach', 'without', 'planned',
+           'prepare', 'fit_in_folder', 'begun_with', 'resumed', 'run', 'in_file', 'run_command']
 
 # %% ../../nbs/runs/04_run.ipynb #run00006
 def new_folder(
@@ -198,7 +198,7 @@ def halved(
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(): yield
 
 # %% ../../nbs/runs/04_run.ipynb #frm00002
-_of_its_own = 'epochs steps start seed pretrained encoder time fromrun hints out threads workers resume minutes config'.split()
+_of_its_own = 'epochs steps start seed time pretrained encoder fromrun hints out config threads workers minutes'.split()
 
 def begun_from(
     o:dict, # Options
@@ -239,6 +239,17 @@ def teach(
     mt.teacher,mt.t = deepcopy(learn.model).eval().requires_grad_(False),10**6
     if (at_home(path)/'teacher.safetensors').is_file(): load(path, learn.dls.device, mt.teacher, 'teacher')
 
+# %% ../../nbs/runs/04_run.ipynb #frm00006
+def without(
+    argv:list, # Words of a command
+    names:str # Of options
+)->list: # The other words
+    "Leave options out of a command"
+    res,flags = [],[f'--{o}' for o in names.split()]
+    for a,b in zip(argv, ['', *argv]):
+        if a not in flags and not (b in flags) and a.partition('=')[0] not in flags: res.append(a)
+    return res
+
 # %% ../../nbs/runs/04_run.ipynb #frm00005
 def planned(
     o:dict, # Options with a `time`
@@ -254,11 +265,12 @@ def planned(
     with redirect_stdout(io.StringIO()): learn = prepare(c, world)[0]
     with halved(learn, c.precision): p = pace(learn)
     left = seconds(o['time']) - (time.monotonic()-since) - p['look'] - 5   # tables and pictures
-    new = [plan(left, **p, epochs=o['epochs'], share=min(1., o['start']/(o['epochs']*o['steps'])))]
+    new = [steps_in(left, **p, epochs=o['epochs'], share=min(1., o['start']/(o['epochs']*o['steps'])))]
     if world>1: torch.distributed.broadcast_object_list(new, 0)
     if 'start' in asked: new[0]['start'] = o['start']
-    if not place()[0]: print('pipa: In {}: {} epochs of {} steps, the first {} on the source alone. A step takes {:.2f} s, '
-        'with the terms {:.2f} s, a validation {:.1f} s.'.format(o['time'], *new[0].values(), *p.values()), flush=True)
+    said = '{} epochs of {} steps, the first {} on the source alone'.format(*new[0].values())
+    said += '. A step takes {:.2f} s, with the terms {:.2f} s, a validation {:.1f} s'.format(*p.values())
+    if not place()[0]: print(f"pipa: In {o['time']}: {said}.", flush=True)
     return o | new[0]
 
 # %% ../../nbs/runs/04_run.ipynb #run00014
@@ -279,8 +291,7 @@ def prepare(
     model = fast(net_of_run(o.fromrun, dls.space) if o.get('fromrun') else
                  make_net(net['model'], dls.c, o.arch, o.encoder or o.pretrained, **net['net']))
     learn = uda_learner(dls, model, o.method, lr=o.lr, lean=o.get('lean', False), n_unlabelled=o.unlabelled,
-                        guard=None, hidden=net['hidden'], **(dict(hints=hints) if hints else {}), **learn_args(o),
-                        **method_args(o),
+                        guard=None, hidden=net['hidden'], hints=hints, **learn_args(o), **method_args(o),
                         cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)])
     if o.get('fromrun'): teach(learn, o.fromrun)
     for m in learn.metrics.filter(lambda m: isinstance(m, Validator)): m.last = True # Once, at the end
@@ -384,7 +395,8 @@ def run(
         if not row: return out
         o['precision'] = row.pop('precision') # What auto came to
         apart = ' '.join([o for o in (unusual(o), f'ranks={place()[1]}'*(place()[1]>1)) if o])
-        if o.get('time'): said = without(said, 'time epochs start') + [f'--{k}={o[k]}' for k in ('epochs','steps','start')]
+        if o.get('time'):
+            said = without(said, 'time epochs start') + [f'--{k}={o[k]}' for k in ('epochs', 'steps', 'start')]
         command = shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))])
         row |= dict(settings=apart, command=command, version=made_of())
         write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
@@ -392,16 +404,6 @@ def run(
     return out
 
 # %% ../../nbs/runs/04_run.ipynb #run00020
-def without(
-    argv:list, # Words of a command
-    names:str # Of options
-)->list: # The other words
-    "Leave options out of a command"
-    res,flags = [],[f'--{o}' for o in names.split()]
-    for a,b in zip(argv, ['', *argv]):
-        if a not in flags and not (b in flags) and a.partition('=')[0] not in flags: res.append(a)
-    return res
-
 def in_file(
     o:dict # Options, some of them from the file `o['config']`
 ):
