@@ -10,11 +10,16 @@ import warnings
 warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
 import shlex, sys
 from pathlib import Path
+from fastcore import script
 from fastcore.script import store_true
 from fastai.torch_basics import *
 from . import check, export, infer
 from .data import codes_space
 from .checkpoints import load, load_official, save, save_hf, save_official, space_of
+from .hints.clicks import read_clicks
+from .hints.suggest import suggest, suggestion_sheet, write_suggestions
+from .hints.tools import hints_of
+from .sets.domains import folder
 from .sets.named import domains
 from .runs.options import options, parse_size, parser, possible, taking
 from .runs.plan import *
@@ -23,7 +28,7 @@ from .runs.run import new_folder, run_command
 from .runs.score import eval_domain, open_net, write_scores
 
 # %% auto #0
-__all__ = ['pipa_train', 'pipa_eval', 'pipa_export', 'pipa_predict', 'pipa_convert', 'pipa_study', 'pipa_check']
+__all__ = ['pipa_train', 'pipa_eval', 'pipa_export', 'pipa_predict', 'pipa_convert', 'pipa_study', 'pipa_check', 'pipa_suggest']
 
 # %% ../nbs/31_cli.ipynb #1f0e3dad
 @command
@@ -218,3 +223,57 @@ def pipa_check(
     found = check.report(doms, out, n_workers=workers)
     print(f'In {Path(out).resolve()}: ' + ', '.join(sorted(p.name for p in Path(out).iterdir())))
     if (found.level=='wrong').any(): sys.exit('pipa: training would refuse this data, see above.')
+
+# %% ../nbs/31_cli.ipynb #sgg00002
+class _Short(script.Param):
+    "An option of one letter, with one dash"
+    @property
+    def pre(self): return '-'
+
+def _to_label(data, space, size):
+    "The target's pictures, and which of them have hints"
+    root = Path(data)
+    if data=='minicity' or not root.is_dir(): return domains(data, 'source', size)[1],[]
+    own = root/'target/images'
+    target = folder(own if own.is_dir() else root, None, space, 'target')
+    hints = hints_of(target, root/'target') if own.is_dir() else None
+    known = {*map(str, hints.images)} if hints else ()
+    return target,[i for i,o in enumerate(target.images) if str(o) in known]
+
+def _filled(file, space):
+    "Refuse to overwrite a list in which somebody has written"
+    try: done = file.is_file() and read_clicks(file, space)
+    except ValueError: done = True
+    if done: raise ValueError(f"`{file}` has classes filled in: save it as `clicks.csv` beside the images of the "
+                              "target, move it away, or name another folder with --out.")
+
+# %% ../nbs/31_cli.ipynb #sgg00003
+@command
+def pipa_suggest(
+    data:str, # A folder as for pipa_train or a folder of images, minicity, or a pair such as gta:cityscapes
+    weights:str='weights.safetensors', # File of weights, an .onnx file, or the folder of a run
+    n:_Short('Images to suggest', int)=20, # Images to suggest
+    points:int=5, # Places in each
+    most:int=500, # Images to look at, evenly spread; 0 for all
+    size:str=None, # Height x width that images are resized to cover; default that of training
+    teacher:store_true=False, # The teacher of the run in place of the student
+    out:str='suggestions' # Folder for suggestions.csv and sheet.png
+):
+    "Say which images of the target to label, and where: those that puzzle the net, and don't look like each other"
+    for k,v,least in (('-n', n, 1), ('--points', points, 1), ('--most', most, 0)): between(k, v, least, 10**6)
+    out = writable(out)
+    net,meta,sp,_ = open_net(weights, teacher)
+    hw = parse_size(size or meta.get('size', '128x256'))
+    target,hinted = _to_label(data, sp, hw)
+    _beside(target, out)
+    file,sheet = out/'suggestions.csv',out/'sheet.png'
+    own({file: 'image,x,y,class,r,net,score', sheet: 'Software\0pipa'}, 'pipa_suggest')
+    _filled(file, sp)
+    some = np.linspace(0, len(target)-1, min(most or len(target), len(target))).round().astype(int).tolist()
+    bar = partial(progress_bar, leave=False) if sys.stdout.isatty() else list
+    def ask(path): return infer.logits(net, path, hw).softmax(0)
+    found = suggest(target, ask, n, points, hinted, among=sorted({*some, *hinted}), bar=bar)
+    if not found: raise ValueError(f"All images of `{data}` have hints: there is nothing left to suggest.")
+    write_suggestions(file, found, target)
+    suggestion_sheet(found, target).to_png(sheet)
+    print(f'{len(found)} of {len(target)} images, {sum(len(o.places) for o in found)} places, in {out.resolve()}')

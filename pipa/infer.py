@@ -13,9 +13,9 @@ from torch import nn, Tensor
 from PIL import Image, PngImagePlugin
 from fastprogress.fastprogress import progress_bar
 from fastcore.meta import delegates
-from fastai.vision.core import imagenet_stats
 from .labels import cityscapes19, space as known_space
 from .basics import at_home, between, own, write_file
+from .mix import normed
 from .models import get_logits, resize, same_classes
 from .data import Domain, covering, image_exts, read_image
 from .sets.domains import labels_of
@@ -60,16 +60,15 @@ def pixels(
 # %% ../nbs/21_infer.ipynb #6512bd44
 def normalise(
     x:Tensor # Images as bytes, B×3×H×W
-)->Tensor: # B×3×H×W, float32, with ImageNet's mean and standard deviation
+)->Tensor: # B×3×H×W, float32, see `pipa.mix.normed`
     "Bytes as the numbers that a net wants"
-    mean,std = (torch.tensor(o, device=x.device)[:,None,None] for o in imagenet_stats)
-    return (x/255-mean)/std
+    return normed(x/255)
 
 def to_input(
     image:Image.Image, # RGB
     hw:tuple, # Height and width for the net
     device=None # Where to
-)->Tensor: # 1×3×H×W, normalised with ImageNet's mean and standard deviation
+)->Tensor: # 1×3×H×W, see `pipa.mix.normed`
     "An image as the tensor that a net wants"
     return normalise(pixels(image, hw).to(device))
 

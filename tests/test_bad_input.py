@@ -101,6 +101,7 @@ def tree(*homes): return {str(p): p.stat(follow_symlinks=False).st_mtime_ns for 
 # A row: arguments, and words of the sentence. `{w}` is the world above; what a row doesn't say is as in `usual`.
 usual = dict(pipa_train=[*tiny, '--data={w}/good', '--out=out'], pipa_eval=['{w}/w.safetensors', '--data={w}/good', '--out=out'], pipa_predict=['{w}/pics', '--weights={w}/w.safetensors', '--out=out'],
              pipa_convert=['{w}/w.safetensors', '--out=out'], pipa_export=['{w}/w.safetensors', '--out=out.pt2'], pipa_study=['--table=out/t.csv', '--runs=out/r'], pipa_check=['{w}/good', '--out=out', '--workers=0'],
+             pipa_suggest=['{w}/good', '--weights={w}/w.safetensors', '--out=out'],
              pipa_bench=['--parts=ema,optimizer', '--out=out.csv'])
 
 table = dict(pipa_train=r"""
@@ -117,6 +118,9 @@ table = dict(pipa_train=r"""
 --data=~nobody-of-this-name/x | nobody knows which home folder the tilde means
 --data=gta5:cityscapes | `gta5`, which is no data set
 --data=gta:cityscapes | set PIPA_DATA
+--hints=nowhere | no `nowhere`, where hints should be
+--hints={w}/empty | `--hints {w}/empty` holds no hint
+--hints={w}/file | none of what is read as a hint
 --seed=abc | argument --seed: invalid int
 --seed=-1 | `--seed` is -1: it must be from 0
 --minutes=-1 | `--minutes` is -1
@@ -330,6 +334,21 @@ empty | valid/images` is not a folder
 --table={w}/table.csv | has no column `method`
 --table={w}/zero.safetensors | can't be read as a table
 --runs={w}/file | is a file: name a folder
+""", pipa_suggest=r"""
+nowhere | `--data nowhere` is neither
+{w}/empty | No picture
+{w}/texts | No picture
+{w}/file | is neither `minicity` nor a folder
+gta:cityscapes | set PIPA_DATA
+{w}/good -n 0 | `-n` is 0: it must be from 1
+{w}/good -n abc | argument -n: invalid int
+--points=0 | `--points` is 0
+--most=-1 | `--most` is -1
+--size=33x33 | multiples of 32
+--out={w}/file | is a file: name a folder
+--out={w}/good/target/images/x | lies among the pictures
+--weights={w}/empty | no file `{w}/empty/weights.safetensors`
+--weights=nowhere | `nowhere`
 """, pipa_check=r"""
 nowhere | `nowhere` is not a folder: give
 {w}/empty | No picture

@@ -64,7 +64,8 @@ def calls(w, k, out=''):
         pipa_predict=(dict(images=f'{data}/target/images', weights=net, out=f'{out}pred'), 'pred/0_labels.png'),
         pipa_convert=(dict(file=net, out=f'{out}new.safetensors'), 'new.safetensors'), pipa_export=(dict(weights=net, out=f'{out}net.pt2'), 'net.pt2'),
         pipa_study=(dict(methods='source', seeds='0', table=f'{out}t.csv', runs=f'{out}runs', args=f'--data={data}'), 't.csv'),
-        pipa_check=(dict(data=data, out=f'{out}check', workers=0), 'check/classes.csv'), pipa_bench=(dict(parts='ema', turns=1, size=64, out=f'{out}b.csv'), 'b.csv'))
+        pipa_check=(dict(data=data, out=f'{out}check', workers=0), 'check/classes.csv'),
+        pipa_suggest=(dict(data=data, weights=net, n=1, out=f'{out}suggestions'), 'suggestions/suggestions.csv'), pipa_bench=(dict(parts='ema', turns=1, size=64, out=f'{out}b.csv'), 'b.csv'))
 
 def test_all_commands_are_called(): assert calls(Path(), 'cn').keys()==scripts.keys()
 

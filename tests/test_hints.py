@@ -1,5 +1,5 @@
 "Hints of a target: clicks as a file, discs, files of annotation tools, the labelled domain, and what a run does with them"
-import base64, io, json, random
+import json, random
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
@@ -8,7 +8,7 @@ from pipa.checkpoints import load
 from pipa.data import Domain, class_counts, read_mask
 from pipa.hints import tools
 from pipa.hints.clicks import Click, add_click, click_masks, click_names, clicks_by_image, counts, drop_click, read_clicks, write_clicks
-from pipa.hints.tools import drawn, fill_, hints_of, read_hints, read_json
+from pipa.hints.tools import fill_, hints_of
 from pipa.labels import label_space, space
 from pipa.runs import run as runs
 from pipa.sets.named import domains
@@ -277,6 +277,21 @@ def test_memory_holds_one_map(target, home, tmp_path, monkeypatch):
     write_clicks(home/'clicks.csv', [Click(o, 5, 5, 'road') for o in click_names(target)][1:])
     assert hints_of(target, home).code!=a.code
 
+def test_label_maps_are_drawn_once(target, home, tmp_path, monkeypatch):
+    "For the same files and clicks; another mask, click or class is another map"
+    calls,real = [],tools._merged
+    monkeypatch.setattr(tools, '_merged', lambda *a: calls.append(a) or real(*a))
+    mask(home/'hints/2.png', {(0,0):1}); put(home/'hints/a.json', labelme(imagePath='3.jpg')); write_clicks(home/'clicks.csv', [Click('4.jpg', 5, 5, 'road')])
+    def drawn_anew(): calls.clear(); h = hints_of(target, home); return len(calls),h.code,h.pixels
+    n,code,pixels = drawn_anew()
+    assert n==3 and drawn_anew()==(0, code, pixels)
+    mask(home/'hints/2.png', {(0,0):1, (10,10):2}); assert drawn_anew()[0]==1
+    write_clicks(home/'clicks.csv', [Click('4.jpg', 5, 6, 'road')]); assert drawn_anew()[0]==1
+    put(home/'hints/a.json', labelme(imagePath='3.jpg', shapes=[shape('polygon', box, 'car')])); assert drawn_anew()[0]==1
+    for o in (tmp_path/'xdg/pipa/hints').glob('*.json'): o.write_text('{"file": "none.png"}')
+    assert drawn_anew()[0]==3
+    target.space = label_space(['pavement','road','sky','car']); assert drawn_anew()[0]==3
+
 # --- validation -------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('o', [labelme(imagePath='../../valid/images/v.png'), labelme(imagePath='../../valid/images/2.jpg'), coco(file_name='valid/images/2.jpg'), studio(image='/data/valid/images/2.jpg')], ids=range(4))
 def test_validation_is_never_hinted(o, target, home, tmp_path):
@@ -312,13 +327,9 @@ def weights(out): return load(Path(out)/'weights.safetensors')
 
 @pytest.fixture
 def given(monkeypatch):
-    "What `uda_learner` gets of hints, also where it can't use them yet"
-    from inspect import signature
+    "What `uda_learner` gets of hints"
     seen,real = [],runs.uda_learner
-    def f(*a, **kw):
-        seen.append(kw.get('hints'))
-        if 'hints' not in signature(real).parameters: kw.pop('hints', None)
-        return real(*a, **kw)
+    def f(*a, **kw): seen.append(kw.get('hints')); return real(*a, **kw)
     monkeypatch.setattr(runs, 'uda_learner', f)
     return seen
 
@@ -350,6 +361,13 @@ def test_a_run_says_what_it_was_told(data, given, capsys):
     assert weights('o')[1]['hints']==s
     r = json.loads(Path('o/row.json').read_text())
     assert (r['hints'], r['clicks'])==(h.code, 2)
+
+def test_hints_reach_the_net(data):
+    write_clicks(data/'target/clicks.csv', [Click('0.png', 5, 5, 'sky')])
+    for o in ('off', 'auto'): cli.pipa_train('source', str(data), out=o, hints=o, **opts)
+    a,b = (weights(o)[0].state_dict().values() for o in ('off', 'auto'))
+    assert not all(torch.equal(u, v) for u,v in zip(a, b))
+    assert ['clicks' in Path(o, 'metrics.csv').read_text().splitlines()[0].split(',') for o in ('off', 'auto')]==[False,True]
 
 def test_hints_from_elsewhere(data, given, tmp_path):
     write_clicks(data/'target/clicks.csv', [Click('0.png', 5, 5, 'sky')])

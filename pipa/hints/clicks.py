@@ -15,9 +15,9 @@ from ..sets.domains import Domain
 from ..sets.pictures import image_size
 
 # %% auto #0
-__all__ = ['Click', 'add_click', 'drop_click', 'counts', 'known_label', 'in_pixels', 'inner_path', 'read_clicks', 'write_clicks',
-           'click_masks', 'outside', 'click_names', 'Names', 'same_files', 'not_of_valid', 'which_image',
-           'clicks_by_image']
+__all__ = ['Click', 'add_click', 'drop_click', 'counts', 'known_label', 'in_pixels', 'inner_path', 'guarded', 'read_clicks',
+           'write_clicks', 'click_masks', 'outside', 'click_names', 'Names', 'same_files', 'not_of_valid',
+           'which_image', 'clicks_by_image']
 
 # %% ../../nbs/hints/00_clicks.ipynb #hcl00006
 class Click(NamedTuple):
@@ -92,6 +92,12 @@ def inner_path(
 
 def _risky(o): return o.lstrip("'")[:1] in [*'=+-@\t\r'] if o else False
 
+def guarded(
+    text:str # Of a cell
+)->str:
+    "Text that no spreadsheet takes for a formula; an apostrophe more than before, if it could be one"
+    return f"'{text}" if _risky(text) else text
+
 def _row(row, space, radius=2.):
     o = {k:v[1:] if v[:1]=="'" and _risky(v) else v for k,v in row.items()}
     x,y = (int(in_pixels(o[k], k)) for k in 'xy')
@@ -130,7 +136,9 @@ def read_clicks(
         for o in rows:
             if not ''.join(o).strip(): continue
             if len(o)!=len(names): raise ValueError(f"there are {len(o)} columns in place of {len(names)}.")
-            c = _row(dict(zip(names, o)), space)
+            row = dict(zip(names, o))
+            if not row['class'].strip(): continue   # a suggestion that nobody has filled in
+            c = _row(row, space)
             found.pop(c[:3], None)
             found[c[:3]] = c
     except csv.Error as e: raise ValueError(f"`{file}`, line {rows.line_num}: {e}: is it whole?") from None
@@ -147,8 +155,7 @@ def write_clicks(
     w = csv.writer(out, lineterminator='\n')
     w.writerow(_columns)
     for o in clicks:
-        image,label = (f"'{v}" if _risky(v) else v for v in (o.image, o.label))
-        w.writerow([image, int(o.x), int(o.y), label, f'{o.r:g}'])
+        w.writerow([guarded(o.image), int(o.x), int(o.y), guarded(o.label), f'{o.r:g}'])
     write_file(at_home(file), lambda f: f.write(out.getvalue().encode()))
 
 # %% ../../nbs/hints/00_clicks.ipynb #hcl00021

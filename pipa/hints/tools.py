@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 from PIL import Image
 from fastcore.basics import patch
-from ..basics import at_home, cache_home, keep_file, write_file
+from ..basics import at_home, cache_home, keep_file, stamp as stamp_of, write_file
 from .clicks import *
 from ..labels import LabelSpace
 from ..sets.domains import Domain, labels_of, size_complaint
@@ -63,7 +63,7 @@ def _label(name, space):
     void = re.fullmatch('void|ignored?|unlabell?ed|background|_background_|no[ _-]?data', name, re.I)
     return space.ignore if void and name not in space.codes else space.codes.index(known_label(name, space))
 
-def _of_file(file, most=5*10**8):
+def _of_file(file, most=2*10**8):
     if Path(file).stat().st_size>most: raise ValueError(f"`{file}` has more than {most//10**6} MB: "
                                                         "is it the annotation file? Export fewer images at a time.")
     try: return Path(file).read_bytes().decode('utf-8-sig')
@@ -381,14 +381,31 @@ def _merged(image, marked, clicks, space):
     o = click_masks(clicks, size, space)
     return np.where(o==space.ignore, y, o)
 
+# %% ../../nbs/hints/01_tools.ipynb #hto00039
+def _made(image, marked, clicks, space, home):
+    "The file of a label map and the pixels of each number in it, made once"
+    of = [[*map(list, clicks)], [[m.image, sorted((m.colors or {}).items())] for m in marked]]
+    classes = [space.codes, sorted(space.ids.items()), sorted(space.void)]
+    key = stamp_of([image, *(m.file for m in marked)], of, classes)
+    note = home/'hints'/f'{key}.json'
+    try:
+        o = json.loads(note.read_text(encoding='utf8'))
+        if (file := home/'hints'/o['file']).is_file(): return file,np.array(o['pixels'], np.int64)
+    except (OSError, ValueError, KeyError, TypeError): pass   # not there, or damaged
+    y = _merged(image, marked, clicks, space)
+    file,n = _kept(y, home),np.bincount(y.ravel(), minlength=256)
+    text = json.dumps(dict(file=file.name, pixels=n.tolist())).encode()
+    if file.parent==note.parent: keep_file(note, lambda f: f.write(text))
+    return file,n
+
 # %% ../../nbs/hints/01_tools.ipynb #hto00033
 def _hints(target, some, by, clicks, home):
     sp,masks,n,h = target.space,[],np.zeros(256, np.int64),hashlib.sha256(json.dumps(target.space.codes).encode())
     names = click_names(target)
     for i in some:
-        y = _merged(target.images[i], by.get(i, ()), clicks.get(i, ()), sp)
-        n += np.bincount(y.ravel(), minlength=256)
-        masks.append(_kept(y, home))
+        file,k = _made(target.images[i], by.get(i, ()), clicks.get(i, ()), sp, home)
+        n += k
+        masks.append(file)
         h.update(f'{names[i]} {masks[-1].stem}'.encode())
     all_ = [o for os in clicks.values() for o in os]
     pixels = dict(zip(sp.codes, n[:sp.n].tolist()))

@@ -4,8 +4,9 @@
 
 # %% ../../nbs/runs/04_run.ipynb #run00003
 from __future__ import annotations
-import json, math, shlex, sys, pandas as pd
-from contextlib import ExitStack, contextmanager, nullcontext
+import io, json, math, shlex, sys, time, pandas as pd
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from copy import deepcopy
 from pathlib import Path
 from torch.nn.attention import sdpa_kernel, SDPBackend
 from fastai.torch_basics import *
@@ -16,10 +17,14 @@ from ..ranks import place, start
 from ..sets.named import domains
 from ..data import class_counts, uda_dls
 from ..hints.tools import Hints, hints_of
-from ..checkpoints import save
+from ..budget import pace, seconds, steps_in
+from ..checkpoints import load, save
 from ..fast import fast
 from ..guard import Guard
-from ..learner import host_terms, make_net, method_cbs, method_name, uda_learner
+from ..models import unwrapped
+from ..weights.convert import sha256
+from ..weights.files import find_file
+from ..learner import encoder_of, host_terms, make_net, method_cbs, method_name, uda_learner
 from ..metrics import iou, iou_table, miou, Validator
 from ..look.measures import tightness
 from .options import *
@@ -30,8 +35,8 @@ from .. import check, show
 
 # %% auto #0
 __all__ = ['hint_columns', 'new_folder', 'rank0_first', 'rank0_folder', 'Before', 'write_run', 'measures', 'look_at', 'plain_log',
-           'watch', 'find_hints', 'begun_hints', 'halved', 'prepare', 'fit_in_folder', 'begun_with', 'resumed', 'run',
-           'in_file', 'run_command']
+           'watch', 'find_hints', 'begun_hints', 'halved', 'begun_from', 'net_of_run', 'teach', 'without', 'planned',
+           'prepare', 'fit_in_folder', 'begun_with', 'resumed', 'run', 'in_file', 'run_command']
 
 # %% ../../nbs/runs/04_run.ipynb #run00006
 def new_folder(
@@ -192,6 +197,82 @@ def halved(
     plain = half and learn.dls.device.type=='cpu'
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(): yield
 
+# %% ../../nbs/runs/04_run.ipynb #frm00002
+_of_its_own = 'epochs steps start seed time pretrained encoder fromrun hints out config threads workers minutes'.split()
+
+def begun_from(
+    o:dict, # Options
+    asked # Names of those that were given
+)->dict: # Options, those of the run `o['fromrun']` where nothing was said; raises a sentence
+    "What a run is that goes on from the net of another"
+    if not o.get('fromrun') or o.get('resume') or o.get('config'): return o
+    if both := [k for k in ('net', 'arch', 'pretrained', 'encoder') if k in asked]: raise ValueError(
+        f"`--{both[0]}` beside `--from`: the net is that of `{o['fromrun']}`. Leave one of the two out.")
+    home,file = at_home(o['fromrun']),find_file(o['fromrun'])
+    if (home/'config.json').is_file(): was = read_config(home, defaults())
+    else: was = {k:v for k,v in load(file)[1].items() if k=='size'}
+    if was.get('preset'): was.pop('size', None)
+    own = {k: was.get(k, v) for k,v in o.items() if k not in asked and k not in _of_its_own}
+    return {**o, **own} | ({} if 'start' in asked else dict(start=0))
+
+# %% ../../nbs/runs/04_run.ipynb #frm00003
+def net_of_run(
+    path, # Folder of a run, or a file of weights
+    space=None # `LabelSpace` that it must have; `None`: any
+)->nn.Module: # The student, ready to learn; raises a `ValueError` if its classes are others
+    "The net of a run, to go on from"
+    net,meta = load(path)
+    if space is not None and meta.get('codes') and [*meta['codes']]!=[*space.codes]: raise ValueError(
+        f"`{path}` has the classes {', '.join(meta['codes'])}, and the data {', '.join(space.codes)}: "
+        "go on with data of the same classes.")
+    file = find_file(path)
+    net.loaded = dict(file=file.name, sha256=sha256(file), of='file', mapped=len(net.state_dict()))
+    return net.train()
+
+def teach(
+    learn, # Learner with the net of `net_of_run`
+    path # The same path
+):
+    "Let the teacher be that of the run, or its student, and be as slow as after many steps"
+    if not hasattr(learn, 'mean_teacher'): return
+    mt = learn.mean_teacher
+    mt.teacher,mt.t = deepcopy(learn.model).eval().requires_grad_(False),10**6
+    if (at_home(path)/'teacher.safetensors').is_file(): load(path, learn.dls.device, mt.teacher, 'teacher')
+
+# %% ../../nbs/runs/04_run.ipynb #frm00006
+def without(
+    argv:list, # Words of a command
+    names:str # Of options
+)->list: # The other words
+    "Leave options out of a command"
+    res,flags = [],[f'--{o}' for o in names.split()]
+    for a,b in zip(argv, ['', *argv]):
+        if a not in flags and not (b in flags) and a.partition('=')[0] not in flags: res.append(a)
+    return res
+
+# %% ../../nbs/runs/04_run.ipynb #frm00005
+def planned(
+    o:dict, # Options with a `time`
+    asked, # Names of those that were given
+    since:float # When the command began, by `time.monotonic`
+)->dict: # Options with `epochs`, `steps` and `start` to match; raises a sentence
+    "Let the time say how many steps there are"
+    if 'steps' in asked: raise ValueError("`--time` says how many steps there are: leave `--steps` out.")
+    c,world = AttrDict(o),start()[1]
+    c.workers = loaders(c.workers, world)
+    possible(c)
+    seed_all(c.seed, c.deterministic)
+    with redirect_stdout(io.StringIO()): learn = prepare(c, world)[0]
+    with halved(learn, c.precision): p = pace(learn)
+    left = seconds(o['time']) - (time.monotonic()-since) - p['look'] - 5   # tables and pictures
+    new = [steps_in(left, **p, epochs=o['epochs'], share=min(1., o['start']/(o['epochs']*o['steps'])))]
+    if world>1: torch.distributed.broadcast_object_list(new, 0)
+    if 'start' in asked: new[0]['start'] = o['start']
+    said = '{} epochs of {} steps, the first {} on the source alone'.format(*new[0].values())
+    said += '. A step takes {:.2f} s, with the terms {:.2f} s, a validation {:.1f} s'.format(*p.values())
+    if not place()[0]: print(f"pipa: In {o['time']}: {said}.", flush=True)
+    return o | new[0]
+
 # %% ../../nbs/runs/04_run.ipynb #run00014
 def prepare(
     o, # Options, as an `AttrDict`; `size` becomes that of the views
@@ -207,10 +288,12 @@ def prepare(
     o.precision = arithmetic(o.precision, views['bs']*math.prod(views['size']))
     dls = uda_dls(src, tgt, val, n=o.steps*views['bs']*world, shard=(place()[0],world), num_workers=o.workers, **views)
     before = Before(dls.valid)
-    model = fast(make_net(net['model'], dls.c, o.arch, o.encoder or o.pretrained, **net['net']))
+    model = fast(net_of_run(o.fromrun, dls.space) if o.get('fromrun') else
+                 make_net(net['model'], dls.c, o.arch, o.encoder or o.pretrained, **net['net']))
     learn = uda_learner(dls, model, o.method, lr=o.lr, lean=o.get('lean', False), n_unlabelled=o.unlabelled,
-                        guard=None, hidden=net['hidden'], **(dict(hints=hints) if hints else {}), **method_args(o),
+                        guard=None, hidden=net['hidden'], hints=hints, **learn_args(o), **method_args(o),
                         cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)])
+    if o.get('fromrun'): teach(learn, o.fromrun)
     for m in learn.metrics.filter(lambda m: isinstance(m, Validator)): m.last = True # Once, at the end
     return learn,before,(src,tgt,val,hints)
 
@@ -230,7 +313,9 @@ def fit_in_folder(
     learn.path = out = Path(out) if o.resume else rank0_folder(out)
     watch(learn, o.get('guard', 'off'), out/'metrics.csv' if checkpoints(out) else None)   # else it begins anew
     if not rank: held.enter_context(claim(out))
-    text = json.dumps(dict(o, ranks=world, **origins(o, *doms, out=out if o.resume else None)), indent=1)
+    loaded = next((m.loaded for m in (unwrapped(learn.model), encoder_of(learn.model)) if hasattr(m, 'loaded')), None)
+    made = origins(o, *doms, out=out if o.resume else None, loaded=loaded)
+    text = json.dumps(dict(o, ranks=world, **made), indent=1)
     if o.resume: checkpoints(out) and learn.resume()
     elif not rank: write_file(out/'config.json', lambda f: f.write(text.encode()))
     quiet = nullcontext() if rank or sys.stdout.isatty() else plain_log(learn)
@@ -310,6 +395,8 @@ def run(
         if not row: return out
         o['precision'] = row.pop('precision') # What auto came to
         apart = ' '.join([o for o in (unusual(o), f'ranks={place()[1]}'*(place()[1]>1)) if o])
+        if o.get('time'):
+            said = without(said, 'time epochs start') + [f'--{k}={o[k]}' for k in ('epochs', 'steps', 'start')]
         command = shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))])
         row |= dict(settings=apart, command=command, version=made_of())
         write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
@@ -332,11 +419,13 @@ def run_command(
     argv:list # Words of the command, without its name
 ):
     "What `pipa_train` does: repeat, refuse what does nothing, run, and say what is there now"
-    named,usual = given(o, argv),defaults()
-    o = repeat(said := o, usual, named)
+    named,usual,since = given(o, argv),defaults(),time.monotonic()
+    asked = {*named, *(k for k in o if o[k]!=usual[k])}
+    o = begun_from(repeat(o, usual, named), asked)
     if o['config']: in_file(o)
     if o['config'] and o['precision']=='auto' and 'precision' not in read_config(o['config']): o['precision'] = 'fp32'
-    if not o['resume']: look_for_idle(o, {*named, *(k for k in said if said[k]!=usual[k])})
+    if not o['resume']: look_for_idle(o, asked)
+    if 'time' in asked and not o['resume']: o = planned(o, asked, since)
     out = run(**o, named=named)
     if place()[0]: return
     print(pd.read_csv(out/'classes.csv').to_string(index=False))
