@@ -383,7 +383,7 @@ function render({ model, el }) {
     outlined(ctx, () => ctx.arc(x, y, 7, 0, 7), '#fff');
     ctx.font = '11px ' + color('--pipa-font');
     const T = 84, pic = S.base[at[3 * i]], w = Math.max(pic ? T : 0, ...text.map(t => ctx.measureText(t).width)) + 12, h = (pic ? T + 4 : 0) + 14 * text.length + 10;
-    const X = clamp(x + 14, 2, S.PW - w - 2), Y = clamp(y - h / 2, 2, S.PH - h - 2);
+    const X = x + 16 + w > S.PW ? Math.max(2, x - 14 - w) : x + 14, Y = clamp(y - h / 2, 2, S.PH - h - 2);
     ctx.fillStyle = color('--pipa-card'); ctx.strokeStyle = color('--pipa-line'); ctx.lineWidth = 1;
     ctx.beginPath(); ctx.roundRect(X, Y, w, h, 6); ctx.fill(); ctx.stroke();
     if (pic) {
