@@ -244,6 +244,7 @@ def group_table(
     if still: rows.append(dict(group='frozen', **count(still), rate=0., times=0., weight_decay=0., frozen='weights'))
     return pd.DataFrame(rows)
 
+# %% ../nbs/20_learner.ipynb #grp0004b
 def freeze_encoder(
     net:nn.Module, # Of `pipa.models`, or adapted; changed
     frozen:bool|str|int=True # See `pipa.encoders.freeze`

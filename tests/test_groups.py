@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np, pytest, torch
 from torch import nn
 from fastai.callback.core import Callback
-from pipa.encoders import TimmEncoder, by_block, encoder, freeze, lite_file, parts
+from pipa.encoders import TimmEncoder, by_block, encoder, freeze, lite_file
 from pipa.learner import adamw, encoder_of, freeze_encoder, group_table, heads_alone, in_encoder, make_net, param_groups, rates, uda_learner
 from pipa.models import adapt, add_heads, bare_names, light, segformer
 from pipa.runs import run as runs
