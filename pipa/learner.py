@@ -12,10 +12,10 @@ from fastai.optimizer import OptimWrapper
 from fastai.callback.schedule import ParamScheduler
 from .basics import at_home, between, one_of, write_file
 from .losses import weighted_ce
+from .mit import MiT
+from .encoders import TimmEncoder, by_block, freeze
 from .metrics import MIoU, TeacherMIoU, TermColumn, validators, label_free
 from .checkpoints import load_pretrained
-from .encoders import TimmEncoder, by_block, freeze
-from .mit import MiT
 from .models import add_heads, bare_names, light, same_classes, segformer, daformer, unwrapped
 from .hrda import hrda
 from .callbacks import *
