@@ -193,7 +193,7 @@ def revisions()->dict: # `package` and `here`, see `revision`
 # %% ../../nbs/runs/00_record.ipynb #rec00016
 _record = dict(versions=dict, command=str, data_stamps=dict, git=dict, ranks=int, loaded=dict)
 _not_taken = 'out', 'config', 'resume'
-_none_or = dict(encoder=str, frozen=str, preset=str, out=str, config=str, weight=float, workers=int)   # None is their default
+_none_or = dict(encoder=str, frozen=str, preset=str, out=str, config=str, weight=float, workers=int)   # by default None
 _words = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', dict: 'a group, `{…}`'}
 
 def _is(v, kind):

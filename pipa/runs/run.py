@@ -180,8 +180,8 @@ def prepare(
     dls = uda_dls(src, tgt, val, n=o.steps*views['bs']*world, shard=(place()[0],world), num_workers=o.workers, **views)
     before = Before(dls.valid)
     model = fast(make_net(net['model'], dls.c, o.arch, o.encoder or o.pretrained, **net['net']))
-    learn = uda_learner(dls, model, o.method, lr=o.lr, **learn_args(o), lean=o.get('lean', False), n_unlabelled=o.unlabelled,
-                        guard=None, hidden=net['hidden'], **method_args(o),
+    learn = uda_learner(dls, model, o.method, lr=o.lr, lean=o.get('lean', False), n_unlabelled=o.unlabelled,
+                        guard=None, hidden=net['hidden'], **learn_args(o), **method_args(o),
                         cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)])
     for m in learn.metrics.filter(lambda m: isinstance(m, Validator)): m.last = True # Once, at the end
     return learn,before,(src,tgt,val)
