@@ -353,6 +353,7 @@ def load_state_dict(self:FoundationDistance, state, device=None):
         "The foundation encoder is another one than that with which this training began: give the same weights.")
     OwnNet.load_state_dict(self, state, device)
 
+# %% ../nbs/16_baselines.ipynb #fnd00011
 @patch
 @shown_after('f0')
 def show(self:FoundationDistance, n:int=2):
