@@ -5,8 +5,9 @@
 # %% ../nbs/13_checkpoints.ipynb #c81e728d
 from __future__ import annotations
 import json, re, warnings
-from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 import numpy as np, torch
 from torch import nn
 from safetensors.torch import save as to_bytes
@@ -14,8 +15,11 @@ from . import __version__
 from .basics import at_home, write_file
 from .labels import LabelSpace, space as known_space
 from .weights.names import from_hf, to_hf, to_official, looks_like, as_call
-from .models import bare_state, unwrapped, light, segformer, daformer, deeplabv2
-from .hrda import hrda
+from .mix import imagenet_mean, imagenet_std
+from .encoders import own_unit
+from .models import bare_state, unwrapped
+from .nets.named import build, nets
+from .nets.others import quiet
 from .weights.files import checksum, finite, read
 from .weights.convert import Misfit, Report, convert, find_places, fitting, train_heads
 from .weights.convert import load_into, load_named, load_official, load_pretrained
@@ -73,6 +77,21 @@ def _parts(state, head):
     return len(text).to_bytes(8, 'little')+text,memoryview(b)[n:]
 
 # %% ../nbs/13_checkpoints.ipynb #6512bd43
+def _versions(spec):
+    "Of pipa, torch and the library that a net is of"
+    kind = str((spec or {}).get('make')).partition(':')[0]
+    more = dict(smp='segmentation_models_pytorch', hf='transformers', torchvision='torchvision').get(kind)
+    try: more = {more:version(more)} if more else {}
+    except PackageNotFoundError: more = {}
+    return dict(pipa=__version__, torch=str(torch.__version__), **more)
+
+def _other_version(meta):
+    "What to say of a file that was written with another version of the library that its net is of"
+    was,now = meta.get('versions'),_versions(meta.get('spec') if isinstance(meta.get('spec'), dict) else None)
+    odd = [k for k in now if k not in ('pipa', 'torch') and isinstance(was, dict) and was.get(k) not in (None, now[k])]
+    return ''.join(f" It was written with {k} {was[k]}, here is {now[k]}: install that version." for k in odd)
+
+# %% ../nbs/13_checkpoints.ipynb #ck100038
 def save(
     file:str|Path, # Where to, by custom with the ending `.safetensors`; folders are made
     net:nn.Module, # Student or teacher
@@ -83,28 +102,21 @@ def save(
     "Write the inference net, with all that is needed to use it, to one file"
     state = inference_state(net)
     meta.pop('no_classes', None)   # of another file, see `load`
-    meta = dict(pipa_format=1, spec=spec or getattr(unwrapped(net), 'spec', None), **space_meta(space),
-                versions=dict(pipa=__version__, torch=str(torch.__version__)), crc=checksum(state)) | meta
+    spec = spec or getattr(unwrapped(net), 'spec', None)
+    meta = dict(pipa_format=1, spec=spec, **space_meta(space), versions=_versions(spec), crc=checksum(state)) | meta
+    meta |= dict(mean=imagenet_mean, std=imagenet_std, inside=own_unit(net))   # of images, see `normed`
     parts = _parts(state, {k:_json(k, v) for k,v in meta.items()})
     write_file(file := at_home(file), lambda f: f.writelines(parts))
     return file
 
 # %% ../nbs/13_checkpoints.ipynb #3c59dc04
-_makers = {f.__name__:f for f in (light, segformer, daformer, deeplabv2, hrda)}
-
-def _make(spec, plan=False):
-    "A net, or its shapes alone"
-    kwargs = dict(spec); make = kwargs.pop('make', None)
-    where = torch.device('meta') if plan else nullcontext()
-    with torch.random.fork_rng(devices=[]), where: return _makers[make](**kwargs)
-
 def _plan(file, meta):
     "The shapes of the net that a file asks for"
     spec,by = meta.get('spec'),meta.get('versions')
     if not spec: raise ValueError(f"`{file}` is of a net that `pipa` can't build, such as an adapted one: "
                                   "build the net and give it as `net=`.")
     try:
-        with warnings.catch_warnings(action='ignore'): return _make(spec, plan=True)
+        with warnings.catch_warnings(action='ignore'): return build(spec, plan=True)
     except ImportError: raise
     except Exception as e: raise ValueError(   # a header may hold anything
         f"`{file}` asks for the net {spec}, which pipa {__version__} can't build ({e!r}): it was written by pipa "
@@ -114,7 +126,7 @@ def _plan(file, meta):
 def _build(file, meta, state):
     "The net of a header that fits the weights"
     fitting(_plan(file, meta), state)
-    return _make(meta['spec'])
+    return build(meta['spec'])
 
 # %% ../nbs/13_checkpoints.ipynb #hdr00001
 def _check_space(file, meta):
@@ -172,12 +184,12 @@ def classes_of(
 def _foreign(file, state, meta, net, which):
     "Net and header for a file that `save` didn't write"
     spec = looks_like(convert(state, which)[0])
-    if net is None and spec.get('make') not in _makers: raise ValueError(
+    if net is None and spec.get('make') not in nets: raise ValueError(
         f"`{file}` holds weights that `pipa` didn't write, and they look like {as_call(spec)}: "
         "build a net for them and give it as `net=`.")
     if net is None:
         find_places(_plan(file, dict(spec=spec)), state, which, file=file)
-        net = _make(spec)
+        net = build(spec)
     load_named(net, state, which, file=file)
     head,n = dict(spec=spec, which=which),spec.get('n_out', getattr(unwrapped(net), 'n_out', None))
     try: return net,head | space_meta(_space(meta, n))
@@ -201,29 +213,54 @@ def load(
         _check_space(file, meta)
         finite(state, file)
         try: net = load_into(_build(file, meta, state) if net is None else net, state)
-        except Misfit as e: raise ValueError(f"`{file}` doesn't fit the net. {e}") from None
+        except Misfit as e: raise ValueError(f"`{file}` doesn't fit the net. {e}{_other_version(meta)}") from None
     return net.to(device).eval(),meta
 
 # %% ../nbs/13_checkpoints.ipynb #ck100008
+def _what(net): return str((getattr(unwrapped(net), 'spec', None) or {}).get('make', type(unwrapped(net)).__name__))
+
+def _save_theirs(folder, net, codes):
+    "A net of transformers under the names that it has in files"
+    c = net.net.config
+    c.id2label,c.label2id = dict(enumerate(codes)),{v:k for k,v in enumerate(codes)}
+    with quiet(), TemporaryDirectory() as tmp:
+        net.net.save_pretrained(tmp)
+        state,meta = read(tmp)
+    scale = {f'image_{k}':net.spec[k] for k in ('mean', 'std') if k in net.spec}
+    files = {'config.json':dict(meta['config'], made_by='pipa_convert')}
+    files |= {'preprocessor_config.json':dict(scale, made_by='pipa_convert')} if scale else {}
+    for k,v in files.items(): write_file(folder/k, lambda f: f.write(json.dumps(v, indent=1).encode()))
+    parts = _parts(state, dict(format='pt', made_by='pipa_convert'))
+    write_file(folder/'model.safetensors', lambda f: f.writelines(parts))
+    return folder
+
+# %% ../nbs/13_checkpoints.ipynb #ck100018
 def save_official(
     file:str|Path, # Where to, by custom with the ending `.pth`
-    net:nn.Module, # Any net of this library
+    net:nn.Module, # Any net of this library; one of another library raises a `ValueError`
     space:LabelSpace|None=None # What the classes are
 )->Path: # `file`
     "Write a net for the repositories of the papers"
+    if hasattr(unwrapped(net), 'layer'): raise ValueError(
+        f"The papers' code has no net like {_what(net)}: keep it as a file of pipa (safetensors).")
     meta = dict(CLASSES=tuple(space.codes), PALETTE=np.asarray(space.palette).tolist()) if space else {}
     whole = dict(meta=dict(made_by='pipa_convert', **meta), state_dict=to_official(inference_state(net)))
     write_file(file := at_home(file), lambda f: torch.save(whole, f))
     return file
 
+# %% ../nbs/13_checkpoints.ipynb #ck100028
 def save_hf(
     folder:str|Path, # Where to; made
-    net:nn.Module, # A `segformer` with a Mix Transformer; another net raises a `ValueError`
+    net:nn.Module, # A `segformer` with a Mix Transformer, or a net of `hf:`; another net raises a `ValueError`
     space:LabelSpace|None=None # What the classes are
 )->Path: # `folder`
-    "Write a SegFormer for transformers"
-    net,folder,state = unwrapped(net),at_home(folder),to_hf(inference_state(net))
+    "Write a SegFormer, or a net of `hf:`, for transformers"
+    net,folder = unwrapped(net),at_home(folder)
     codes = space.codes if space else [f'class {i}' for i in range(net.n_out)]
+    if _what(net).startswith('hf:') and hasattr(net, 'layer'): return _save_theirs(folder, net, codes)
+    if hasattr(net, 'layer'): raise ValueError(
+        f"transformers has no net like {_what(net)}: keep it as a file of pipa (safetensors).")
+    state = to_hf(inference_state(net))
     config = dict(made_by='pipa_convert', model_type='segformer', architectures=['SegformerForSemanticSegmentation'],
         hidden_sizes=list(net.widths), depths=list(net.backbone.depths), num_attention_heads=[1,2,5,8],
         decoder_hidden_size=net.decode_head.dim,

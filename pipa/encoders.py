@@ -6,15 +6,16 @@
 from __future__ import annotations
 from difflib import get_close_matches
 import re, torch, torch.nn.functional as F
-from torch import nn
+from torch import nn, Tensor
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from .basics import at_home, between, need
 from .mit import mit, mit_sizes
+from .mix import imagenet_mean, imagenet_std
 
 # %% auto #0
-__all__ = ['lite_name', 'Pyramid', 'TimmEncoder', 'blocks_of', 'by_block', 'still', 'Stay', 'freeze', 'from_lite', 'lite_file',
-           'lite_state', 'lite', 'encoder']
+__all__ = ['lite_name', 'Pyramid', 'Scale', 'TimmEncoder', 'own_unit', 'blocks_of', 'by_block', 'still', 'Stay', 'freeze',
+           'from_lite', 'lite_file', 'lite_state', 'lite', 'encoder']
 
 # %% ../nbs/06_encoders.ipynb #tim00002
 _up = lambda c: nn.ConvTranspose2d(c, c, 2, 2)
@@ -54,7 +55,17 @@ def _body(make, name, **kwargs):
     return make(name, features_only=True, **dict(kwargs, out_indices=last)),0
 
 # %% ../nbs/06_encoders.ipynb #tim00004
-_mean,_std = (.485,.456,.406),(.229,.224,.225)   # ImageNet's, in which images come
+class Scale(nn.Module):
+    "Images from ImageNet's mean and standard deviation to those that a net wants"
+    def __init__(self, mean=None, std=None): # Of the net, three numbers each; `None`: ImageNet's
+        super().__init__()
+        own = tuple(mean or imagenet_mean),tuple(std or imagenet_std)
+        (m,s),(a,b) = (torch.tensor(o)[...,None,None] for o in ((imagenet_mean, imagenet_std), own))
+        self.register_buffer('mul', s/b, persistent=False)
+        self.register_buffer('add', (m-a)/b, persistent=False)
+        self.unit = dict(mean=own[0], std=own[1]) if own!=(imagenet_mean, imagenet_std) else {}
+
+    def forward(self, x): return x*self.mul+self.add if self.unit else x
 
 class TimmEncoder(nn.Module):
     "An encoder of timm: B×3×H×W to four maps of strides 4, 8, 16, 32"
@@ -69,26 +80,37 @@ class TimmEncoder(nn.Module):
         self.net,n = _body(self.make, name, **self.more)
         self.widths = tuple(self.net.feature_info.channels())
         self.pyramid = Pyramid(self.widths[0]) if n else None
-        self.patch = self.net.feature_info.reduction()[0] if n or hasattr(self.net, 'patch_embed') else 1
+        cut = n or hasattr(getattr(self.net, 'patch_embed', None), 'strict_img_size')   # into separate patches
+        self.patch = self.net.feature_info.reduction()[0] if cut else 1
         cfg = self.net.default_cfg if hasattr(self.net, 'default_cfg') else self.net.pretrained_cfg
-        (m,s),(a,b) = (torch.tensor(o)[...,None,None] for o in ([_mean, _std], [cfg['mean'], cfg['std']]))
-        self.register_buffer('scale', s/b, persistent=False)
-        self.register_buffer('shift', (m-a)/b, persistent=False)
-        self.rescale = tuple(cfg['mean'])!=_mean or tuple(cfg['std'])!=_std
+        self.scale = Scale(cfg['mean'], cfg['std'])
         for p in self.still(): p.requires_grad_(False)
 
 # %% ../nbs/06_encoders.ipynb #tim00005
 @patch
-def forward(self:TimmEncoder, x):
-    hw = x.shape[-2:]
-    if self.rescale: x = x*self.scale+self.shift
-    if any(n%self.patch for n in hw):
-        x = F.interpolate(x, [-(-n//self.patch)*self.patch for n in hw], mode='bilinear', align_corners=False)
+def own_maps(self:TimmEncoder,
+    x:Tensor # Images, B×3×H×W, see `pipa.mix.normed`
+)->list: # Four maps, B×C×h×w each; those of a plain transformer on one grid
+    "The maps of timm's net as they come"
+    x = self.scale(x)
+    if any(n%self.patch for n in x.shape[-2:]):
+        fit = [-(-n//self.patch)*self.patch for n in x.shape[-2:]]
+        x = F.interpolate(x, fit, mode='bilinear', align_corners=False)
     maps = self.net(x.contiguous(memory_format=torch.channels_last))
-    maps = [m if m.shape[1]==c else m.permute(0,3,1,2) for m,c in zip(maps, self.widths)]
-    sizes = [[-(-n//s) for n in hw] for s in (4,8,16,32)]
+    return [m if m.shape[1]==c else m.permute(0,3,1,2) for m,c in zip(maps, self.widths)]
+
+@patch
+def forward(self:TimmEncoder, x):
+    maps,sizes = self.own_maps(x),[[-(-n//s) for n in x.shape[-2:]] for s in (4,8,16,32)]
     return [m if [*m.shape[-2:]]==s else F.interpolate(m, s, mode='bilinear', align_corners=False)
             for m,s in zip(self.pyramid(maps) if self.pyramid else maps, sizes)]
+
+# %% ../nbs/06_encoders.ipynb #tim0005a
+def own_unit(
+    net:nn.Module # Any
+)->dict: # `mean` and `std` to which the net brings images itself; empty if it takes them as they come
+    "The unit of images inside a net, which it says by an attribute `unit` of one of its parts"
+    return next((dict(m.unit) for m in net.modules() if getattr(m, 'unit', None)), {})
 
 # %% ../nbs/06_encoders.ipynb #tim0005b
 def _kids(m): return {k:o for k,o in m.named_children() if any(True for _ in o.parameters())}

@@ -15,19 +15,19 @@ from .losses import weighted_ce
 from .mit import MiT
 from .encoders import TimmEncoder, by_block, freeze
 from .metrics import MIoU, TeacherMIoU, TermColumn, validators, label_free
-from .checkpoints import load_pretrained
-from .models import add_heads, bare_names, light, same_classes, segformer, daformer, unwrapped
-from .hrda import hrda
+from .models import add_heads, bare_names, same_classes, unwrapped
+from .nets.named import make_net, nets
 from .callbacks import *
 from .baselines import MinEnt, AdvSeg, AdvEnt, FDA, MIC
+from .hints.term import with_hints
 from .distrib import Ranks
 from .guard import Guard
 from .lean import Lean
 
 # %% auto #0
-__all__ = ['nets', 'host_terms', 'method_name', 'method_cbs', 'in_encoder', 'encoder_of', 'param_groups', 'heads_alone', 'rates',
-           'adamw', 'group_table', 'freeze_encoder', 'poly_lr', 'SegLoss', 'target_dl', 'make_net', 'uda_learner',
-           'inference_net']
+__all__ = ['host_terms', 'method_name', 'method_cbs', 'in_encoder', 'encoder_of', 'param_groups', 'heads_alone', 'rates', 'adamw',
+           'group_table', 'freeze_encoder', 'poly_lr', 'SegLoss', 'target_dl', 'uda_learner', 'inference_net', 'nets',
+           'make_net']
 
 # %% ../nbs/20_learner.ipynb #0d193d73
 _on = dict(none=set(), pixel={'pixel'}, patch={'patch'}, both={'pixel','patch'}, pipa={'pixel','patch'})
@@ -321,22 +321,8 @@ def target_dl(
     return dls.test_dl([ims[i] for i in np.linspace(0, len(ims)-1, min(n, len(ims))).round().astype(int)])
 
 # %% ../nbs/20_learner.ipynb #b6d767d2
-nets = dict(light=light, segformer=segformer, daformer=daformer, hrda=hrda)
-
-def make_net(
-    model, # A name such as 'light', 'segformer', 'daformer' or 'hrda', or any net
-    n_out:int, # Number of classes
-    arch:str='mit_b0', # Encoder, when `model` is a name
-    pretrained:bool|str=False, # Start from ImageNet weights? `True`, or a file, see `load_pretrained`
-    **kwargs # To the net's factory, such as `frozen` for a pretrained 'lite0' (default 'norms')
-)->nn.Module:
-    "A net by name, or the net itself"
-    if isinstance(model, nn.Module): return load_pretrained(model, pretrained) if pretrained else model
-    if model not in nets: raise ValueError(f"There is no net `{model}`: choose one of {', '.join(nets)}, "
-                                           "or give a net of your own (see `pipa.models.adapt`).")
-    if pretrained and arch=='lite0': kwargs = dict(frozen='norms') | kwargs
-    net = nets[model](arch, n_out=n_out, **kwargs)
-    return load_pretrained(net, pretrained) if pretrained else net
+_by_name = nets,make_net
+_all_ = ['nets', 'make_net']
 
 # %% ../nbs/20_learner.ipynb #lrn00024
 def _model_of(model, method):
@@ -387,7 +373,7 @@ def _columns(parts, dls, metrics, n_unlabelled):
 @delegates(method_cbs)
 def uda_learner(
     dls, # From `uda_dls`
-    model=None, # A name from `nets`, or any net (see `pipa.models.adapt`); `None`: 'light', or what the host brings
+    model=None, # A name for `make_net`, or any net (see `pipa.models.adapt`); `None`: 'light', or the host's
     method='pipa', # A name, see `method_cbs`, or a list of callbacks
     arch:str='mit_b0', # Encoder, when `model` is a name
     pretrained:bool|str=False, # Start from ImageNet weights? `True`, or a file, see `load_pretrained`
@@ -403,6 +389,8 @@ def uda_learner(
     path='.', # Where `learn.save` and loggers write
     lean:bool=False, # Backpropagate each loss as soon as it is made? Less memory, see `Lean`
     guard:str|None='stop', # At a number that isn't finite: 'stop', 'skip' the batch and count, or `None`; see `Guard`
+    hints=None, # `Domain` of a few labels in the target, see `Clicks`; `None`: no label of the target is read
+    clicks:dict=None, # More arguments for `with_hints`
     **kwargs # To `method_cbs`
 )->Learner:
     "A learner that adapts `model` from the source to the target of `dls`"
@@ -414,6 +402,7 @@ def uda_learner(
     if frozen is not None: freeze_encoder(net, frozen)
     splitter = partial(param_groups, layer_decay=layer_decay)
     parts = method_cbs(method, **kwargs) if isinstance(method, str) else _own_cbs(method, kwargs)
+    if hints is not None: parts = with_hints(parts, hints, **(clicks or {}))
     _warn_of(parts)
     loss = SegLoss(n_out=dls.c, data=f'`{dls.space.name}`' if hasattr(dls, 'space') else 'the data')
     if isinstance(n := getattr(unwrapped(net), 'n_out', None), int): loss.check(torch.empty(0, n))

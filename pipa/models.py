@@ -21,8 +21,8 @@ from .encoders import encoder
 # %% auto #0
 __all__ = ['Feats', 'Detail', 'resize', 'mix_maps', 'ConvBN', 'SepConvBN', 'MixBN', 'SepASPP', 'Embed', 'DAFormerHead',
            'SegFormerHead', 'SegNet', 'daformer', 'segformer', 'light', 'ResNetV1c', 'DeepLabHead', 'deeplabv2',
-           'ProjHead', 'PatchHead', 'add_heads', 'get_logits', 'with_feats', 'get_layer', 'run_with', 'Adapter',
-           'adapt', 'bare_names', 'bare_state', 'renamed', 'unwrapped', 'same_classes', 'sound']
+           'ProjHead', 'PatchHead', 'add_heads', 'get_logits', 'with_feats', 'get_layer', 'as_map', 'run_with',
+           'Adapter', 'adapt', 'bare_names', 'bare_state', 'renamed', 'unwrapped', 'same_classes', 'sound']
 
 # %% ../nbs/07_models.ipynb #e4da3b7f
 class Feats(tuple):
@@ -342,48 +342,78 @@ def with_feats(out): # Answer of a net in training: `(logits, Feats)`, or what `
                     "logits alone or `(logits, Feats)`, see `pipa.models.adapt`.")
 
 def get_layer(net:nn.Module, # A net
-              layer:str      # Dotted name of a part of it; unknown names raise a `ValueError` that lists similar ones
+              layer:str      # Dotted name of a part; unknown ones raise a `ValueError` that lists similar ones
 )->nn.Module: # That part
     "Find a part of `net` by name"
-    names = dict(net.named_modules())
+    names,layer = dict(net.named_modules()),layer.partition(':')[0]
     if layer in names and layer: return names[layer]
     near = get_close_matches(layer, names, n=5, cutoff=.4) or [n for n,_ in net.named_children()]
     raise ValueError(f"No layer of {type(net).__name__} is named {layer!r}: did you mean {', '.join(near)}?")
 
 # %% ../nbs/07_models.ipynb #072b030b
+def as_map(
+    o:Tensor, # What a layer gave: a map, B×C×h×w, or tokens, B×N×C
+    size:tuple # Height and width of the image
+)->Tensor: # B×C×h×w, or `o` itself, if it is neither
+    "Tokens as the map that they are a list of"
+    if not isinstance(o, Tensor) or o.ndim!=3: return o
+    grids = {(h//p, w//p) for p in range(1, min(size)+1) for h,w in (size, [n+p-1 for n in size])}
+    left = {o.shape[1]-h*w:(h,w) for h,w in grids if 0<=o.shape[1]-h*w<=8}
+    return o[:,min(left):].transpose(1, 2).unflatten(2, left[min(left)]) if left else o
+
+def _caught(o, how, of_linear):
+    "The part of what went into a layer, or came out, that is meant"
+    if how=='in': return o.movedim(-1, 1) if of_linear and o.ndim==4 else o
+    if how!='last' or isinstance(o, Tensor): return o
+    if isinstance(o, Mapping): o = next((o[k] for k in ('feature_maps', 'last_hidden_state') if k in o), [*o.values()])
+    if isinstance(o, (list,tuple)) and isinstance(o[0], (list,tuple)): o = o[0]   # maps, and tokens beside them
+    return o if isinstance(o, Tensor) else o[-1]
+
+# %% ../nbs/07_models.ipynb #rw000001
 def run_with(net:nn.Module, # A net
-             layer:str,     # Dotted name of a part of it
-             x:Tensor       # Images, B×3×H×W
-)->tuple: # Logits, and that part's output, each B×C×h×w
-    "Run `net` and look at what one of its layers gave"
-    seen = []
-    hook = get_layer(net, layer).register_forward_hook(lambda m,i,o: seen.append(o))
+             layer:str,     # Dotted name of a part of it; with `:in` what goes into it, with `:last` its last map
+             x:Tensor,      # Images, B×3×H×W
+             *more:str      # More of such names
+)->tuple: # Logits, and what was caught at each part, B×C×h×w
+    "Run `net` and look at what some of its layers gave"
+    seen,hooks = {},[]
+    for k in (layer, *more):
+        part,how = get_layer(net, k),k.partition(':')[2]
+        if how not in ('', 'in', 'last'): raise ValueError(f"{k!r}: behind the colon stands `in` or `last`.")
+        def see(m, i, o=None, k=k, how=how):
+            seen[k] = as_map(_caught(i[0] if how=='in' else o, how, isinstance(m, nn.Linear)), x.shape[-2:])
+        hooks.append((part.register_forward_pre_hook if how=='in' else part.register_forward_hook)(see))
     try: logits = get_logits(net(x))
-    finally: hook.remove()
-    if not seen: raise ValueError(f"Layer {layer!r} took no part in the forward pass: name one that did.")
-    if not isinstance(seen[-1], Tensor) or seen[-1].ndim!=4:
-        raise ValueError(f"Layer {layer!r} gives {getattr(seen[-1], 'shape', type(seen[-1]).__name__)}, "
-                         "not a B×C×h×w map: name another.")
-    return logits,seen[-1]
+    finally:
+        for h in hooks: h.remove()
+    for k in (layer, *more):
+        if k not in seen: raise ValueError(f"Layer {k!r} took no part in the forward pass: name one that did.")
+        if not isinstance(o := seen[k], Tensor) or o.ndim!=4: raise ValueError(
+            f"Layer {k!r} gives {getattr(o, 'shape', type(o).__name__)}, not a B×C×h×w map: name another.")
+    return logits,*(seen[k] for k in (layer, *more))
 
 # %% ../nbs/07_models.ipynb #ea5d2f1c
 class Adapter(nn.Module):
     "A net of any kind, made to give `(logits, Feats)` in training and full-size logits in evaluation"
     def __init__(self,
                  net:nn.Module, # Images to logits, in one of the forms of `get_logits`
-                 layer:str,     # Dotted name of the layer whose output is the embedding
-                 n_emb:int,     # Channels of that output
-                 n_out:int      # Number of classes
+                 layer:str,     # Where the embedding is caught, see `run_with`
+                 n_emb:int,     # Channels of the embedding
+                 n_out:int,     # Number of classes
+                 deep:str=None, # Where the encoder's last map is caught; `None`: the embedding is the only map
+                 n_deep:int=None# Channels of that map
     ):
         super().__init__()
-        self.net,self.layer,self.widths,self.fused_dim,self.n_out = net,layer,(n_emb,),n_emb,n_out
+        self.net,self.layer,self.deep,self.fused_dim,self.n_out = net,layer,deep,n_emb,n_out
+        self.widths = (n_emb,n_deep) if deep else (n_emb,)
 
+    def seen(self, x): return run_with(self.net, self.layer, x, *([self.deep] if self.deep else []))
     def forward(self, x):
         if not self.training: return resize(get_logits(self.net(x)), x.shape[-2:])
-        logits,emb = run_with(self.net, self.layer, x)
-        return logits,Feats([emb], emb)
+        logits,*maps = self.seen(x)
+        return logits,Feats(maps, maps[0])
 
-    def maps(self, x): return [run_with(self.net, self.layer, x)[1]]
+    def maps(self, x): return [*self.seen(x)[1:]]
 
 # %% ../nbs/07_models.ipynb #6006206e
 @patch
@@ -396,21 +426,23 @@ def __deepcopy__(self:Adapter, memo):
 
 # %% ../nbs/07_models.ipynb #a3eb4dc7
 def adapt(net:nn.Module,   # Images to logits, in one of the forms of `get_logits`
-          layer:str,       # Dotted name of the layer whose output is the embedding
+          layer:str,       # Dotted name of the layer whose output is the embedding; more ways see `run_with`
           n_emb:int=None,  # Channels of that output; default found out
           n_out:int=None,  # Number of classes; default found out
-          size:tuple=(64,64) # Height and width of the image of zeros with which to find out
+          size:tuple=(64,64), # Height and width of the image of zeros with which to find out
+          deep:str=None    # Where the encoder's last map is, such as `encoder:last`; `None`: nowhere
 )->Adapter: # Net that every loss term of this library can work with
     "Make any segmentation net usable for adaptation"
-    get_layer(net, layer)
-    if not (n_emb and n_out):
+    names,n_deep = [layer]+[deep]*bool(deep),[]
+    for k in names: get_layer(net, k)
+    if deep or not (n_emb and n_out):
         modes,p = {m:m.training for m in net.modules()},next(net.parameters())
         try:
-            with torch.no_grad(): logits,emb = run_with(net.eval(), layer, p.new_zeros(1, 3, *size))
+            with torch.no_grad(): logits,emb,*n_deep = run_with(net.eval(), layer, p.new_zeros(1, 3, *size), *names[1:])
         finally:
             for m,mode in modes.items(): m.training = mode
         n_emb,n_out = n_emb or emb.shape[1],n_out or logits.shape[1]
-    return Adapter(net, layer, n_emb, n_out)
+    return Adapter(net, layer, n_emb, n_out, deep, *(o.shape[1] for o in n_deep))
 
 # %% ../nbs/07_models.ipynb #wrp00002
 _wraps = re.compile(r'(^|\.)(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+')

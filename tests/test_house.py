@@ -126,7 +126,7 @@ def test_version():
 # --- arrows go down ---------------------------------------------------------------------------------------------------------------------
 # A page uses only pages above it. In the core their numbers are the order; a folder stands behind the core page of this number, folders of one
 # number in this order, and inside a folder numbers count again. Nobody but the command line uses `bench` and `runs`.
-rooms = dict(sets=11, weights=11, look=24, runs=24, bench=24)
+rooms = dict(sets=11, weights=8, nets=8, hints=16, look=24, runs=25, bench=25)
 leaves = 'labels losses mix mit encoders fast models hrda minicity'.split()
 
 def number(p): return int(m[0]) if (m := re.match(r'\d+', p.stem)) else None
@@ -190,6 +190,7 @@ def test_anatomy(nb):
     assert nb.stat().st_size<400_000, 'figures are small: a notebook has less than 400 kB'
     assert not [o for c in cs for o in c.get('outputs', []) if o['output_type']=='error']
     assert not [o for c in cs for o in c.get('outputs', []) if o.get('name')=='stderr'], 'warnings, which name a machine, are no output'
+    assert len({c['id'] for c in cs})==len(cs), 'each cell has a name of its own'
     assert 'widgets' not in json.loads(nb.read_text(encoding='utf8'))['metadata']
     if any(map(has_default, cs)): assert 'nbdev_export()' in source(cs[-1]), 'the last cell exports'
 
@@ -272,6 +273,13 @@ def test_a_public_name_has_one_meaning():
         for n in {*defined(m)}: homes.setdefault(n, []).append(m)
     double = {n:ms for n,ms in homes.items() if len(ms)>1 and n[0]!='_'}
     assert not double, f'one name, two meanings: {double}'
+
+def test_one_place_knows_the_mean_and_the_deviation_of_images():
+    "Pages and modules ask `pipa.mix`; a test may write the numbers down, as an oracle"
+    of = re.compile(r'\.485\b|\.229\b|imagenet_stats')
+    bad = [p.name for p in modules if of.search(p.read_text(encoding='utf8'))]
+    bad += [p.name for p in nbs for c in cells(p) if c['cell_type']=='code' and of.search(source(c))]
+    assert sorted(bad)==['03_mix.ipynb', 'mix.py'], 'take `normed` and `unnormed`, or the two constants'
 
 @every_module
 def test_private_names_stay_at_home(mod):

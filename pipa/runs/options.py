@@ -9,6 +9,7 @@ from functools import lru_cache, wraps
 from fastcore.script import store_true, anno_parser
 from fastai.torch_basics import *
 from ..basics import between, forks, one_of
+from ..budget import seconds
 from ..baselines import AdvSeg, MIC, MinEnt
 from ..callbacks import MeanTeacher, Mix, PatchContrast, PixelContrast, has_bf16
 from ..data import preset
@@ -24,15 +25,18 @@ __all__ = ['ends_in', 'options', 'taking', 'parser', 'defaults', 'given', 'parse
 def options(
     method:str='pipa', # source oracle minent advseg advent fda self_training daformer hrda mic pixel patch pipa, or a+b
     data:str='minicity', # minicity, a pair such as gta:cityscapes, or a folder with codes.txt, source, target, valid
+    hints:str='auto', # Hints of the target: auto (clicks.csv and hints beside its images in --data), off, or a path
     seed:int=0, # Seed of everything random
     epochs:int=5, # Validations; training is cut into so many epochs
     steps:int=260, # Steps in an epoch
+    time:str=None, # Time that the run may take, such as 20m: epochs, steps and start are measured and planned
     bs:int=4, # Source images, and target images, in a batch
     size:str='128x256', # Height x width that the net sees, multiples of 32
-    net:str='light', # Net: light, segformer, daformer or hrda; the host `hrda` is a net of its own
+    net:str='light', # Net: light segformer daformer hrda deeplabv2, or smp:ARCH/ENCODER torchvision:NAME hf:FOLDER
     arch:str='mit_b0', # Encoder: mit_b0 to mit_b5, lite0, or timm:NAME for any of timm's
     pretrained:store_true=False, # Start from ImageNet weights: of a package (lite0), a hub's cache (timm) or a file
     encoder:str=None, # File of weights for the encoder, such as mit_b5.pth
+    fromrun:str=None, # Run or weights to go on from (--from RUN will do): its net and teacher, and its settings
     frozen:str=None, # Of the encoder: none, norms (their statistics), all, or so many blocks; default norms for lite0
     decay:float=1., # Each block of the encoder learns so many times slower than the next; 1: all at one rate
     lr:float=2e-3, # Learning rate of the encoder; heads have twice as much
@@ -175,6 +179,7 @@ def in_range(
         if o.get(k) is not None: between(f'--{k}', o[k], least, most)
     between('--seed', o.seed, 0, 2**32-1)
     between('--decay', o.get('decay', 1.), 0, 1, above=True)
+    if o.get('time'): seconds(o.time)
     learn_args(o)
     one_of('--guard', o.get('guard', 'off'), ('stop', 'skip', 'off'))
     one_of('--precision', o.get('precision', 'auto'), ('auto', 'fp32', 'bf16'))
@@ -198,6 +203,7 @@ def possible(
     method_cbs(o.method, **method_args(o))
     data_args(o, None, None)
     if o.encoder: find_file(o.encoder)
+    if o.get('fromrun') and find_file(o.fromrun): return   # it has its net
     net = net_args(o)
     with torch.device('meta'): net = make_net(net['model'], 2, o.arch, **net['net'])
     _encoder_learns(net, **learn_args(o))
@@ -262,7 +268,7 @@ def look_for_idle(
     if rest and not rank_distrib(): print(f"pipa: Of no use to the {by}: {said(rest)}.", file=sys.stderr)
 
 # %% ../../nbs/runs/03_options.ipynb #opt00029
-_elsewhere = 'out threads workers lean unlabelled resume minutes guard deterministic config pdb xtra'.split()
+_elsewhere = 'time out threads workers lean unlabelled resume minutes guard deterministic config pdb xtra'.split()
 
 def settings(
     command:str|list # Command or its arguments, as `pipa_train --method=mic`

@@ -193,7 +193,7 @@ def revisions()->dict: # `package` and `here`, see `revision`
 # %% ../../nbs/runs/00_record.ipynb #rec00016
 _record = dict(versions=dict, command=str, data_stamps=dict, git=dict, ranks=int, loaded=dict)
 _not_taken = 'out', 'config', 'resume'
-_none_or = dict(encoder=str, frozen=str, preset=str, out=str, config=str, weight=float, workers=int)   # by default None
+_none_or = dict.fromkeys('encoder frozen preset out config fromrun time'.split(), str) | dict(weight=float, workers=int)
 _words = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', dict: 'a group, `{…}`'}
 
 def _is(v, kind):
@@ -264,6 +264,7 @@ def changes(
     olds,news = (o.get('data_stamps') or {} for o in (was, now))
     for k,v in olds.items():
         if said := stamp_change(v, news.get(k)): yield f'data_stamps {k}: {said}; numbers may differ.'
+    if olds and 'hints' in news and 'hints' not in olds: yield 'data_stamps hints: there were none; numbers may differ.'
     for what in ('versions', 'git'):
         a,b = (o.get(what) or {} for o in (was, now))
         for k in (k for k in a if a[k]!=b.get(k) and (what, k)!=('git', 'here')):
@@ -291,11 +292,13 @@ def origins(
     src, # Source `Domain`
     tgt, # Target `Domain`
     val=None, # Domain to report on
+    hints=None, # From `pipa.hints.tools.hints_of`
     out=None, # Folder of a run that goes on
     loaded:dict|None=None # What was loaded into the encoder, see `pipa.weights.convert.account`
 )->dict: # What `config.json` says beside the options; raises a `ValueError` if a run goes on with other data
     "What a run was made of"
     stamps = {k: data_stamp(d) for k,d in dict(source=src, target=tgt, valid=val).items() if d}
+    if hints: stamps['hints'] = hints.stamp()
     command = shlex.join(['pipa_train', *sys.argv[1:]])
     now = dict(versions=versions(), command=command, data_stamps=stamps, git=revisions(),
                **dict(loaded=loaded) if loaded else {})

@@ -4,21 +4,26 @@
 
 # %% ../../nbs/runs/04_run.ipynb #run00003
 from __future__ import annotations
-import json, math, shlex, sys, pandas as pd
-from contextlib import ExitStack, contextmanager, nullcontext
+import io, json, math, shlex, sys, time, pandas as pd
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from copy import deepcopy
 from pathlib import Path
 from torch.nn.attention import sdpa_kernel, SDPBackend
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
-from ..basics import between, no_formulas, one_line, writable, write_file
+from ..basics import at_home, between, no_formulas, one_line, writable, write_file
 from ..ranks import place, start
 from ..sets.named import domains
 from ..data import class_counts, uda_dls
-from ..checkpoints import save
+from ..hints.tools import Hints, hints_of
+from ..budget import pace, plan, seconds
+from ..checkpoints import load, save
 from ..fast import fast
 from ..guard import Guard
 from ..models import unwrapped
+from ..weights.convert import sha256
+from ..weights.files import find_file
 from ..learner import encoder_of, host_terms, make_net, method_cbs, method_name, uda_learner
 from ..metrics import iou, iou_table, miou, Validator
 from ..look.measures import tightness
@@ -29,8 +34,9 @@ from .state import checkpoints, claim, drop_checkpoints, same_ranks
 from .. import check, show
 
 # %% auto #0
-__all__ = ['new_folder', 'rank0_first', 'rank0_folder', 'Before', 'write_run', 'measures', 'look_at', 'plain_log', 'watch',
-           'halved', 'prepare', 'fit_in_folder', 'begun_with', 'resumed', 'run', 'in_file', 'run_command']
+__all__ = ['hint_columns', 'new_folder', 'rank0_first', 'rank0_folder', 'Before', 'write_run', 'measures', 'look_at', 'plain_log',
+           'watch', 'find_hints', 'begun_hints', 'halved', 'begun_from', 'net_of_run', 'teach', 'planned', 'prepare',
+           'fit_in_folder', 'begun_with', 'resumed', 'run', 'without', 'in_file', 'run_command']
 
 # %% ../../nbs/runs/04_run.ipynb #run00006
 def new_folder(
@@ -91,11 +97,12 @@ def write_run(
     out:Path, # Folder of the run
     learn, # Fitted learner
     before:Before, # Keeps the answers after the first epoch
-    config:dict # What the run was asked for
+    config:dict, # What the run was asked for
+    hints:Hints|None=None # What a person has said about the target
 )->dict: # mIoU of student and teacher and the IoU of each class
     "Write weights, tables and pictures of a fitted learner"
     sp,ms = learn.dls.space,{m.name:m for m in learn.metrics}
-    meta = dict(space=sp, size=config['size'], method=config['method'])
+    meta = dict(space=sp, size=config['size'], method=config['method'], **(dict(hints=hints.stamp()) if hints else {}))
     save(out/'weights.safetensors', learn.model, which='student', **meta)
     if 'teacher_miou' in ms: save(out/'teacher.safetensors', learn.mean_teacher.teacher, which='teacher', **meta)
     cm = ms['miou'].cm.cpu()
@@ -105,7 +112,7 @@ def write_run(
     show.result_picture(xs, ys, {'first epoch': before.preds, 'adapted': before.answer()}, sp).to_png(out/'result.png')
     show.curves(pd.read_csv(out/'metrics.csv')).to_png(out/'curves.png')
     return dict(miou_student=miou(cm), miou_teacher=ms['teacher_miou'].value if 'teacher_miou' in ms else float('nan'),
-                **dict(zip(class_columns(sp.codes), iou(cm).tolist())))
+                **dict(zip(class_columns(sp.codes, hint_columns if hints else ()), iou(cm).tolist())))
 
 # %% ../../nbs/runs/04_run.ipynb #112dc6e3
 def measures(
@@ -153,6 +160,31 @@ def watch(
     learn.add_cb(g := Guard('stop' if how=='off' else how))
     if column: learn.metrics += g.column
 
+# %% ../../nbs/runs/04_run.ipynb #hnt00002
+hint_columns = 'hints','clicks'   # of a row of results: their code, and the number of clicks
+
+def find_hints(
+    o, # Options, as an `AttrDict`
+    tgt, # Target `Domain`
+    val # Domain to report on, or None
+)->Hints|None: # Raises a sentence if hints were named and there are none
+    "What a person has said about the target, if the run is to listen"
+    asked,root = o.get('hints') or 'auto',at_home(o.data)
+    own = o.data!='minicity' and root.is_dir() and 'oracle' not in host_terms(o.method, o.terms)[0].split('+')
+    if asked=='off' or asked=='auto' and not own: return None
+    hints = hints_of(tgt, root/'target' if asked=='auto' else asked, val, itself=asked!='auto')
+    if hints is None and asked!='auto':
+        raise ValueError(f"`--hints {asked}` holds no hint: name clicks.csv, or a folder with masks or files of tools.")
+    if hints and not place()[0]: print(f'Hints: {hints.said}', flush=True)
+    return hints
+
+def begun_hints(
+    o, # Options of a run that goes on, as an `AttrDict`
+    out # Its folder
+)->str: # The option `hints`
+    "A run that was begun without hints goes on without them"
+    return o.get('hints') if 'hints' in read_config(out).get('data_stamps', {}) else 'off'
+
 # %% ../../nbs/runs/04_run.ipynb #run00022
 @contextmanager
 def halved(
@@ -165,26 +197,94 @@ def halved(
     plain = half and learn.dls.device.type=='cpu'
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(): yield
 
+# %% ../../nbs/runs/04_run.ipynb #frm00002
+_of_its_own = 'epochs steps start seed pretrained encoder time fromrun hints out threads workers resume minutes config'.split()
+
+def begun_from(
+    o:dict, # Options
+    asked # Names of those that were given
+)->dict: # Options, those of the run `o['fromrun']` where nothing was said; raises a sentence
+    "What a run is that goes on from the net of another"
+    if not o.get('fromrun') or o.get('resume') or o.get('config'): return o
+    if both := [k for k in ('net', 'arch', 'pretrained', 'encoder') if k in asked]: raise ValueError(
+        f"`--{both[0]}` beside `--from`: the net is that of `{o['fromrun']}`. Leave one of the two out.")
+    home,file = at_home(o['fromrun']),find_file(o['fromrun'])
+    if (home/'config.json').is_file(): was = read_config(home, defaults())
+    else: was = {k:v for k,v in load(file)[1].items() if k=='size'}
+    if was.get('preset'): was.pop('size', None)
+    own = {k: was.get(k, v) for k,v in o.items() if k not in asked and k not in _of_its_own}
+    return {**o, **own} | ({} if 'start' in asked else dict(start=0))
+
+# %% ../../nbs/runs/04_run.ipynb #frm00003
+def net_of_run(
+    path, # Folder of a run, or a file of weights
+    space=None # `LabelSpace` that it must have; `None`: any
+)->nn.Module: # The student, ready to learn; raises a `ValueError` if its classes are others
+    "The net of a run, to go on from"
+    net,meta = load(path)
+    if space is not None and meta.get('codes') and [*meta['codes']]!=[*space.codes]: raise ValueError(
+        f"`{path}` has the classes {', '.join(meta['codes'])}, and the data {', '.join(space.codes)}: "
+        "go on with data of the same classes.")
+    file = find_file(path)
+    net.loaded = dict(file=file.name, sha256=sha256(file), of='file', mapped=len(net.state_dict()))
+    return net.train()
+
+def teach(
+    learn, # Learner with the net of `net_of_run`
+    path # The same path
+):
+    "Let the teacher be that of the run, or its student, and be as slow as after many steps"
+    if not hasattr(learn, 'mean_teacher'): return
+    mt = learn.mean_teacher
+    mt.teacher,mt.t = deepcopy(learn.model).eval().requires_grad_(False),10**6
+    if (at_home(path)/'teacher.safetensors').is_file(): load(path, learn.dls.device, mt.teacher, 'teacher')
+
+# %% ../../nbs/runs/04_run.ipynb #frm00005
+def planned(
+    o:dict, # Options with a `time`
+    asked, # Names of those that were given
+    since:float # When the command began, by `time.monotonic`
+)->dict: # Options with `epochs`, `steps` and `start` to match; raises a sentence
+    "Let the time say how many steps there are"
+    if 'steps' in asked: raise ValueError("`--time` says how many steps there are: leave `--steps` out.")
+    c,world = AttrDict(o),start()[1]
+    c.workers = loaders(c.workers, world)
+    possible(c)
+    seed_all(c.seed, c.deterministic)
+    with redirect_stdout(io.StringIO()): learn = prepare(c, world)[0]
+    with halved(learn, c.precision): p = pace(learn)
+    left = seconds(o['time']) - (time.monotonic()-since) - p['look'] - 5   # tables and pictures
+    new = [plan(left, **p, epochs=o['epochs'], share=min(1., o['start']/(o['epochs']*o['steps'])))]
+    if world>1: torch.distributed.broadcast_object_list(new, 0)
+    if 'start' in asked: new[0]['start'] = o['start']
+    if not place()[0]: print('pipa: In {}: {} epochs of {} steps, the first {} on the source alone. A step takes {:.2f} s, '
+        'with the terms {:.2f} s, a validation {:.1f} s.'.format(o['time'], *new[0].values(), *p.values()), flush=True)
+    return o | new[0]
+
 # %% ../../nbs/runs/04_run.ipynb #run00014
 def prepare(
     o, # Options, as an `AttrDict`; `size` becomes that of the views
     world:int=1 # Number of processes
-)->tuple: # Learner, its `Before`, and the three domains
+)->tuple: # Learner, its `Before`, the three domains and the hints
     "The learner that the options ask for"
     size,(host,_) = parse_size(o.size),host_terms(o.method, o.terms)
     with rank0_first(): src,tgt,val = domains(o.data, host, size)
     if val: look_at(val)
+    hints = find_hints(o, tgt, val)
     views,net = data_args(o, src, tgt),net_args(o)
     o.size = 'x'.join(map(str, views['size']))
     o.precision = arithmetic(o.precision, views['bs']*math.prod(views['size']))
     dls = uda_dls(src, tgt, val, n=o.steps*views['bs']*world, shard=(place()[0],world), num_workers=o.workers, **views)
     before = Before(dls.valid)
-    model = fast(make_net(net['model'], dls.c, o.arch, o.encoder or o.pretrained, **net['net']))
+    model = fast(net_of_run(o.fromrun, dls.space) if o.get('fromrun') else
+                 make_net(net['model'], dls.c, o.arch, o.encoder or o.pretrained, **net['net']))
     learn = uda_learner(dls, model, o.method, lr=o.lr, lean=o.get('lean', False), n_unlabelled=o.unlabelled,
-                        guard=None, hidden=net['hidden'], **learn_args(o), **method_args(o),
+                        guard=None, hidden=net['hidden'], **(dict(hints=hints) if hints else {}), **learn_args(o),
+                        **method_args(o),
                         cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)])
+    if o.get('fromrun'): teach(learn, o.fromrun)
     for m in learn.metrics.filter(lambda m: isinstance(m, Validator)): m.last = True # Once, at the end
-    return learn,before,(src,tgt,val)
+    return learn,before,(src,tgt,val,hints)
 
 # %% ../../nbs/runs/04_run.ipynb #run00015
 def fit_in_folder(
@@ -196,6 +296,7 @@ def fit_in_folder(
     o,(rank,world) = AttrDict(o),start()
     o.workers = loaders(o.workers, world)
     possible(o)
+    if o.resume: o.hints = begun_hints(o, out)
     seed_all(o.seed, o.deterministic)
     learn,before,doms = prepare(o, world)
     learn.path = out = Path(out) if o.resume else rank0_folder(out)
@@ -212,7 +313,9 @@ def fit_in_folder(
     host,terms = host_terms(o.method, o.terms)
     row = dict(benchmark=o.data, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms,
                precision=o.precision)
-    row |= write_run(out, learn, before, o) | measures(learn) | (tightness(learn.model, learn.dls) if doms[2] else {})
+    row |= dict(zip(hint_columns, (doms[3].code, sum(doms[3].clicks.values())))) if doms[3] else {}
+    row |= write_run(out, learn, before, o, doms[3]) | measures(learn)
+    row |= tightness(learn.model, learn.dls) if doms[2] else {}
     return out,row
 
 # %% ../../nbs/runs/04_run.ipynb #rsm00004
@@ -281,6 +384,7 @@ def run(
         if not row: return out
         o['precision'] = row.pop('precision') # What auto came to
         apart = ' '.join([o for o in (unusual(o), f'ranks={place()[1]}'*(place()[1]>1)) if o])
+        if o.get('time'): said = without(said, 'time epochs start') + [f'--{k}={o[k]}' for k in ('epochs','steps','start')]
         command = shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))])
         row |= dict(settings=apart, command=command, version=made_of())
         write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
@@ -288,6 +392,16 @@ def run(
     return out
 
 # %% ../../nbs/runs/04_run.ipynb #run00020
+def without(
+    argv:list, # Words of a command
+    names:str # Of options
+)->list: # The other words
+    "Leave options out of a command"
+    res,flags = [],[f'--{o}' for o in names.split()]
+    for a,b in zip(argv, ['', *argv]):
+        if a not in flags and not (b in flags) and a.partition('=')[0] not in flags: res.append(a)
+    return res
+
 def in_file(
     o:dict # Options, some of them from the file `o['config']`
 ):
@@ -303,11 +417,13 @@ def run_command(
     argv:list # Words of the command, without its name
 ):
     "What `pipa_train` does: repeat, refuse what does nothing, run, and say what is there now"
-    named,usual = given(o, argv),defaults()
-    o = repeat(said := o, usual, named)
+    named,usual,since = given(o, argv),defaults(),time.monotonic()
+    asked = {*named, *(k for k in o if o[k]!=usual[k])}
+    o = begun_from(repeat(o, usual, named), asked)
     if o['config']: in_file(o)
     if o['config'] and o['precision']=='auto' and 'precision' not in read_config(o['config']): o['precision'] = 'fp32'
-    if not o['resume']: look_for_idle(o, {*named, *(k for k in said if said[k]!=usual[k])})
+    if not o['resume']: look_for_idle(o, asked)
+    if 'time' in asked and not o['resume']: o = planned(o, asked, since)
     out = run(**o, named=named)
     if place()[0]: return
     print(pd.read_csv(out/'classes.csv').to_string(index=False))
