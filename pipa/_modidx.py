@@ -1529,6 +1529,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'pipa.runs.run.Before.answer': ('runs/run.html#before.answer', 'pipa/runs/run.py'),
                                'pipa.runs.run.Before.load_state_dict': ('runs/run.html#before.load_state_dict', 'pipa/runs/run.py'),
                                'pipa.runs.run.Before.state_dict': ('runs/run.html#before.state_dict', 'pipa/runs/run.py'),
+                               'pipa.runs.run._origins': ('runs/run.html#_origins', 'pipa/runs/run.py'),
                                'pipa.runs.run.begun_from': ('runs/run.html#begun_from', 'pipa/runs/run.py'),
                                'pipa.runs.run.begun_hints': ('runs/run.html#begun_hints', 'pipa/runs/run.py'),
                                'pipa.runs.run.begun_with': ('runs/run.html#begun_with', 'pipa/runs/run.py'),

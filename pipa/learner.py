@@ -14,8 +14,6 @@ from .basics import at_home, between, one_of, write_file
 from .losses import weighted_ce
 from .mit import MiT
 from .encoders import TimmEncoder, by_block, freeze
-from .mit import MiT
-from .encoders import TimmEncoder, by_block, freeze
 from .metrics import MIoU, TeacherMIoU, TermColumn, validators, label_free
 from .models import add_heads, bare_names, same_classes, unwrapped
 from .nets.named import make_net, nets

@@ -297,6 +297,13 @@ def prepare(
     for m in learn.metrics.filter(lambda m: isinstance(m, Validator)): m.last = True # Once, at the end
     return learn,before,(src,tgt,val,hints)
 
+# %% ../../nbs/runs/04_run.ipynb #run0014b
+def _origins(o, learn, doms, out):
+    "What a run was made of, and what was loaded into its encoder"
+    nets = unwrapped(learn.model),encoder_of(learn.model)
+    loaded = next((m.loaded for m in nets if hasattr(m, 'loaded')), None)
+    return origins(o, *doms, out=out if o.resume else None, loaded=loaded)
+
 # %% ../../nbs/runs/04_run.ipynb #run00015
 def fit_in_folder(
     out:Path, # Folder of the run, made when all arguments have proved good; see `new_folder`
@@ -313,9 +320,7 @@ def fit_in_folder(
     learn.path = out = Path(out) if o.resume else rank0_folder(out)
     watch(learn, o.get('guard', 'off'), out/'metrics.csv' if checkpoints(out) else None)   # else it begins anew
     if not rank: held.enter_context(claim(out))
-    loaded = next((m.loaded for m in (unwrapped(learn.model), encoder_of(learn.model)) if hasattr(m, 'loaded')), None)
-    made = origins(o, *doms, out=out if o.resume else None, loaded=loaded)
-    text = json.dumps(dict(o, ranks=world, **made), indent=1)
+    text = json.dumps(dict(o, ranks=world, **_origins(o, learn, doms, out)), indent=1)
     if o.resume: checkpoints(out) and learn.resume()
     elif not rank: write_file(out/'config.json', lambda f: f.write(text.encode()))
     quiet = nullcontext() if rank or sys.stdout.isatty() else plain_log(learn)
