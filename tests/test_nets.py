@@ -100,7 +100,7 @@ def test_a_step(name, method, hub, home, tmp_path):
     fit(learn)
     moved = {k.split('.')[1 if k.startswith('net.') else 0] for k,v in net.named_parameters() if not torch.equal(v, before[k])}
     assert len(moved)>=2 and np.isfinite([float(o) for o in learn.recorder.losses]).all()
-    if 'pipa' in method: assert learn.pixel_contrast.n>0 and moved>={'proj_head', 'project'}
+    if 'pipa' in method: assert learn.pixel_contrast.n>0 and learn.patch_contrast.n>0 and 'proj_head' in moved
     if 'daformer' in method:
         d = learn.feature_distance
         assert d.f.shape[1]==net.widths[-1] and d.f0.shape==d.f.shape, "the encoder's last map"
@@ -174,7 +174,7 @@ def data(home, tmp_path):
     return d
 
 def train(data, out, **kw):
-    o = dict(data=str(data), out=str(out), epochs=1, steps=1, bs=2, size='64x96', crop='32x32', start=0, thresh=.05, unlabelled=2, workers=0)
+    o = dict(data=str(data), out=str(out), epochs=1, steps=1, bs=2, size='64x96', crop='64x64', start=0, thresh=.05, unlabelled=2, workers=0)
     cli.pipa_train(**o | kw)
     return Path(out)
 
@@ -212,7 +212,7 @@ def test_convert_gives_a_file_or_a_sentence(name, hub, tmp_path, monkeypatch, ca
         with torch.no_grad(): torch.testing.assert_close(torch.nn.functional.interpolate(theirs(x).logits, size, mode='bilinear'), net(x), atol=1e-5, rtol=0)
         assert theirs.config.id2label[0]==space('minicity').codes[0]
         assert torch.equal(make_net('hf:out_hf', K, pretrained=True).eval()(x), net(x))
-    else: assert 'Traceback' not in tried('hf') and '`' in tried('hf')
+    else: assert 'Traceback' not in tried('hf') and ('no net like' in tried('hf') or 'has no name' in tried('hf'))
     if name!='dinov2': assert "papers' code has no net like" in tried('official')
 
 # --- what a weights file may ask for ----------------------------------------------------------------------------------------------------
