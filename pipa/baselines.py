@@ -12,13 +12,17 @@ from torch.func import functional_call
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from .losses import weighted_ce
-from .mix import block_mask, strong_augment, imagenet_mean, imagenet_std
+from .mix import block_mask, normed, strong_augment, unnormed
 from .ranks import place, mine, whole_shape, average_, same_
 from .models import resize, with_feats
+from .encoders import encoder
+from .weights.convert import load_pretrained
+from .weights.files import checksum
 from .callbacks import MeanTeacher, LossTerm, with_detail, step_panels, shown_after
 
 # %% auto #0
-__all__ = ['self_info', 'MinEnt', 'Halve', 'discriminator', 'AdvSeg', 'AdvEnt', 'fda', 'FDA', 'MIC']
+__all__ = ['self_info', 'MinEnt', 'Halve', 'discriminator', 'OwnNet', 'AdvSeg', 'AdvEnt', 'fda', 'FDA', 'MIC', 'foundation_dist',
+           'Translator', 'FoundationDistance']
 
 # %% ../nbs/16_baselines.ipynb #13c663f5
 def self_info(
@@ -69,9 +73,54 @@ def discriminator(
     return nn.Sequential(*layers[:-1])
 
 # %% ../nbs/16_baselines.ipynb #6ea39ae7
+class OwnNet(LossTerm):
+    "A term with a net of its own, which learns in a turn of its own: `build` makes it, `own_score` is its loss"
+    def __init__(self,
+        w:float=1., # Weight in the sum
+        start:int=0, # Steps before the term and its net begin
+        lr:float=1e-4 # Rate of the net at the start; it falls to 0 with the power .9
+    ):
+        super().__init__(w, start)
+        self.lr,self.own_net,self.own_opt,self.own_loss = lr,None,None,float('nan')
+
+    def build(self, *sizes): raise NotImplementedError
+    def own_score(self): raise NotImplementedError
+    def make(self, *sizes, device=None):
+        "The net and its optimizer; the same on all ranks"
+        self.own_net = self.build(*sizes).to(device)
+        if place()[1]>1: same_(self.own_net.parameters())
+        self.own_opt = torch.optim.Adam(self.own_net.parameters(), self.lr, (.9,.99))
+
+    def used(self, x):
+        "What the net says of `x`, which gets a gradient; the net gets none"
+        return functional_call(self.own_net, {k:p.detach() for k,p in self.own_net.named_parameters()}, x)
+
+# %% ../nbs/16_baselines.ipynb #c35d5f0e
+@patch
+def train_net(self:OwnNet):
+    "One step of the net, on what was kept of the last batch"
+    for g in self.own_opt.param_groups: g['lr'] = self.lr*(1-self.pct_train)**.9
+    self.own_opt.zero_grad()
+    with torch.enable_grad(): l = self.own_score()
+    l.backward()
+    average_(p.grad for p in self.own_net.parameters())
+    self.own_opt.step()
+    self.own_loss = l.detach()
+
+@patch
+def after_step(self:OwnNet):
+    if self.active: self.train_net()
+    LossTerm.after_step(self)
+
+@patch
+def before_fit(self:OwnNet):
+    LossTerm.before_fit(self)
+    if self.undo: self.own_net,self.own_opt = deepcopy((self.own_net, self.own_opt))
+
+# %% ../nbs/16_baselines.ipynb #bas00001
 def _bce(d, real): return F.binary_cross_entropy_with_logits(d, torch.full_like(d, real))
 
-class AdvSeg(LossTerm):
+class AdvSeg(OwnNet):
     "Make label maps of the target look like those of the source to a discriminator (AdaptSegNet)"
     def __init__(self,
         w:float=.001, # Weight of the adversarial loss (AdaptSegNet, AdvEnt)
@@ -79,44 +128,21 @@ class AdvSeg(LossTerm):
         lr:float=1e-4, # Rate of the discriminator (AdaptSegNet, AdvEnt)
         width:int=64 # Channels of its first layer, see `discriminator`
     ):
-        super().__init__(w, start)
-        self.lr,self.width,self.net_d,self.opt_d,self.loss_d = lr,width,None,None,float('nan')
+        super().__init__(w, start, lr)
+        self.width = width
 
+    def build(self, n_in, width=None):
+        self.width = width or self.width
+        return discriminator(n_in, self.width)
     def view(self, z): return z.softmax(1)
-    def make(self, n_in, device=None):
-        self.net_d = discriminator(n_in, self.width).to(device)
-        if place()[1]>1: same_(self.net_d.parameters())
-        self.opt_d = torch.optim.Adam(self.net_d.parameters(), self.lr, (.9,.99))
 
     def predict(self): self.seen,self.z_t = (self.x,self.x_t),with_feats(self.model(self.x_t))[0]
     def score(self):
         i_s,i_t = [self.view(resize(z.float(), self.x.shape[-2:])) for z in (self.pred, self.z_t)]
-        if self.net_d is None: self.make(i_t.shape[1], i_t.device)
+        if self.own_net is None: self.make(i_t.shape[1], device=i_t.device)
         self.views = i_s.detach(),i_t.detach()
-        frozen = {k:p.detach() for k,p in self.net_d.named_parameters()}
-        return _bce(functional_call(self.net_d, frozen, i_t), 1.),i_t[:,0].numel()
-
-# %% ../nbs/16_baselines.ipynb #c35d5f0e
-@patch
-def train_net(self:AdvSeg):
-    "One step of the discriminator, on the maps of the last batch"
-    for g in self.opt_d.param_groups: g['lr'] = self.lr*(1-self.pct_train)**.9
-    self.opt_d.zero_grad()
-    with torch.enable_grad(): l = (_bce(self.net_d(self.views[0]), 1.) + _bce(self.net_d(self.views[1]), 0.))/2
-    l.backward()
-    average_(p.grad for p in self.net_d.parameters())
-    self.opt_d.step()
-    self.loss_d = l.detach()
-
-@patch
-def after_step(self:AdvSeg):
-    if self.active: self.train_net()
-    LossTerm.after_step(self)
-
-@patch
-def before_fit(self:AdvSeg):
-    LossTerm.before_fit(self)
-    if self.undo: self.net_d,self.opt_d = deepcopy((self.net_d, self.opt_d))
+        return _bce(self.used(i_t), 1.),i_t[:,0].numel()
+    def own_score(self): return (_bce(self.own_net(self.views[0]), 1.) + _bce(self.own_net(self.views[1]), 0.))/2
 
 # %% ../nbs/16_baselines.ipynb #153f7a54
 class AdvEnt(AdvSeg):
@@ -124,28 +150,35 @@ class AdvEnt(AdvSeg):
     def view(self, z): return self_info(z)
 
 # %% ../nbs/16_baselines.ipynb #5467034c
+def _sizes(state):
+    "Channels in and out of the first and the last layer of a net, by its weights"
+    first,*_,last = [v for k,v in state.items() if k.endswith('.weight') and v.ndim>1]
+    return first.shape[1],len(first),len(last)
+
 @patch
-def state_dict(self:AdvSeg):
-    "Discriminator, its optimizer, and the number of steps, as plain data"
-    net,opt = [None if o is None else o.state_dict() for o in (self.net_d, self.opt_d)]
+def sizes_of(self:AdvSeg, state): return _sizes(state)[:2]
+
+@patch
+def state_dict(self:OwnNet):
+    "The net, its optimizer, and the number of steps, as plain data"
+    net,opt = [None if o is None else o.state_dict() for o in (self.own_net, self.own_opt)]
     return dict(steps=self.steps, net=net, opt=opt)
 
 @patch
-def load_state_dict(self:AdvSeg, state, device=None):
-    "Go on from what `state_dict` gave; the discriminator is made if there is none yet"
+def load_state_dict(self:OwnNet, state, device=None):
+    "Go on from what `state_dict` gave; the net is made if there is none yet"
     self.steps = state['steps']
     if state['net'] is None: return
-    self.width = len(state['net']['0.weight'])
-    self.make(state['net']['0.weight'].shape[1], device)
-    self.net_d.load_state_dict(state['net'])
-    self.opt_d.load_state_dict(state['opt'])
+    self.make(*self.sizes_of(state['net']), device=device)
+    self.own_net.load_state_dict(state['net'])
+    self.own_opt.load_state_dict(state['opt'])
 
 # %% ../nbs/16_baselines.ipynb #31b76200
 @patch
 @shown_after('views')
 def show(self:AdvSeg, n:int=2):
     "What the discriminator saw last, summed over the classes, and its verdict (bright: source)"
-    with torch.no_grad(): v = [resize(self.net_d(m).sigmoid(), m.shape[-2:])[:,0] for m in self.views]
+    with torch.no_grad(): v = [resize(self.own_net(m).sigmoid(), m.shape[-2:])[:,0] for m in self.views]
     m = [o.amax(1) if type(self) is AdvSeg else o.sum(1) for o in self.views]
     cols = [o[:n] for pair in zip(self.seen, m, v) for o in pair]
     return step_panels(self, [*zip(*cols)], ('source', 'its map', 'verdict', 'target', 'its map', 'verdict'))
@@ -172,8 +205,7 @@ class FDA(Callback):
     order,run_valid = MeanTeacher.order,False
     def __init__(self, beta:float=.01): self.beta = beta # See `fda`
     def before_batch(self):
-        mean,std = (torch.tensor(o, device=self.x.device)[:,None,None] for o in (imagenet_mean, imagenet_std))
-        x_st = (fda(self.x*std+mean, self.x_t*std+mean, self.beta)-mean)/std
+        x_st = normed(fda(unnormed(self.x), unnormed(self.x_t), self.beta))
         self.seen,self.learn.xb = (self.x, self.x_t, x_st),(x_st,)
 
 @patch
@@ -216,3 +248,111 @@ class MIC(LossTerm):
 def show(self:MIC, n:int=2):
     "The last covered images, the labels that are asked for, and the trust in them"
     return step_panels(self, [*zip(*[o[:n] for o in self.b])], ('covered', 'label', 'trust'))
+
+# %% ../nbs/16_baselines.ipynb #fnd00002
+def foundation_dist(
+    f:Tensor, # Student's map in the words of the other encoder, B×D×h×w
+    f0:Tensor, # Map of the other encoder, of the same shape
+    near:float=.1 # Share of the smooth L1 distance; the rest is 1 − cosine (VFM-UDA++)
+)->Tensor: # Scalar, at least 0; where the maps are equal, 0 with a zero gradient
+    "How far two maps are from each other, in value and in direction"
+    return near*F.smooth_l1_loss(f, f0) + (1-near)*(1-F.cosine_similarity(f, f0, dim=1)).mean()
+
+class Translator(nn.Sequential):
+    "A map in the words of another encoder, place by place"
+    def __init__(self,
+        c:int, # Channels of the map
+        c_f:int, # Channels of the other encoder
+        width:int=None # Channels in between; defaults to `4*c` (VFM-UDA++)
+    ):
+        width = width or 4*c
+        super().__init__(nn.Linear(c, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, c_f))
+    def forward(self, f): return super().forward(f.movedim(1,-1)).movedim(-1,1)
+
+# %% ../nbs/16_baselines.ipynb #fnd00006
+def _checksum(net): return checksum({k:v.detach().cpu() for k,v in net.state_dict().items()})
+
+class FoundationDistance(OwnNet):
+    "Keep the encoder's last map translatable into that of a large frozen encoder, on both domains (VFM-UDA++)"
+    def __init__(self,
+        foundation:str|nn.Module, # Name for `pipa.encoders.encoder`, or a net that gives a map or a list of maps
+        w:float=.1, # Weight of each domain (VFM-UDA++)
+        start:int=0, # Steps before the term begins
+        lr:float=6e-4, # Rate of the translator (that of heads in DAFormer)
+        weights:bool|str=True, # For an encoder by name: `True`, those that it is known for, or a file
+        near:float=.1, # See `foundation_dist`
+        **aug # To `strong_augment`, for the target as the student sees it
+    ):
+        super().__init__(w, start, lr)
+        self.foundation,self.weights,self.near,self.aug,self.other = foundation,weights,near,aug,None
+
+    def build(self, *sizes): return Translator(*sizes)
+    def before_fit(self):
+        super().before_fit()
+        if self.other is None:
+            f = self.foundation
+            self.other = load_pretrained(encoder(f), self.weights) if isinstance(f, str) else f
+        own = {id(p) for p in self.model.parameters()}
+        if any(id(p) in own for p in self.other.parameters()): raise ValueError(
+            "The foundation encoder is a part of the net that learns: give a copy of it (`copy.deepcopy`).")
+        self.other.eval().requires_grad_(False).to(next(self.model.parameters()).device)
+
+# %% ../nbs/16_baselines.ipynb #fnd00007
+@patch
+@torch.no_grad()
+def sees(self:FoundationDistance, x):
+    "The last map of the frozen encoder"
+    maps = getattr(self.other, 'own_maps', self.other)(x)
+    return (maps if torch.is_tensor(maps) else maps[-1]).float()
+
+@patch
+def prepare(self:FoundationDistance): self.x_a = strong_augment(self.x_t, of=place(), **self.aug)
+
+@patch
+def predict(self:FoundationDistance):
+    feats = with_feats(self.model(self.x_a))[1]
+    if feats is None: raise ValueError("The net doesn't say what maps it has, and the foundation distance looks at "
+                                       "them: wrap it with `pipa.models.adapt`.")
+    self.seen,self.f = (self.x,self.x_t),(self.feats.maps[-1],feats.maps[-1])
+    self.f0 = tuple(map(self.sees, self.seen))
+
+@patch
+def far(self:FoundationDistance, g, fs):
+    "The distances of both domains"
+    return [foundation_dist(resize(g(f.float()), f0.shape[-2:]), f0, self.near) for f,f0 in zip(fs, self.f0)]
+
+@patch
+def score(self:FoundationDistance):
+    if self.own_net is None: self.make(self.f[0].shape[1], self.f0[0].shape[1], device=self.f[0].device)
+    return sum(self.far(self.used, self.f)),sum(o[:,0].numel() for o in self.f0)
+
+@patch
+def own_score(self:FoundationDistance): return sum(self.far(self.own_net, [o.detach() for o in self.f]))
+
+# %% ../nbs/16_baselines.ipynb #fnd00008
+@patch
+def sizes_of(self:FoundationDistance, state):
+    c,width,c_f = _sizes(state)
+    return c,c_f,width
+
+@patch
+def state_dict(self:FoundationDistance):
+    "The translator, its optimizer, the number of steps, and a checksum of the frozen encoder"
+    return OwnNet.state_dict(self) | dict(other=None if self.other is None else _checksum(self.other))
+
+@patch
+def load_state_dict(self:FoundationDistance, state, device=None):
+    "Go on from what `state_dict` gave; another frozen encoder raises a `ValueError`"
+    if None not in (self.other, state['other']) and _checksum(self.other)!=state['other']: raise ValueError(
+        "The foundation encoder is another one than that with which this training began: give the same weights.")
+    OwnNet.load_state_dict(self, state, device)
+
+@patch
+@shown_after('f0')
+def show(self:FoundationDistance, n:int=2):
+    "The last images of both domains, and how far their features point elsewhere: bright is far"
+    with torch.no_grad(): fs = [resize(self.own_net(f.float()), f0.shape[-2:]) for f,f0 in zip(self.f, self.f0)]
+    d = [(1-F.cosine_similarity(f, f0, dim=1))[:n,None] for f,f0 in zip(fs, self.f0)]
+    d = [F.interpolate(o, x.shape[-2:], mode='nearest')[:,0]/2 for o,x in zip(d, self.seen)]
+    cols = [o[:n] for pair in zip(self.seen, d) for o in pair]
+    return step_panels(self, [*zip(*cols)], ('source', 'distance', 'target', 'distance'))

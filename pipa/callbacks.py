@@ -19,8 +19,8 @@ from .draw import panels
 from .models import get_logits, resize, with_feats
 
 # %% auto #0
-__all__ = ['with_detail', 'Pair', 'step_panels', 'shown_after', 'has_bf16', 'HalfPrecision', 'ema_decay', 'ema_', 'MeanTeacher',
-           'LossTerm', 'Mix', 'PixelContrast', 'PatchContrast', 'FeatureDistance']
+__all__ = ['with_detail', 'Pair', 'step_panels', 'shown_after', 'has_bf16', 'HalfPrecision', 'ema_decay', 'ema_', 'overruled',
+           'MeanTeacher', 'LossTerm', 'Mix', 'PixelContrast', 'PatchContrast', 'FeatureDistance']
 
 # %% ../nbs/15_callbacks.ipynb #e4da3b7f
 def with_detail(
@@ -47,7 +47,7 @@ class Pair(Callback):
     def before_batch(self):
         if self.training and len(self.yb)>1:
             self.learn.yb,self.learn.x_t,*v = self.yb[:1],*self.yb[1:]
-            self.learn.v_t = v[0] if v else None
+            self.learn.v_t,self.learn.h_t = (*v, None, None)[:2]
 
     def after_pred(self):
         z,feats = with_feats(self.pred)
@@ -143,6 +143,15 @@ def ema_(
     for k in rest: ts[k].copy_(ss[k])
 
 # %% ../nbs/15_callbacks.ipynb #1f0e3dad
+def overruled(
+    y:Tensor, # Pseudo-labels, `B×H×W`
+    w:Tensor, # Trust in them
+    told:Tensor|None, # What a person has said, `ignore` where nothing; `None`: nothing at all
+    ignore:int=255 # Label of pixels that nobody has said anything of
+)->tuple: # Labels and trust
+    "A person knows better than the teacher"
+    return (y, w) if told is None else (torch.where(told!=ignore, told, y), torch.where(told!=ignore, 1., w))
+
 class MeanTeacher(Callback):
     "Label the target with a moving average of the student"
     order,name,saved = Pair.order+1,'mean_teacher','teacher t'
@@ -154,7 +163,7 @@ class MeanTeacher(Callback):
         buffers:str='mean' # Running statistics: averaged ('mean') or the student's ('copy'), see `ema_`
     ):
         store_attr()
-        self.teacher,self.t,self.todo = None,0,None
+        self.teacher,self.t,self.todo,self.told = None,0,None,None
 
     def before_fit(self):
         if self.teacher is None: self.teacher = deepcopy(self.model).eval().requires_grad_(False)
@@ -162,13 +171,13 @@ class MeanTeacher(Callback):
 
     def before_batch(self):
         if not self.training: return
-        self.todo = self.x_t,getattr(self, 'v_t', None)
+        self.todo,self.told = (self.x_t, getattr(self, 'v_t', None)),getattr(self, 'h_t', None)
         vars(self).pop('labels', None)
 
     @cached_property
     def labels(self):
         "`label` of this step's target, found when it is first asked for"
-        return self.label(*self.todo)
+        return overruled(*self.label(*self.todo), self.told)
 
 # %% ../nbs/15_callbacks.ipynb #mt000001
 @patch

@@ -15,6 +15,8 @@ from . import __version__
 from .basics import at_home, write_file
 from .labels import LabelSpace, space as known_space
 from .weights.names import from_hf, to_hf, to_official, looks_like, as_call
+from .mix import imagenet_mean, imagenet_std
+from .encoders import own_unit
 from .models import bare_state, unwrapped
 from .nets.named import build, nets
 from .nets.others import quiet
@@ -102,6 +104,7 @@ def save(
     meta.pop('no_classes', None)   # of another file, see `load`
     spec = spec or getattr(unwrapped(net), 'spec', None)
     meta = dict(pipa_format=1, spec=spec, **space_meta(space), versions=_versions(spec), crc=checksum(state)) | meta
+    meta |= dict(mean=imagenet_mean, std=imagenet_std, inside=own_unit(net))   # of images, see `normed`
     parts = _parts(state, {k:_json(k, v) for k,v in meta.items()})
     write_file(file := at_home(file), lambda f: f.writelines(parts))
     return file

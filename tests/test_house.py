@@ -126,7 +126,7 @@ def test_version():
 # --- arrows go down ---------------------------------------------------------------------------------------------------------------------
 # A page uses only pages above it. In the core their numbers are the order; a folder stands behind the core page of this number, folders of one
 # number in this order, and inside a folder numbers count again. Nobody but the command line uses `bench` and `runs`.
-rooms = dict(sets=11, weights=8, nets=8, look=24, runs=24, bench=24)
+rooms = dict(sets=11, weights=8, nets=8, hints=16, look=24, runs=24, bench=24)
 leaves = 'labels losses mix mit encoders fast models hrda minicity'.split()
 
 def number(p): return int(m[0]) if (m := re.match(r'\d+', p.stem)) else None
@@ -272,6 +272,13 @@ def test_a_public_name_has_one_meaning():
         for n in {*defined(m)}: homes.setdefault(n, []).append(m)
     double = {n:ms for n,ms in homes.items() if len(ms)>1 and n[0]!='_'}
     assert not double, f'one name, two meanings: {double}'
+
+def test_one_place_knows_the_mean_and_the_deviation_of_images():
+    "Pages and modules ask `pipa.mix`; a test may write the numbers down, as an oracle"
+    of = re.compile(r'\.485\b|\.229\b|imagenet_stats')
+    bad = [p.name for p in modules if of.search(p.read_text(encoding='utf8'))]
+    bad += [p.name for p in nbs for c in cells(p) if c['cell_type']=='code' and of.search(source(c))]
+    assert sorted(bad)==['03_mix.ipynb', 'mix.py'], 'take `normed` and `unnormed`, or the two constants'
 
 @every_module
 def test_private_names_stay_at_home(mod):

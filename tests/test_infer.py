@@ -469,3 +469,27 @@ def test_files_are_whole_or_absent(tmp_path, net, monkeypatch):
     monkeypatch.setattr(os, 'replace', full)
     with pytest.raises(OSError): I.predict_folder(net, tmp_path/'a.png', tmp_path/'o', space('minicity'), progress=False)
     assert not [p for p in (tmp_path/'o').rglob('*') if p.is_file()]
+
+# --- how sure the net is ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('kw', [dict(), dict(size=64), dict(mode='slide', crop=64, stride=48), dict(flip=True)], ids=str)
+def test_confidence_is_the_softmax_of_the_class(kw):
+    "At the picture's own size, against all logits at once; the labels are those without it"
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3, 2, 1)).eval()
+    image = np.random.default_rng(0).integers(0, 255, (70,93,3), np.uint8)
+    y,c = I.predict(net, image, sure=True, **kw)
+    p = I.resize(I.logits(net, image, **kw)[None], (70,93))[0].softmax(0).amax(0)
+    assert np.abs(c-255*p.numpy()).max()<.51 and (y==I.predict(net, image, **kw)).all()
+
+def test_confidence_from_the_command(tmp_path, monkeypatch):
+    from pipa import cli
+    from pipa.checkpoints import save
+    monkeypatch.chdir(tmp_path)
+    save('w.safetensors', light(n_out=3), label_space(['a','b','c']), size='64x64')
+    Image.new('RGB', (80,50), (9,99,200)).save('a.png')
+    cli.pipa_predict('a.png', 'w.safetensors', out='plain')
+    cli.pipa_predict('a.png', 'w.safetensors', out='o', confidence=True)
+    cli.pipa_predict('a.png', 'w.safetensors', out='o', confidence=True)   # its own files are written again
+    assert {p.name for p in (tmp_path/'o').iterdir()}-{p.name for p in (tmp_path/'plain').iterdir()}=={'a_confidence.png'}
+    o = np.array(Image.open('o/a_confidence.png'))
+    assert o.shape==(50,80) and o.dtype==np.uint8 and o.min()>=85-1   # the best of three has a third at least

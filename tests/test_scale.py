@@ -85,7 +85,7 @@ def test_discriminators_stay_the_same(home):
     def adv():
         learn = make(home, 2, 'advseg', s=place()[0], host=dict(width=4))
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-        return learn.adv_seg.net_d.state_dict()
+        return learn.adv_seg.own_net.state_dict()
     a,b = on_ranks(adv, 2)
     assert same([a], [b])
 

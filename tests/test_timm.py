@@ -1,18 +1,25 @@
 "Encoders of timm under every head: shapes, gradients, weights files, what is frozen, one step of adaptation"
-import numpy as np, pytest, torch
+import re
+from copy import deepcopy
+import numpy as np, pytest, torch, torch.nn.functional as F
+from PIL import Image
 from timm import create_model
 from pipa import checkpoints as ck
 from pipa.data import minicity, uda_dls
 from fastai.callback.core import Callback
-from pipa.encoders import TimmEncoder, encoder
+from pipa.encoders import Pyramid, TimmEncoder, encoder
 from pipa.export import export_net, load_graph
-from pipa.infer import predict
+from pipa.infer import evaluate, predict
 from pipa.labels import space
 from pipa.learner import make_net, param_groups, uda_learner
+from pipa.look.views import see
+from pipa.metrics import confusion
 from pipa.minicity import scene
+from pipa.mix import normed
 from pipa.models import adapt
 
-small = dict(ConvNeXt='convnext_atto', ResNet='resnet10t', MobileNet='mobilenetv4_conv_small', ViT='vit_tiny_patch16_224', DINOv2='vit_small_patch14_dinov2')
+small = dict(ConvNeXt='convnext_atto', ResNet='resnet10t', MobileNet='mobilenetv4_conv_small', EfficientNet='efficientnet_b0', PVTv2='pvt_v2_b0',
+             HGNetV2='hgnetv2_b0', Swin='swin_tiny_patch4_window7_224', ViT='vit_tiny_patch16_224', DINOv2='vit_small_patch14_dinov2', DINOv3='vit_small_patch16_dinov3')
 families = pytest.mark.parametrize('name', small.values(), ids=small)
 nets = pytest.mark.parametrize('net', ['light', 'segformer', 'daformer', 'hrda'])
 
@@ -21,25 +28,85 @@ def build(net, name, n_out=3, **kw):
     more = dict(crop=(64,64), dim=32) if net=='hrda' else {} if net=='light' else dict(dim=32)
     return make_net(net, n_out, f'timm:{name}', **more, **kw)
 
-@families
-@pytest.mark.parametrize('hw', [(64,96), (100,150), (33,57)])
-def test_maps_have_the_strides_of_any_encoder(name, hw):
-    enc = TimmEncoder(name).eval()
-    x = torch.randn(2, 3, *hw, requires_grad=True)
-    maps = enc(x)
-    assert [tuple(m.shape) for m in maps]==[(2, c, *(-(-n//s) for n in hw)) for c,s in zip(enc.widths, (4,8,16,32))]
-    sum(m.sum() for m in maps).backward()
-    assert all(p.grad is not None for p in enc.net.parameters() if p.requires_grad and p.ndim>1 and p.shape[0]!=1000) or enc.pyramid
-    assert x.grad.abs().sum()>0
+def own(name, enc):
+    "timm's own classifier with the encoder's weights"
+    plain = create_model(name, **dict(dynamic_img_size=True) if enc.pyramid else dict(strict_img_size=False) if 'swin' in name else {})
+    state = {re.sub(r'^(stem|stages|layers)_', r'\1.', k.removeprefix('model.')):v for k,v in enc.net.state_dict().items()}
+    assert not plain.load_state_dict(state, strict=False).unexpected_keys
+    return plain.eval()
 
-def test_images_are_brought_to_the_scale_of_the_net():
-    "A net that wants 0.5 and 0.5 gets an image from -1 to 1"
-    enc,img = TimmEncoder('vit_tiny_patch16_224').eval(),torch.rand(1,3,64,64)
-    m,s = (torch.tensor(o)[:,None,None] for o in ((.485,.456,.406), (.229,.224,.225)))
-    seen = []
-    enc.net.register_forward_pre_hook(lambda mod,args: seen.append(args[0]))
-    enc((img-m)/s)
-    torch.testing.assert_close(seen[0], 2*img-1, atol=1e-5, rtol=0)
+@families
+@pytest.mark.parametrize('hw', [(96,128), (100,150), (33,57)], ids=str)
+def test_maps_have_the_strides_of_any_encoder(name, hw):
+    torch.manual_seed(0)
+    enc = TimmEncoder(name).eval()
+    for p in enc.parameters():
+        if p.ndim==1: torch.nn.init.uniform_(p, .5, 1.5)   # norms that begin at zero would hide what is before them
+    x = torch.randn(1, 3, *hw, requires_grad=True)
+    maps = enc(x)
+    assert [tuple(m.shape) for m in maps]==[(1, c, *(-(-n//s) for n in hw)) for c,s in zip(enc.widths, (4,8,16,32))]
+    sum((m*torch.randn_like(m)).sum() for m in maps).backward()
+    assert torch.isfinite(x.grad).all() and x.grad.abs().sum()>0
+    idle = {k for k,p in enc.named_parameters() if p.grad is None or not p.grad.any()}
+    assert all(k.startswith('net.model.') for k in idle) and len(idle)<6, idle   # of a plain transformer: final norm, mask token
+
+@families
+@pytest.mark.parametrize('hw', [(96,128), (100,150)], ids=str)
+def test_equal_to_timms_own_forward(name, hw):
+    "An image that was normalised by hand, and enlarged where patches need it, through the classifier that timm builds"
+    torch.manual_seed(0)
+    enc,img = TimmEncoder(name).eval(),torch.rand(1,3,*hw)
+    plain = own(name, enc)
+    m,s = (torch.tensor(plain.default_cfg[k])[:,None,None] for k in ('mean','std'))
+    side = 14 if 'patch14' in name else 16 if 'patch16' in name else 4 if 'swin' in name else 1
+    x = F.interpolate((img-m)/s, [-(-n//side)*side for n in hw], mode='bilinear')
+    with torch.no_grad(): want,got = plain.forward_intermediates(x, intermediates_only=True),enc(normed(img))
+    def close(a, b): torch.testing.assert_close(a, F.interpolate(b, a.shape[-2:], mode='bilinear'), atol=1e-3, rtol=1e-3)
+    if enc.pyramid: close(got[2], want[8]); close(got[3], F.avg_pool2d(want[11], 2, ceil_mode=True))
+    else:
+        for a,b in zip(got, want[-4:], strict=True): close(a, b)
+
+def test_a_pyramid_by_hand():
+    "Four maps of one grid: each place becomes 4×4, 2×2, itself, and a quarter"
+    torch.manual_seed(0)
+    p,maps = Pyramid(3),[torch.randn(1,3,5,4) for _ in range(4)]
+    a,b,c,d = p(maps)
+    def up(m, conv): return torch.stack([torch.einsum('chw,cokl->ohkwl', o, conv.weight).flatten(3).flatten(1, 2) for o in m])+conv.bias[:,None,None]
+    torch.testing.assert_close(b, up(maps[1], p.large))
+    torch.testing.assert_close(a, up(torch.nn.functional.gelu(F.group_norm(up(maps[0], p.larger[0]), 1, p.larger[1].weight, p.larger[1].bias)), p.larger[3]))
+    assert c is maps[2] and [tuple(o.shape[-2:]) for o in (a,b,c,d)]==[(20,16), (10,8), (5,4), (3,2)]
+    torch.testing.assert_close(d[0,:,0,0], maps[3][0,:,:2,:2].mean((1,2)))
+    torch.testing.assert_close(d[0,:,2,0], maps[3][0,:,4,:2].mean(1))
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'convnext_atto'])
+def test_the_same_labels_wherever_the_images_come_from(name, shared, tmp_path):
+    "Loader, prediction, evaluation, explorer and exported graph, against pixels that were brought to the net's own scale by hand"
+    torch.manual_seed(0)
+    net,hw,sp = make_net('light', 11, f'timm:{name}').eval(),(64,128),space('minicity')
+    domain = minicity('real', 'val', n=3, size=hw, root=shared)
+    twin = deepcopy(net)
+    twin.backbone.unit = {}     # takes its images as they come
+    cfg = create_model(name).default_cfg
+    m,s = (torch.tensor(cfg[k])[:,None,None] for k in ('mean','std'))
+    bytes_ = [np.array(Image.open(o).convert('RGB')) for o in domain.images]
+    with torch.no_grad(): want = [twin((torch.tensor(o).permute(2,0,1)[None]/255-m)/s)[0].argmax(0) for o in bytes_]
+    assert len(torch.stack(want).unique())>2
+    def agree(got): assert np.mean([(np.asarray(a)==b.numpy()).mean() for a,b in zip(got, want, strict=True)])>.9999
+    dls = uda_dls(minicity('game', n=2, size=hw, root=shared), domain, domain, bs=3, size=hw, n=3, device='cpu')
+    x,_ = dls.valid.one_batch()
+    with torch.no_grad(): agree(net(x).argmax(1))
+    agree([predict(net, o) for o in bytes_])
+    agree(see(net, x, layer='encoder').pred)
+    cm = sum(confusion(p.flatten(), torch.tensor(np.array(Image.open(o))).flatten().long(), 11) for p,o in zip(want, domain.masks))
+    assert (evaluate(net, domain, progress=False)-cm).abs().sum()<10
+    f = export_net(tmp_path/'n.pt2', net, sp, hw, 'nothing')
+    graph,notes = load_graph(f)
+    agree([predict(graph, o) for o in bytes_])
+    inside = {} if name=='convnext_atto' else dict(mean=[.5]*3, std=[.5]*3)
+    again,meta = ck.load(ck.save(tmp_path/'w.safetensors', net, sp))
+    agree([predict(again, o) for o in bytes_])
+    for o in (notes, meta): assert (o['mean'], o['std'], o['inside'])==([.485,.456,.406], [.229,.224,.225], inside)
+    assert ('inside' in notes['image'])==bool(inside)
 
 @nets
 @pytest.mark.parametrize('name', ['convnext_atto', 'vit_tiny_patch16_224'])

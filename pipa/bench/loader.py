@@ -7,10 +7,10 @@ from __future__ import annotations
 import tempfile, time, numpy as np, pandas as pd, torch
 from pathlib import Path
 from PIL import Image
-from fastai.vision.core import imagenet_stats
 from ..basics import write_file
 from ..data import Domain, PairSet, preset, resized
 from ..labels import gta19
+from ..mix import normed
 from ..minicity import scene
 
 # %% auto #0
@@ -51,9 +51,8 @@ def plain_chain(
     h,w = resized(img.size[::-1], resize)
     img = img.resize((w,h), Image.BILINEAR)
     y,x = int(rng.integers(h-size[0]+1)),int(rng.integers(w-size[1]+1))
-    mean,std = (torch.tensor(o)[:,None,None] for o in imagenet_stats)
     t = torch.from_numpy(np.array(img.crop((x, y, x+size[1], y+size[0])))).movedim(-1, 0).float()/255
-    t = (t-mean)/std
+    t = normed(t)
     if mask is None: return (t,)
     m = Image.fromarray(sp.encode(Image.open(mask))).resize((w,h), Image.NEAREST)
     return t,torch.from_numpy(np.array(m.crop((x, y, x+size[1], y+size[0])))).long()

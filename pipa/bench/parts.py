@@ -25,7 +25,7 @@ from .plain import PlainStep, block_pairs, our_step, plain_net, plain_patch, pla
 
 # %% auto #0
 __all__ = ['parts', 'usual_settings', 'limits', 'now', 'interleaved', 'part_rows', 'can_half', 'encoder_ways', 'head_ways',
-           'in_same_shapes', 'pixel_term_ways', 'patch_term_ways', 'ema_ways', 'optimizer_ways', 'augment_ways',
+           'in_other_shapes', 'pixel_term_ways', 'patch_term_ways', 'ema_ways', 'optimizer_ways', 'augment_ways',
            'net_and_batch', 'step_ways', 'crops_ways', 'compile_ways', 'machine', 'Settings', 'measurable', 'bench',
            'pipa_bench', 'rows_of', 'add_rows']
 
@@ -121,13 +121,15 @@ def head_ways(
             'ours, bf16':_run(head, x, True, True)}
 
 # %% ../../nbs/bench/01_parts.ipynb #5beb1021
-def in_same_shapes(
-    f # Function without arguments
-): # The same, computed in the way of a GPU
-    "See `pipa.losses.same_shapes`"
-    def g():
-        with same_shapes(): return f()
-    return g
+def in_other_shapes(
+    ours, # Function without arguments
+    device # Where it computes
+)->dict: # Its name, and the function
+    "The same, computed in the way of the other kind of device, see `pipa.losses.same_shapes`"
+    fixed = torch.device(device).type=='cpu'
+    def f():
+        with same_shapes(fixed): return ours()
+    return {f"ours, {'fixed' if fixed else 'free'} shapes":f}
 
 def pixel_term_ways(
     o # Settings, see `pipa_bench`
@@ -142,7 +144,7 @@ def pixel_term_ways(
         f,i = t.SupConLoss(.1),torch.randint(y.numel(), (o.samples,))
         return lambda: f(emb.flatten(2)[i//s**2, :, i%s**2], y.flatten()[i]).backward()
     ours = run(pixel_contrast)
-    return {'plain':run(plain_pixel), 'ours':ours, 'ours, fixed shapes':in_same_shapes(ours),
+    return {'plain':run(plain_pixel), 'ours':ours, **in_other_shapes(ours, emb.device),
             'pytorch-metric-learning, loss alone':_try('pytorch_metric_learning.losses', pml)}
 
 # %% ../../nbs/bench/01_parts.ipynb #5beb0022
@@ -154,8 +156,8 @@ def patch_term_ways(
     f_1,f_2,neg = (F.normalize(torch.randn(m, 128), dim=1) for m in (n, n, o.bank))
     case = f_1.requires_grad_(), f_2.requires_grad_(), *torch.randint(o.classes, (2,n)), *(.5+.5*torch.rand(2, n)),
     case += neg,torch.randint(o.classes, (o.bank,))
-    return {'plain':lambda: plain_patch(*case).backward(), 'ours':lambda: patch_contrast(*case).backward(),
-            'ours, fixed shapes':in_same_shapes(lambda: patch_contrast(*case).backward())}
+    def ours(): patch_contrast(*case).backward()
+    return {'plain':lambda: plain_patch(*case).backward(), 'ours':ours, **in_other_shapes(ours, neg.device)}
 
 # %% ../../nbs/bench/01_parts.ipynb #5beb1022
 def ema_ways(
@@ -206,7 +208,7 @@ def step_ways(
     ours = our_step(net, batch, size, 0., pixel=kw)[1]
     half = 'needs a CPU with bfloat16'
     if can_half(batch[0].device): half = our_step(net, batch, size, 0., True, pixel=kw)[1]
-    return {'plain':lambda: step(*batch), 'ours':ours, 'ours, bf16':half}
+    return {'plain':lambda: step(*batch), 'ours':ours, 'ours, bf16':half, **in_other_shapes(ours, batch[0].device)}
 
 def crops_ways(
     o # Settings, see `pipa_bench`

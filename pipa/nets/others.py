@@ -11,12 +11,12 @@ from pathlib import Path
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..basics import at_home, between, need
-from ..encoders import Pyramid
+from ..encoders import Pyramid, Scale
 from ..models import Adapter, Feats, SegFormerHead, SegNet, bare_state, get_layer, get_logits, resize, run_with
 from ..weights.files import finite, read
 
 # %% auto #0
-__all__ = ['other_kinds', 'deciding', 'Scale', 'OtherNet', 'of_torchvision', 'smp_parts', 'of_smp', 'hf_kinds', 'plain_config',
+__all__ = ['other_kinds', 'deciding', 'OtherNet', 'of_torchvision', 'smp_parts', 'of_smp', 'hf_kinds', 'plain_config',
            'hf_config', 'HFEncoder', 'of_hf', 'hf_place', 'fill', 'torchvision_state', 'smp_scale', 'smp_pretrained',
            'quiet', 'fill_hf', 'other', 'rebuilt']
 
@@ -42,19 +42,6 @@ def deciding(
     return f'{(drops or [ends[-1][0]])[0]}:in'
 
 # %% ../../nbs/nets/00_others.ipynb #oth00009
-_mean,_std = (.485,.456,.406),(.229,.224,.225)   # ImageNet's, in which images come
-
-class Scale(nn.Module):
-    "Images from ImageNet's mean and standard deviation to those of a net"
-    def __init__(self, mean=None, std=None): # Of the net, three numbers each; `None`: ImageNet's
-        super().__init__()
-        (m,s),(a,b) = (torch.tensor(o)[...,None,None] for o in ([_mean, _std], [mean or _mean, std or _std]))
-        self.register_buffer('mul', s/b, persistent=False)
-        self.register_buffer('add', (m-a)/b, persistent=False)
-        self.same = tuple(mean or _mean)==_mean and tuple(std or _std)==_std
-
-    def forward(self, x): return x if self.same else x*self.mul+self.add
-
 class OtherNet(Adapter):
     "A net of another library: images of any size, normalised as usual"
     def __init__(self,

@@ -12,18 +12,19 @@ from ..basics import between, forks, one_of
 from ..baselines import AdvSeg, MIC, MinEnt
 from ..callbacks import MeanTeacher, Mix, PatchContrast, PixelContrast, has_bf16
 from ..data import preset
-from ..learner import host_terms, make_net, method_cbs, method_name
+from ..learner import encoder_of, freeze_encoder, host_terms, make_net, method_cbs, method_name, param_groups
 from ..weights.files import find_file
 
 # %% auto #0
 __all__ = ['ends_in', 'options', 'taking', 'parser', 'defaults', 'given', 'parse_size', 'method_args', 'data_args', 'net_args',
-           'fit_args', 'in_range', 'possible', 'arithmetic', 'loaders', 'idle', 'look_for_idle', 'settings', 'key',
-           'unusual']
+           'learn_args', 'fit_args', 'in_range', 'possible', 'arithmetic', 'loaders', 'idle', 'look_for_idle',
+           'settings', 'key', 'unusual']
 
 # %% ../../nbs/runs/03_options.ipynb #opt00006
 def options(
     method:str='pipa', # source oracle minent advseg advent fda self_training daformer hrda mic pixel patch pipa, or a+b
     data:str='minicity', # minicity, a pair such as gta:cityscapes, or a folder with codes.txt, source, target, valid
+    hints:str='auto', # Hints of the target: auto (clicks.csv and hints beside its images in --data), off, or a path
     seed:int=0, # Seed of everything random
     epochs:int=5, # Validations; training is cut into so many epochs
     steps:int=260, # Steps in an epoch
@@ -33,6 +34,8 @@ def options(
     arch:str='mit_b0', # Encoder: mit_b0 to mit_b5, lite0, or timm:NAME for any of timm's
     pretrained:store_true=False, # Start from ImageNet weights: of a package (lite0), a hub's cache (timm) or a file
     encoder:str=None, # File of weights for the encoder, such as mit_b5.pth
+    frozen:str=None, # Of the encoder: none, norms (their statistics), all, or so many blocks; default norms for lite0
+    decay:float=1., # Each block of the encoder learns so many times slower than the next; 1: all at one rate
     lr:float=2e-3, # Learning rate of the encoder; heads have twice as much
     alpha:float=.97, # Decay of the teacher
     trust:str='pixel', # Trust in pseudo-labels: one for the 'batch' (as published), or each 'pixel'
@@ -146,6 +149,16 @@ def net_args(
     small = {} if model!='hrda' or o.preset else dict(crop=tuple(n//2 for n in parse_size(o.size)), dim=128)
     return dict(model=model, net=small, hidden=None if o.preset else 128)
 
+def learn_args(
+    o # Options, as an `AttrDict`
+)->dict: # `frozen` and `layer_decay`; raises `ValueError`
+    "The options as arguments of `uda_learner` that say what of the encoder learns, and how fast"
+    words = {None:None, 'none':False, 'norms':'norms', 'all':True}
+    said = o.get('frozen')
+    if said not in words and not said.isdecimal(): raise ValueError(
+        f"`--frozen {said}`: choose one of none, norms, all, or a number of blocks.")
+    return dict(frozen=words[said] if said in words else int(said), layer_decay=o.get('decay', 1.))
+
 def fit_args(
     o # Options, as an `AttrDict`
 )->dict:
@@ -162,8 +175,20 @@ def in_range(
     for k,(least,most) in ends.items():
         if o.get(k) is not None: between(f'--{k}', o[k], least, most)
     between('--seed', o.seed, 0, 2**32-1)
+    between('--decay', o.get('decay', 1.), 0, 1, above=True)
+    learn_args(o)
     one_of('--guard', o.get('guard', 'off'), ('stop', 'skip', 'off'))
     one_of('--precision', o.get('precision', 'auto'), ('auto', 'fp32', 'bf16'))
+
+def _encoder_learns(net, frozen, layer_decay):
+    "Raise a `ValueError` where an encoder can't be frozen like this, or where a decay does nothing"
+    if frozen is not None: freeze_encoder(net, frozen)
+    if frozen=='norms' and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder_of(net).modules()):
+        raise ValueError("`--frozen norms` would do nothing: no norm of this encoder keeps statistics. Leave it out.")
+    if layer_decay==1: return
+    if not any(p.requires_grad for p in encoder_of(net).parameters()):
+        raise ValueError(f"`--decay {layer_decay}` would do nothing: all of the encoder is frozen. Leave it out.")
+    param_groups(net, layer_decay)
 
 def possible(
     o # Options, as an `AttrDict`
@@ -174,7 +199,8 @@ def possible(
     data_args(o, None, None)
     if o.encoder: find_file(o.encoder)
     net = net_args(o)
-    with torch.device('meta'): make_net(net['model'], 2, o.arch, **net['net'])
+    with torch.device('meta'): net = make_net(net['model'], 2, o.arch, **net['net'])
+    _encoder_learns(net, **learn_args(o))
 
 # %% ../../nbs/runs/03_options.ipynb #bdccf1a0
 def arithmetic(
@@ -230,6 +256,9 @@ def look_for_idle(
         raise ValueError(f"{said(own)} would do nothing: the method `{name}` has no term for it. "
                          "Leave it out, or name a method that has.")
     by = f"method `{o['method']}`" + (f" and the preset `{o['preset']}`" if o['preset'] else '')
+    if o.get('frozen') not in (None, 'none') and not (o['pretrained'] or o['encoder']) and not rank_distrib():
+        print(f"pipa: `--frozen {o['frozen']}` keeps random weights as they are: add --pretrained, or --encoder and a "
+              "file.", file=sys.stderr)
     if rest and not rank_distrib(): print(f"pipa: Of no use to the {by}: {said(rest)}.", file=sys.stderr)
 
 # %% ../../nbs/runs/03_options.ipynb #opt00029

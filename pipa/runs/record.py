@@ -191,9 +191,9 @@ def revisions()->dict: # `package` and `here`, see `revision`
     return dict(package=revision(Path(__file__).parent), here=revision())
 
 # %% ../../nbs/runs/00_record.ipynb #rec00016
-_record = dict(versions=dict, command=str, data_stamps=dict, git=dict, ranks=int)
+_record = dict(versions=dict, command=str, data_stamps=dict, git=dict, ranks=int, loaded=dict)
 _not_taken = 'out', 'config', 'resume'
-_none_or = dict(encoder=str, preset=str, out=str, config=str, weight=float, workers=int)   # None is their default
+_none_or = dict(encoder=str, frozen=str, preset=str, out=str, config=str, weight=float, workers=int)   # by default None
 _words = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', dict: 'a group, `{…}`'}
 
 def _is(v, kind):
@@ -264,10 +264,13 @@ def changes(
     olds,news = (o.get('data_stamps') or {} for o in (was, now))
     for k,v in olds.items():
         if said := stamp_change(v, news.get(k)): yield f'data_stamps {k}: {said}; numbers may differ.'
+    if olds and 'hints' in news and 'hints' not in olds: yield 'data_stamps hints: there were none; numbers may differ.'
     for what in ('versions', 'git'):
         a,b = (o.get(what) or {} for o in (was, now))
         for k in (k for k in a if a[k]!=b.get(k) and (what, k)!=('git', 'here')):
             yield f'{what} {k}: was {a[k]}, is {b.get(k)}; numbers may differ.'
+    a,b = (f"{v.get('file')} ({str(v.get('sha256'))[:12]})" if (v := o.get('loaded')) else '' for o in (was, now))
+    if a and a!=b: yield f"loaded: was {a}, is {b or 'nothing'}; numbers may differ."
 
 # %% ../../nbs/runs/00_record.ipynb #rcd00002
 def versions()->dict:
@@ -289,12 +292,16 @@ def origins(
     src, # Source `Domain`
     tgt, # Target `Domain`
     val=None, # Domain to report on
-    out=None # Folder of a run that goes on
+    hints=None, # From `pipa.hints.tools.hints_of`
+    out=None, # Folder of a run that goes on
+    loaded:dict|None=None # What was loaded into the encoder, see `pipa.weights.convert.account`
 )->dict: # What `config.json` says beside the options; raises a `ValueError` if a run goes on with other data
     "What a run was made of"
     stamps = {k: data_stamp(d) for k,d in dict(source=src, target=tgt, valid=val).items() if d}
+    if hints: stamps['hints'] = hints.stamp()
     command = shlex.join(['pipa_train', *sys.argv[1:]])
-    now = dict(versions=versions(), command=command, data_stamps=stamps, git=revisions())
+    now = dict(versions=versions(), command=command, data_stamps=stamps, git=revisions(),
+               **dict(loaded=loaded) if loaded else {})
     was = read_config(out or o.config) if out or o.get('config') else {}
     odd = [(k, said) for k,v in was.get('data_stamps', {}).items() if (said := stamp_change(v, stamps.get(k)))]
     if out and odd: raise ValueError(

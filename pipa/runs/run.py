@@ -11,14 +11,16 @@ from torch.nn.attention import sdpa_kernel, SDPBackend
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
-from ..basics import between, no_formulas, one_line, writable, write_file
+from ..basics import at_home, between, no_formulas, one_line, writable, write_file
 from ..ranks import place, start
 from ..sets.named import domains
 from ..data import class_counts, uda_dls
+from ..hints.tools import Hints, hints_of
 from ..checkpoints import save
 from ..fast import fast
 from ..guard import Guard
-from ..learner import host_terms, make_net, method_cbs, method_name, uda_learner
+from ..models import unwrapped
+from ..learner import encoder_of, host_terms, make_net, method_cbs, method_name, uda_learner
 from ..metrics import iou, iou_table, miou, Validator
 from ..look.measures import tightness
 from .options import *
@@ -28,8 +30,9 @@ from .state import checkpoints, claim, drop_checkpoints, same_ranks
 from .. import check, show
 
 # %% auto #0
-__all__ = ['new_folder', 'rank0_first', 'rank0_folder', 'Before', 'write_run', 'measures', 'look_at', 'plain_log', 'watch',
-           'halved', 'prepare', 'fit_in_folder', 'begun_with', 'resumed', 'run', 'in_file', 'run_command']
+__all__ = ['hint_columns', 'new_folder', 'rank0_first', 'rank0_folder', 'Before', 'write_run', 'measures', 'look_at', 'plain_log',
+           'watch', 'find_hints', 'begun_hints', 'halved', 'prepare', 'fit_in_folder', 'begun_with', 'resumed', 'run',
+           'in_file', 'run_command']
 
 # %% ../../nbs/runs/04_run.ipynb #run00006
 def new_folder(
@@ -90,11 +93,12 @@ def write_run(
     out:Path, # Folder of the run
     learn, # Fitted learner
     before:Before, # Keeps the answers after the first epoch
-    config:dict # What the run was asked for
+    config:dict, # What the run was asked for
+    hints:Hints|None=None # What a person has said about the target
 )->dict: # mIoU of student and teacher and the IoU of each class
     "Write weights, tables and pictures of a fitted learner"
     sp,ms = learn.dls.space,{m.name:m for m in learn.metrics}
-    meta = dict(space=sp, size=config['size'], method=config['method'])
+    meta = dict(space=sp, size=config['size'], method=config['method'], **(dict(hints=hints.stamp()) if hints else {}))
     save(out/'weights.safetensors', learn.model, which='student', **meta)
     if 'teacher_miou' in ms: save(out/'teacher.safetensors', learn.mean_teacher.teacher, which='teacher', **meta)
     cm = ms['miou'].cm.cpu()
@@ -104,7 +108,7 @@ def write_run(
     show.result_picture(xs, ys, {'first epoch': before.preds, 'adapted': before.answer()}, sp).to_png(out/'result.png')
     show.curves(pd.read_csv(out/'metrics.csv')).to_png(out/'curves.png')
     return dict(miou_student=miou(cm), miou_teacher=ms['teacher_miou'].value if 'teacher_miou' in ms else float('nan'),
-                **dict(zip(class_columns(sp.codes), iou(cm).tolist())))
+                **dict(zip(class_columns(sp.codes, hint_columns if hints else ()), iou(cm).tolist())))
 
 # %% ../../nbs/runs/04_run.ipynb #112dc6e3
 def measures(
@@ -152,6 +156,31 @@ def watch(
     learn.add_cb(g := Guard('stop' if how=='off' else how))
     if column: learn.metrics += g.column
 
+# %% ../../nbs/runs/04_run.ipynb #hnt00002
+hint_columns = 'hints','clicks'   # of a row of results: their code, and the number of clicks
+
+def find_hints(
+    o, # Options, as an `AttrDict`
+    tgt, # Target `Domain`
+    val # Domain to report on, or None
+)->Hints|None: # Raises a sentence if hints were named and there are none
+    "What a person has said about the target, if the run is to listen"
+    asked,root = o.get('hints') or 'auto',at_home(o.data)
+    own = o.data!='minicity' and root.is_dir() and 'oracle' not in host_terms(o.method, o.terms)[0].split('+')
+    if asked=='off' or asked=='auto' and not own: return None
+    hints = hints_of(tgt, root/'target' if asked=='auto' else asked, val, itself=asked!='auto')
+    if hints is None and asked!='auto':
+        raise ValueError(f"`--hints {asked}` holds no hint: name clicks.csv, or a folder with masks or files of tools.")
+    if hints and not place()[0]: print(f'Hints: {hints.said}', flush=True)
+    return hints
+
+def begun_hints(
+    o, # Options of a run that goes on, as an `AttrDict`
+    out # Its folder
+)->str: # The option `hints`
+    "A run that was begun without hints goes on without them"
+    return o.get('hints') if 'hints' in read_config(out).get('data_stamps', {}) else 'off'
+
 # %% ../../nbs/runs/04_run.ipynb #run00022
 @contextmanager
 def halved(
@@ -168,11 +197,12 @@ def halved(
 def prepare(
     o, # Options, as an `AttrDict`; `size` becomes that of the views
     world:int=1 # Number of processes
-)->tuple: # Learner, its `Before`, and the three domains
+)->tuple: # Learner, its `Before`, the three domains and the hints
     "The learner that the options ask for"
     size,(host,_) = parse_size(o.size),host_terms(o.method, o.terms)
     with rank0_first(): src,tgt,val = domains(o.data, host, size)
     if val: look_at(val)
+    hints = find_hints(o, tgt, val)
     views,net = data_args(o, src, tgt),net_args(o)
     o.size = 'x'.join(map(str, views['size']))
     o.precision = arithmetic(o.precision, views['bs']*math.prod(views['size']))
@@ -180,10 +210,11 @@ def prepare(
     before = Before(dls.valid)
     model = fast(make_net(net['model'], dls.c, o.arch, o.encoder or o.pretrained, **net['net']))
     learn = uda_learner(dls, model, o.method, lr=o.lr, lean=o.get('lean', False), n_unlabelled=o.unlabelled,
-                        guard=None, hidden=net['hidden'], **method_args(o),
+                        guard=None, hidden=net['hidden'], **(dict(hints=hints) if hints else {}), **learn_args(o),
+                        **method_args(o),
                         cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)])
     for m in learn.metrics.filter(lambda m: isinstance(m, Validator)): m.last = True # Once, at the end
-    return learn,before,(src,tgt,val)
+    return learn,before,(src,tgt,val,hints)
 
 # %% ../../nbs/runs/04_run.ipynb #run00015
 def fit_in_folder(
@@ -195,12 +226,15 @@ def fit_in_folder(
     o,(rank,world) = AttrDict(o),start()
     o.workers = loaders(o.workers, world)
     possible(o)
+    if o.resume: o.hints = begun_hints(o, out)
     seed_all(o.seed, o.deterministic)
     learn,before,doms = prepare(o, world)
     learn.path = out = Path(out) if o.resume else rank0_folder(out)
     watch(learn, o.get('guard', 'off'), out/'metrics.csv' if checkpoints(out) else None)   # else it begins anew
     if not rank: held.enter_context(claim(out))
-    text = json.dumps(dict(o, ranks=world, **origins(o, *doms, out=out if o.resume else None)), indent=1)
+    loaded = next((m.loaded for m in (unwrapped(learn.model), encoder_of(learn.model)) if hasattr(m, 'loaded')), None)
+    made = origins(o, *doms, out=out if o.resume else None, loaded=loaded)
+    text = json.dumps(dict(o, ranks=world, **made), indent=1)
     if o.resume: checkpoints(out) and learn.resume()
     elif not rank: write_file(out/'config.json', lambda f: f.write(text.encode()))
     quiet = nullcontext() if rank or sys.stdout.isatty() else plain_log(learn)
@@ -209,7 +243,9 @@ def fit_in_folder(
     host,terms = host_terms(o.method, o.terms)
     row = dict(benchmark=o.data, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms,
                precision=o.precision)
-    row |= write_run(out, learn, before, o) | measures(learn) | (tightness(learn.model, learn.dls) if doms[2] else {})
+    row |= dict(zip(hint_columns, (doms[3].code, sum(doms[3].clicks.values())))) if doms[3] else {}
+    row |= write_run(out, learn, before, o, doms[3]) | measures(learn)
+    row |= tightness(learn.model, learn.dls) if doms[2] else {}
     return out,row
 
 # %% ../../nbs/runs/04_run.ipynb #rsm00004

@@ -4,19 +4,20 @@
 
 # %% ../../nbs/weights/02_convert.ipynb #wei00002
 from __future__ import annotations
+import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import nn
-from ..encoders import TimmEncoder, lite_name, lite_state
+from ..encoders import TimmEncoder, lite_file, lite_name, lite_state
 from ..models import bare_names, bare_state, unwrapped
 from .files import finite, read
 from .names import our_names, one_net, gather, looks_like, as_call
 
 # %% auto #0
 __all__ = ['train_heads', 'Report', 'match', 'Misfit', 'fitting', 'load_into', 'convert', 'find_places', 'load_named',
-           'load_official', 'find_pretrained', 'load_pretrained']
+           'load_official', 'find_pretrained', 'sha256', 'account', 'load_pretrained']
 
 # %% ../../nbs/weights/02_convert.ipynb #wei00017
 def _list(names, n=3):
@@ -203,18 +204,60 @@ def find_pretrained(
         "The encoder lite0 needs no download.")
 
 # %% ../../nbs/weights/02_convert.ipynb #wei00035
+def sha256(
+    o # File, or tensors by name
+)->str:
+    "What tells weights from others"
+    h = hashlib.sha256()
+    if not isinstance(o, dict):
+        with open(o, 'rb') as f:
+            while part := f.read(1<<20): h.update(part)
+        return h.hexdigest()
+    for k,v in sorted(o.items()): h.update(f'{k} {v.dtype} {[*v.shape]} '.encode() + v.contiguous().numpy().tobytes())
+    return h.hexdigest()
+
+def account(
+    report:Report, # What went where
+    file:Path|None, # Where it came from, if it is a file
+    enc:nn.Module # Where it went: of what was no file, the tensors are summed up
+)->dict: # Plain values
+    "What a record keeps of weights that were loaded: which they were, and what of them arrived"
+    whole = file is not None and Path(file).is_file()
+    own = {k:v.cpu() for k,v in bare_state(enc.state_dict()).items()}
+    return dict(file=report.file, sha256=sha256(file if whole else own), of='file' if whole else 'tensors',
+                mapped=len(report.mapped), missing=report.missing, unexpected=len(report.unexpected),
+                left=len(report.left), kept=len(report.kept))
+
+def _timm_file(enc):
+    "The file in the cache that timm takes"
+    try: from huggingface_hub import try_to_load_from_cache as cached
+    except ImportError: return None
+    repo = enc.net.default_cfg.get('hf_hub_id')
+    files = [cached(repo, f) for f in ('model.safetensors', 'pytorch_model.bin')] if repo else []
+    return next((Path(f) for f in files if isinstance(f, str)), None)
+
+# %% ../../nbs/weights/02_convert.ipynb #wei0035b
+def _from_timm(enc, source):
+    "Weights of one of timm's nets: it loads all of them or none"
+    enc.pretrain(source)
+    file,own = _timm_file(enc) if source is True else Path(source),bare_state(enc.state_dict())
+    name = f"{enc.net.default_cfg.get('hf_hub_id')}" if source is True else file.name
+    return match(own, {k:v for k,v in own.items() if k.startswith('net.')}, keep=('pyramid.',), file=name),file
+
 def load_pretrained(
     net:nn.Module, # Net with a `backbone`, or an encoder; changed in place
     source:bool|str|Path=True # `True`: where the weights of this encoder usually are; or a file
-)->nn.Module: # The same net
+)->nn.Module: # The same net; its encoder has an `account` of what came in, under `loaded`
     "Give the encoder of `net` its ImageNet weights"
     enc = getattr(unwrapped(net), 'backbone', unwrapped(net))
-    if isinstance(enc, TimmEncoder) and enc.name!=lite_name:
-        enc.pretrain(source)
-        return net
-    arch = looks_like(enc.state_dict()).get('arch')
-    if source is not True: load_official(source, enc)
+    arch,timm = looks_like(enc.state_dict()).get('arch'),isinstance(enc, TimmEncoder) and enc.name!=lite_name
+    if timm: report,file = _from_timm(enc, source)
+    elif source is not True: report,file = load_official(source, enc),source
     elif arch is None: raise ValueError("No ImageNet weights are known for this encoder: name a file of weights.")
-    elif arch=='lite0': load_into(enc, lite_state())
-    else: load_official(find_pretrained(arch), enc)
+    elif arch=='lite0':
+        file,state = lite_file(),lite_state()
+        load_into(enc, state)
+        report = match(bare_state(enc.state_dict()), state, file=Path(file).name)
+    else: report = load_official(file := find_pretrained(arch), enc)
+    enc.loaded = account(report, file, enc)
     return net
