@@ -744,6 +744,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'pipa.learner._depths': ('learner.html#_depths', 'pipa/learner.py'),
                               'pipa.learner._empty': ('learner.html#_empty', 'pipa/learner.py'),
                               'pipa.learner._fda': ('learner.html#_fda', 'pipa/learner.py'),
+                              'pipa.learner._fits': ('learner.html#_fits', 'pipa/learner.py'),
                               'pipa.learner._for_each': ('learner.html#_for_each', 'pipa/learner.py'),
                               'pipa.learner._groups': ('learner.html#_groups', 'pipa/learner.py'),
                               'pipa.learner._has_matrix': ('learner.html#_has_matrix', 'pipa/learner.py'),

@@ -345,6 +345,17 @@ def _warn_of(cbs):
         warnings.warn('No class of this data is known as a thing, so the feature distance has nothing to do: '
                       'name some with `things`.')
 
+# %% ../nbs/20_learner.ipynb #lrn00025
+def _fits(net, cbs):
+    "Raise a `ValueError` for a net that can't be trained like this"
+    if odd := {str(p.dtype) for p in net.parameters() if p.is_floating_point() and p.dtype!=torch.float32}:
+        raise ValueError(f"The net has weights of {', '.join(sorted(odd))}: give `net.float()`; "
+                         "`learn.to_bf16()` then trains in half precision.")
+    far,near = (any(isinstance(cb, o) for cb in cbs) for o in (FeatureDistance, (PixelContrast, PatchContrast)))
+    if far and not near and not hasattr(unwrapped(net), 'widths'): raise ValueError(
+        f"A {type(net).__name__} doesn't say what maps it has, and the feature distance looks at them: wrap the net "
+        "with `pipa.models.adapt`, or take another method.")
+
 # %% ../nbs/20_learner.ipynb #lrn00026
 def _columns(parts, dls, metrics, n_unlabelled):
     "Losses of all terms, mIoU, more metrics, how much the contrasts scored, and scores without labels"
