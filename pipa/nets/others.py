@@ -218,13 +218,14 @@ def of_hf(
     c = hf_config(config, n_out)
     try: net = need('transformers', f'The net hf:{kind}', 'hf').AutoModelForSemanticSegmentation.from_config(c)
     except (TypeError, ValueError, AttributeError) as e: raise ValueError(
-        f"transformers can't build a {kind} of this configuration ({e}): name a folder with its `config.json`.") from None
+        f"transformers can't build a {kind} of this configuration ({e}): name a folder with a `config.json`."
+        ) from None
     base = net.base_model_prefix
     return net,base if hasattr(net, base) and base else 'backbone'
 
 def hf_place(
     name:str # Behind `hf:`
-)->tuple: # The folder, `None` for a kind alone; its plain configuration; a dict with `mean` and `std` where it says them
+)->tuple: # The folder (`None`: a kind alone), its plain configuration, and a dict with `mean` and `std` if it has them
     "What a name of Hugging Face means"
     kinds,folder = sum(hf_kinds(), []),at_home(name)
     if name in kinds: return None,plain_config(_defaults(name)),{}
@@ -376,6 +377,7 @@ def _steps(config):
     p,side = first('patch_size', 32),first('image_size', None)
     return p if 32%p else 32,side
 
+# %% ../../nbs/nets/00_others.ipynb #oth0026c
 def _hf_encoder(config, n_out, **scale):
     "An encoder of Hugging Face under the head of `light`"
     enc = HFEncoder(hf_config(config, 2), **scale)
