@@ -10,7 +10,7 @@ from fastcore.basics import patch
 from .basics import joined
 from .callbacks import ema_decay
 from .data import rare_class_probs
-from .look.views import nets_of
+from .look.views import held_out, nets_of
 from .infer import evaluating, whole
 from .mix import pseudo_label, class_mask, class_mix, strong_augment, block_mask
 from .look.patch_explorer import PatchConsistency
@@ -90,7 +90,9 @@ def step_batch(
     nets = nets_of(learn)
     net = nets.get('teacher', nets['student'])
     plain = lambda b: [o.as_subclass(Tensor) for o in b]
-    (x_s,y_s,*_),(x_t,y_t) = plain(learn.dls.train.one_batch()),plain(learn.dls.valid.one_batch())
+    x_s,y_s,x_t,*_ = plain(learn.dls.train.one_batch())
+    if held_out(learn.dls): x_t,y_t = plain(learn.dls.valid.one_batch())
+    else: y_t = torch.full_like(x_t[:,0], 255)
     n = min(len(x_s), len(x_t))
     with evaluating(net): z = whole(net, x_t[:n])
     return x_s[:n],y_s[:n].long(),x_t[:n],y_t[:n].long(),z

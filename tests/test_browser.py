@@ -80,6 +80,7 @@ def test_pixel_explorer(opened):
     nb.drag([nb.at('.pipa-images', 1, .02, .02), nb.at('.pipa-images', 1, .6, .9)])
     nb.wait("len(page.lit)>5 and (page.selection.image==1).all()")
     nb.page.locator('.pipa-chip[data-name="class 1"]').click(); nb.wait('1 not in page.shown and len(page.shown)==2')
+    names = nb.page.locator('.noUi-handle').evaluate_all("es => es.map(e => e.getAttribute('aria-label'))"); assert all(names) and {'opacity', 'heat', 'similar from'}<=set(names)
     handle = nb.page.locator('.pipa-checkpoint [role=slider], .pipa-checkpoint .noUi-handle').first
     handle.focus(); nb.page.keyboard.press('ArrowLeft'); nb.wait('page.checkpoint==0')
     assert nb.py("page.surface.caption").startswith('PCA')
@@ -104,6 +105,115 @@ def test_crops_are_dragged_and_nudged(opened):
     nb.drag([nb.at('.pipa-images', 0, (44+64)/128, (16+32)/64), nb.at('.pipa-images', 0, (44+48)/128, (16+40)/64)]); nb.wait('pairs.size==(40,48)')
     nb.page.locator('.pipa-random').click(); nb.wait('pairs.seed==1')
     nb.page.locator('.lm-TabBar-tab', has_text='over overlap').click(); nb.wait("any(k[0]=='sweep' for k in pairs.cache)", 60)
+
+# A net that ends in a 1×1 convolution, folders of pictures, and a file of clicks
+pen = '''import numpy as np, torch
+from pathlib import Path
+from PIL import Image
+from torch import nn
+from pipa.data import folder, uda_dls
+from pipa.learner import uda_learner
+from pipa.models import adapt
+from pipa.widgets import PixelEmbeddingExplorer
+rng,home = np.random.default_rng(0),Path(HOME)
+def save(file, a): file.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(a).save(file)
+for k,n in dict(source=4, target=8).items():
+    for i in range(n):
+        y = np.uint8(np.kron(rng.integers(0, 3, (4,8)), np.ones((32,32))))
+        save(home/k/'images'/f'{i}.png', np.uint8(80*y[...,None]+rng.integers(0, 60, (128,256,3)))); save(home/k/'labels'/f'{i}.png', y)
+codes = ['road', 'car', 'sky']
+torch.manual_seed(0)
+net = adapt(nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU(), nn.Conv2d(8, 3, 1)), '1')
+dls = uda_dls(folder(home/'source/images', home/'source/labels', codes), folder(home/'target/images', None, codes), bs=2, size=(64,128), seed=0)
+page = PixelEmbeddingExplorer(uda_learner(dls, net), clicks=home/'clicks.csv', n_images=8, n=10)
+page'''
+def town(folder): return f'HOME = {str(folder)!r}',pen
+kinds = "() => [...window.jupyterapp.shell.currentWidget.content.model.cells].map(c => c.type)"
+rows = "[o[:4] for o in page.pen.clicks]"
+
+def test_keys_leave_the_notebook_alone(opened):
+    nb = opened(arrays); nb.page.locator('.pipa-images').wait_for(); before = nb.page.evaluate(kinds)
+    for what in ('.pipa-images', '.pipa-points', '.pipa-chip >> nth=3'):
+        nb.page.locator(what).first.focus()
+        for k in 'abcdefhijklmnopqrstuvwxyz0123456789': nb.page.keyboard.press(k)
+        nb.page.keyboard.press('m'); nb.page.keyboard.press('0'); nb.page.keyboard.press('0')
+        assert nb.page.evaluate(kinds)==before and not nb.page.locator('.jp-Dialog').count(), what
+    assert nb.page.locator('.pipa-images').is_visible()
+
+def test_pen(opened, tmp_path):
+    nb = opened(*town(tmp_path)); page,images = nb.page,nb.page.locator('.pipa-images'); images.wait_for()
+    assert nb.py("page.surface.pens and [o['title'] for o in page.surface.panels]")==[f'target {i}' for i in range(1, 7)]
+    images.focus(); page.keyboard.press('2'); nb.wait('page.surface.pen==1')
+    page.evaluate("""() => { const c = document.querySelector('.pipa-images'); window.ms = [];
+        c.addEventListener('pointerup', () => { const t = performance.now(), n = c.dataset.marks; requestAnimationFrame(() => requestAnimationFrame(() =>
+            window.ms.push(c.dataset.marks !== n ? performance.now() - t : 1e9))); }, true) }""")
+    page.mouse.click(*nb.at('.pipa-images', 1, .25, .5)); nb.until('() => window.ms.length===1')
+    assert page.evaluate('() => window.ms[0]')<1e9, 'the mark is there two frames later, whatever Python does'
+    name = nb.py('page.pen.names[page.pen.which[1]]'); nb.wait('len(page.pen.clicks)==1')
+    (row,) = nb.py(rows); assert row[0]==name and row[3]=='car' and abs(row[1]-64)<=1 and abs(row[2]-64)<=1
+    assert (tmp_path/'clicks.csv').read_text().splitlines()[1].startswith(f'{name},{row[1]},{row[2]},car')
+    nb.until("() => /^car 1 of 9 · the net said .* · saved$/.test(document.querySelector('.pipa-said').textContent)")
+    a,b = nb.at('.pipa-images', 0, .2, .2),nb.at('.pipa-images', 0, .8, .2)   # two fast clicks
+    page.mouse.click(*a); page.mouse.click(*b); nb.wait('len(page.pen.clicks)==3')
+    page.keyboard.press('Backspace'); nb.wait('len(page.pen.clicks)==2')
+    page.mouse.move(*a); page.keyboard.press('Delete'); nb.wait('len(page.pen.clicks)==1')
+    chip = page.locator('.pipa-chip[data-name="sky"]'); chip.click(); nb.wait('page.surface.pen==2')
+    assert chip.evaluate('e => e===document.activeElement') and page.locator('.pipa-chip[data-name="car"] small').inner_text()=='1/9'
+    page.mouse.move(*nb.at('.pipa-images', 2, .5, .5)); images.focus()   # the place below the mouse stays there while it is zoomed
+    for _ in range(5): page.keyboard.press('+')
+    page.mouse.click(*nb.at('.pipa-images', 2, .5, .5)); nb.wait('len(page.pen.clicks)==2')
+    x,y,label = nb.py(rows)[1][1:]; assert label=='sky' and abs(x-128)<=1 and abs(y-64)<=1
+    page.mouse.click(*nb.at('.pipa-images', 2, .9, .5)); nb.wait('len(page.pen.clicks)==3')
+    x = nb.py(rows)[2][1]; assert abs(x-(128+.4*256/1.5**5))<=1
+    page.keyboard.press(' '); nb.wait('len(page.pen.clicks)==3')
+    page.keyboard.press('Escape'); nb.wait('page.surface.pen==-1')
+    page.mouse.click(*nb.at('.pipa-images', 3, .5, .5)); nb.wait('page.queries and page.queries[0][0]==3 and len(page.pen.clicks)==3')
+    chip.click(); nb.wait('page.surface.pen==2'); page.keyboard.press('1'); nb.wait('page.surface.pen==0')   # a chip has the keys, too
+    page.keyboard.press('n'); nb.wait("page.surface.go['panel']>=0 and page.surface.said.startswith('Unsure')")
+    assert nb.py("PixelEmbeddingExplorer(page.looks.learn, clicks=home/'clicks.csv', n_images=2, n=10).pen.clicks==page.pen.clicks")
+
+@pytest.mark.slow
+def test_pen_answers_within_a_second(opened, tmp_path, capsys):
+    "From the click to the new maps, as a user sees it. Run it alone: `pytest -m slow -s -k within_a_second tests/test_browser.py`"
+    nb = opened(*town(tmp_path)); nb.page.locator('.pipa-images').wait_for()
+    nb.page.evaluate("""() => { const c = document.querySelector('.pipa-images'), s = document.querySelector('.pipa-said'); let at = 0; window.ms = [];
+        c.addEventListener('pointerup', () => { at = performance.now(); }, true);
+        new MutationObserver(() => { if (at && s.textContent.endsWith('saved')) { window.ms.push(performance.now() - at); at = 0; } }).observe(s, { childList: true }); }""")
+    nb.page.locator('.pipa-images').focus(); nb.page.keyboard.press('1')
+    for i in range(8):
+        nb.page.mouse.click(*nb.at('.pipa-images', i%6, .1+.1*i, .5)); nb.until('n => window.ms.length===n', 30, arg=i+1)
+    ms = nb.page.evaluate('() => window.ms')
+    with capsys.disabled(): print(f'\nclick to new maps: median {statistics.median(ms):.0f} ms, fastest {min(ms):.0f} ms of {len(ms)}')
+    assert min(ms)<1000
+
+def test_python_is_gone(opened):
+    nb = opened(arrays); nb.page.locator('.pipa-images').wait_for()
+    nb.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+    nb.until("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status==='idle'", 120)
+    nb.page.mouse.click(*nb.at('.pipa-images', 0, .5, .5))
+    nb.until("() => /run the cell again/.test(document.querySelector('.pipa-said').textContent)", 30)
+
+large = '''import numpy as np
+from pipa.look.views import views
+from pipa.widgets import PixelEmbeddingExplorer
+rng = np.random.default_rng(0)
+page = PixelEmbeddingExplorer(views(rng.integers(0, 256, (2,1024,2048,3), dtype=np.uint8), rng.normal(size=(2,16,32,4))), hover=False)
+got = []
+page.surface.react['click'] = got.append
+page'''
+
+@pytest.mark.slow
+def test_a_large_image_is_clicked_to_the_pixel(opened):
+    nb = opened(large); images = nb.page.locator('.pipa-images'); images.wait_for()
+    assert nb.py("page.surface.panels[0]['W']")==720 and nb.py('len(page.surface.base)')==2*720*360*4
+    nb.page.mouse.move(*nb.at('.pipa-images', 0, .25, .25)); images.focus()
+    for _ in range(8): nb.page.keyboard.press('+')
+    nb.wait('page.surface.fine==0'); assert nb.py('len(page.surface.fine_base)')==4*1024*2048
+    s = 1.5**8
+    for dx,dy in ((0, 0), (.3, -.2)):
+        nb.page.mouse.click(*nb.at('.pipa-images', 0, .25+dx, .25+dy)); nb.wait(f'len(got)=={1 if not dx else 2}')
+    a,b = nb.py("[[o['x'], o['y']] for o in got]")
+    assert abs(a[0]-512)<3 and abs(a[1]-256)<3 and abs(b[0]-a[0]-.3*2048/s)<.5 and abs(b[1]-a[1]+.2*1024/s)<.5
 
 @pytest.mark.slow
 def test_dark_theme_is_noticed(opened, lab):
@@ -187,6 +297,22 @@ def test_voila(browser, tmp_path):
         m.move(b['x']+4, b['y']+4); m.down()
         for x,y in ((.99,.01), (.99,.99), (.01,.99)): m.move(b['x']+x*b['width'], b['y']+y*b['height'], steps=4)
         m.up(); said('180 pixels')
+        ctx.close()
+    assert not bad, bad
+
+@pytest.mark.slow
+def test_pen_in_voila(browser, tmp_path):
+    needs('voila', 'Voilà')
+    home,work = tmp_path/'home',tmp_path/'work'; work.mkdir()
+    write_notebook(work/'a.ipynb', *town(tmp_path/'town'))
+    with server(work, home, 'voila') as (url,token):
+        ctx = browser.new_context(viewport=dict(width=1300, height=1000)); bad = []
+        page = ctx.new_page(); page.on('pageerror', lambda e: bad.append(f'script: {e}'))
+        page.goto(f'{url}/a.ipynb?token={token}', wait_until='domcontentloaded', timeout=240_000)
+        page.locator('.pipa-images').wait_for(timeout=240_000)
+        page.locator('.pipa-chip[data-name="car"]').click(); page.mouse.click(*at_panel(page, '.pipa-images', 0, .5, .5))
+        page.wait_for_function("() => document.querySelector('.pipa-said').textContent.endsWith('saved')", timeout=30_000)
+        assert (tmp_path/'town/clicks.csv').read_text().splitlines()[1].endswith(',128,64,car,4')
         ctx.close()
     assert not bad, bad
 

@@ -5,6 +5,8 @@ import matplotlib._pylab_helpers as pyplot_state
 from PIL import Image
 from pipa.look import views as E, patches as P, surface as S
 from pipa import widgets as X
+from pipa.data import folder, uda_dls
+from pipa.learner import uda_learner
 from pipa.callbacks import MeanTeacher, Mix, PatchContrast, Pair, PixelContrast
 from pipa.labels import label_space
 from tiny import toy, fit
@@ -137,6 +139,132 @@ def test_a_learner_is_explored():
     p.layer = 'fused'; assert p.views.emb.shape[-1]==128
     p.checkpoint = 0; assert p.surface.caption.startswith('PCA') and len(p.measures())==3
 
+# --- emptiness, pages, what is sent --------------------------------------------------------------------------------------------------------
+def test_what_cannot_be_explored_is_told():
+    with pytest.raises(TypeError, match='There is nothing to explore: give a learner'): X.PixelEmbeddingExplorer(None)
+    with pytest.raises(TypeError, match=r'a Linear to explore.*see\(net, x\)'): X.PixelEmbeddingExplorer(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match='give its learner'): X.PixelEmbeddingExplorer(arrays(), clicks='a.csv')
+    with pytest.raises(TypeError, match='nothing to compare'): X.PatchConsistency(None)
+
+def test_emptiness_has_words():
+    v = arrays(); p = X.PixelEmbeddingExplorer(v._replace(y=v.y*0+255, pred=v.y*0+255), space=sp)
+    assert 'no cell has a label' in p.surface.empty and 'no cell has a label' in p.panes[0].children[0].value
+    p.threshold = .999; p.surface.event(dict(type='click', panel=0, x=1, y=1)); assert p.surface.said.endswith('% lie above 1.00')
+
+def test_thirty_images_come_in_pages():
+    rng = np.random.default_rng(0)
+    v = E.views(rng.integers(0, 256, (10,16,32,3), dtype=np.uint8), rng.normal(size=(10,4,8,5)), domain=['s']*5+['t']*5)
+    p = X.PixelEmbeddingExplorer(v, space=sp)
+    assert p.here==[0,1,2,5,6,7] and len(p.surface.panels)==6 and len(u8(p.surface.base))==6*16*32*4
+    p.surface.event(dict(type='page', to=1))
+    assert p.here==[3,4,8,9] and [o['title'] for o in p.surface.panels]==['s 4', 's 5', 't 4', 't 5'] and p.surface.pages[:2]==[1,2]
+    p.surface.event(dict(type='click', panel=2, x=31, y=15)); assert p.queries==[(8,3,7,1)] and p.surface.marks[0]['panel']==2
+    assert np.array_equal(u8(p.surface.heat).reshape(4,4,8), u8(S.heat_bytes(p.similarities()[[3,4,8,9]])).reshape(4,4,8))
+    p.page = 0; assert not p.surface.marks and len(p.surface.heat)==6*32
+
+def test_large_images_are_sent_at_the_size_of_the_screen():
+    rng = np.random.default_rng(0)
+    v = E.views(rng.integers(0, 256, (1,512,1024,3), dtype=np.uint8), rng.normal(size=(1,4,8,5)), rng.integers(0, 3, (1,512,1024)))
+    p = X.PixelEmbeddingExplorer(v, space=sp, over='labels')
+    o = p.surface.panels[0]; assert (o['w'], o['h'], o['W'], o['H'])==(1024, 512, 720, 360)
+    assert len(p.surface.base)==len(p.surface.over)==720*360*4 and p.surface.fine==-1
+    p.surface.event(dict(type='fine', panel=0))
+    assert p.surface.fine==0 and np.array_equal(u8(p.surface.fine_base).reshape(512,1024,4)[...,:3], v.images[0])
+    assert np.array_equal(u8(p.surface.fine_over).reshape(512,1024,4)[...,:3], sp.palette[v.y[0]])
+
+def test_similarity_colours_the_cloud():
+    p = explorer(color_by='similarity'); c = u8(p.surface.rgb).reshape(-1, 3); assert (c==150).all()
+    p.queries = [(0,1,1,1)]; c = u8(p.surface.rgb).reshape(-1, 3).sum(1).astype(int); sim = p.similarities()[p.table.image, p.table.row, p.table.col]
+    assert c[sim.argmax()]==c.max() and len(np.unique(c[sim<p.threshold]))==1
+
+def test_selection_has_names():
+    p = explorer(lit=[0,1]); p.tabs.selected_index = 2
+    html = p.panes[2].children[1].value; assert 'road' in html and '<th>cls' not in html
+
+def test_the_projection_that_is_shown_comes_first():
+    p = explorer(method='tsne', n=5); known = p.cache[next(k for k in p.cache if k[0]==('xy','tsne'))]
+    assert [*known]==[1]
+    z = p.points_at(1); p.checkpoint = 0; assert [*known]==[1,0] and np.array_equal(p.points_at(1), z) and not np.array_equal(p.points_at(0), z)
+
+# --- the pen ----------------------------------------------------------------------------------------------------------------------------
+def town(root, poison=None):
+    "Folders of pictures: a source, a target of 128×192 of which picture 0 is in validation, too"
+    rng = np.random.default_rng(0)
+    def save(file, a): file.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(a).save(file)
+    def picture(): return rng.integers(0, 256, (128,192,3), dtype=np.uint8)
+    for i in range(4):
+        save(root/f'source/images/{i}.png', picture()); save(root/f'source/labels/{i}.png', rng.integers(0, 3, (128,192), dtype=np.uint8))
+        save(root/f'target/images/a/{i}.png', picture())
+        if poison is not None: save(root/f'target/labels/a/{i}.png', np.full((128,192), poison, np.uint8))
+    (root/'val/images').mkdir(parents=True)
+    (root/'val/images/z.png').write_bytes((root/'target/images/a/0.png').read_bytes()); save(root/'val/labels/z.png', rng.integers(0, 3, (128,192), dtype=np.uint8))
+    two = [folder(root/k/'images', root/k/'labels', sp) for k in ('source', 'val')]
+    target = folder(root/'target/images', None if poison is None else root/'target/labels', sp)
+    torch.manual_seed(0)
+    return uda_learner(uda_dls(two[0], target, two[1], bs=2, size=(64,96), seed=0), 'light')
+def pen_page(tmp_path, **kw): return X.PixelEmbeddingExplorer(town(tmp_path), clicks=tmp_path/'clicks.csv', **dict(n=5)|kw)
+def press(p, panel, x, y, c): p.surface.event(dict(type='click', panel=panel, x=x, y=y, pen=c))
+
+def test_a_click_is_a_row_a_mark_and_another_net(tmp_path):
+    p = pen_page(tmp_path); s = p.surface
+    assert s.pens and [o['title'] for o in s.panels]==['target 1', 'target 2', 'target 3'] and (p.views.y==255).all()
+    s.event(dict(type='pen', i=1)); assert s.pen==1 and '0 of 3 classes have clicks; none: road, car, sky' in s.said
+    before = p.pen.last(None, p._net_key).W.clone(); press(p, 0, 10.2, 20.7, 1)
+    assert (tmp_path/'clicks.csv').read_text()=='image,x,y,class,r\n1.png,20,41,car,4\n'
+    assert s.said.startswith('car 1 of 9 · the net said ') and s.said.endswith('saved') and s.legend[1]['note']=='1/9' and s.legend[1]['key']=='2'
+    (m,) = s.marks; assert m['color']==S.css(sp.palette[1]) and (m['panel'], m['x'], m['y'])==(0, 10.25, 20.75)
+    assert not torch.equal(p.pen.last(None, p._net_key).W, before)
+    press(p, 2, 50, 50, 0); press(p, 2, 50.2, 50.2, 2); assert [o.label for o in p.pen.clicks]==['car', 'sky'], 'one pixel has one class'
+    again = X.PixelEmbeddingExplorer(p.looks.learn, clicks=tmp_path/'clicks.csv', n=5)
+    assert again.pen.clicks==p.pen.clicks and again.pen.names[again.pen.which[0]]=='1.png' and len(again.surface.marks)==2
+
+def test_clicks_are_taken_back_and_deleted(tmp_path):
+    p = pen_page(tmp_path); s = p.surface; was = p.views.pred.copy()
+    for i,c in enumerate((0,1,2)): press(p, i, 30, 30, c)
+    s.event(dict(type='undo')); assert [o.label for o in p.pen.clicks]==['road', 'car'] and s.said=='2 clicks · saved'
+    s.event(dict(type='drop', panel=0, x=60, y=60, k=.2)); assert len(p.pen.clicks)==2 and s.said=='There is no click here.'
+    s.event(dict(type='drop', panel=0, x=31, y=30, k=.2)); assert [o.label for o in p.pen.clicks]==['car'] and len(s.marks)==1
+    s.event(dict(type='undo')); assert np.array_equal(p.views.pred, was) and (tmp_path/'clicks.csv').read_text().count('\n')==1
+    s.event(dict(type='undo')); assert s.said=='There is no click here.'
+
+def test_space_next_and_disagree(tmp_path):
+    p = pen_page(tmp_path, n_images=3, per_page=2); s = p.surface
+    said = int(p.views.pred[p.here[0],30,40]); s.event(dict(type='accept', panel=0, x=40.5, y=30.5))
+    assert p.pen.clicks[0].label==sp.codes[said] and 'too' in s.said
+    s.event(dict(type='differs')); first = s.said
+    s.event(dict(type='next')); assert p.at!=0 and s.go['panel']==p.here.index(p.at) and 'none:' in s.said
+    at = p.at; s.event(dict(type='next')); assert p.at not in (0, at)
+    for k in range(3): press(p, p.here.index(p.at), 30+.5*k, 20, (said+1)%3)
+    i,x,y,c = p.pen.marks()[-1]; off = p._off()[1]
+    s.event(dict(type='differs')); assert s.said.startswith('1 of') if off.any() else s.said.startswith('The net agrees')
+    assert first.startswith('The net agrees')
+
+def test_validation_cannot_be_clicked(tmp_path):
+    p = pen_page(tmp_path); assert sorted(p.pen.names[i] for i in p.pen.which)==['1.png', '2.png', '3.png']
+    for name,why in (('0.png', 'is an image of validation'), ('z.png', 'is an image of validation'), ('q.png', 'no such image')):
+        (tmp_path/'b.csv').write_text(f'image,x,y,class,r\n{name},1,1,road,2\n')
+        with pytest.raises(ValueError, match=why): X.PixelEmbeddingExplorer(p.looks.learn, clicks=tmp_path/'b.csv')
+
+def test_poisoned_masks_of_the_target_change_nothing(tmp_path):
+    def run(poison):
+        root = tmp_path/str(poison); p = X.PixelEmbeddingExplorer(town(root, poison), clicks=root/'c.csv', n=5)
+        press(p, 0, 10, 20, 1); press(p, 1, 50, 20, 2)
+        return p.pen.which,p.views.pred,p.pen.last(None, p._net_key).W,p.surface.said
+    a = run(None)
+    for poison in (0, 2, 77):
+        b = run(poison); assert a[0]==b[0] and np.array_equal(a[1], b[1]) and torch.equal(a[2], b[2]) and a[3]==b[3]
+
+def test_a_net_that_ends_in_another_way_keeps_clicks(tmp_path):
+    learn = town(tmp_path); learn.model.decode_head.linear_pred = torch.nn.Conv2d(128, 3, 3, padding=1)
+    p = X.PixelEmbeddingExplorer(learn, clicks=tmp_path/'c.csv', n=5); was = p.views.pred.copy()
+    press(p, 0, 10, 20, 1)
+    assert np.array_equal(p.views.pred, was) and len(p.pen.clicks)==1 and 'when it is trained on' in p.surface.said and len(p.surface.marks)==1
+
+def test_kept_layer_is_in_the_net(tmp_path):
+    p = pen_page(tmp_path); press(p, 0, 10, 20, 1); press(p, 1, 60, 20, 2)
+    want = p.views.pred[p.here].copy(); p.keep()
+    v = E.see(p.looks.learn.model, p.pen.x); assert (v.pred[p.here]==want).mean()>.999
+
 # --- patches ----------------------------------------------------------------------------------------------------------------------------
 def bright(x): return (x.mean(1, keepdim=True)*torch.tensor([-3.,3]).view(1,2,1,1)).softmax(1), torch.nn.functional.avg_pool2d(x, 8)
 xs = torch.randn(2,3,64,128, generator=torch.Generator().manual_seed(0)).cumsum(3)/4
@@ -204,3 +332,19 @@ def test_an_error_is_said_and_the_browser_freed():
     s = S.Surface(dict(click=lambda ev: {}['nothing']))
     with pytest.raises(KeyError): s.event(dict(type='click', n=4))
     assert s.done==4 and 'KeyError' in s.said and not s.busy
+
+def test_steps_without_validation_show_the_target(tmp_path):
+    learn = town(tmp_path, 1); pairs = learn.dls.train.dataset
+    own = uda_learner(uda_dls(pairs.source, pairs.target, bs=2, size=(64,96), seed=0), 'light')
+    x_s,y_s,x_t,y_t,z = X.step_batch(own)
+    assert (y_t==255).all() and x_t.shape==x_s.shape and not any(torch.equal(a, b) for a in x_t for b in x_s)
+    assert X.trust_explorer(x_t, z, sp, y_t).to_png()[1:4]==b'PNG'
+    x,y,domain = E.scenes(own.dls, 2); assert domain==['source']*2+['target']*2 and (y[2:]==255).all() and (y[:2]!=255).any()
+    files = [np.array(Image.open(f).resize((96,64), Image.BILINEAR)) for f in pairs.target.images]
+    for o in X.denorm(x[2:]): assert min(np.abs(o.astype(int)-f).max() for f in files)<=1, 'an image of the target, not a renamed one of the source'
+
+@pytest.mark.parametrize('hw,n', [((128,192), 24), ((512,1024), 24), ((1024,2048), 6), ((768,1536), 11)])
+def test_the_pen_takes_fewer_of_large_images(hw, n, monkeypatch):
+    from pipa.look import pen as L
+    monkeypatch.setattr(L, 'target_images', lambda dls, which: [torch.zeros(1, 3, *hw)])
+    p = object.__new__(L.Pen); p.learn = type('O', (), dict(dls=None)); assert p._few()==n

@@ -110,7 +110,7 @@ def patch_loss(
     if neg is None: neg = torch.cat([l.f_1, l.f_2]).movedim(1, -1).flatten(0, 2),torch.cat([l.y_1, l.y_2]).flatten()
     (f_1,f_2),(y_1,y_2),(c_1,c_2) = (aligned(*o, crops, stride) for o in (l[2:4], l[4:6], l[6:8]))
     v,*n = patch_contrast(f_1, f_2, y_1, y_2, c_1, c_2, *neg, temp, thresh, return_n=True)
-    return float(v),sum(n)
+    return float(v),int(sum(n))
 
 # %% ../../nbs/look/02_patches.ipynb #9bf31c7f
 def js_divergence(
@@ -216,12 +216,14 @@ def hardest_figure(
     x:Tensor, # The images, `n×3×H×W`
     df:pd.DataFrame, # From `sweep`, its first rows are shown
     size:tuple, # Height and width of the crops
-    n:int=4 # How many
+    n:int=8 # How many
 )->Fig:
     "Images with the two crops of some pairs drawn in"
     df = df.head(n)
-    fig = grid([[denorm(x[i]) for i in df.image]], [f'{k+1}: agreement {a:.0%}' for k,a in enumerate(df.agreement)])
-    for ax,r in zip(fig.axes, df.itertuples()):
+    pics = [denorm(x[i]) for i in df.image]
+    fig = grid([pics[i:i+4] for i in range(0, len(pics), 4)])
+    for k,(ax,r) in enumerate(zip(fig.axes, df.itertuples())):
+        ax.set_title(f'{k+1}: agreement {r.agreement:.0%}', fontsize=10)
         for (t,l),c in ((r.at_1, '#56b4e9'), (r.at_2, '#e69f00')):
             ax.add_patch(_frame((l, t), size[1], size[0], c))
     return fig

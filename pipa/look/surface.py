@@ -16,14 +16,14 @@ from ..labels import distinct_colors
 from ..draw import Fig
 
 # %% auto #0
-__all__ = ['Surface', 'rgba', 'heat_bytes', 'lut', 'f32', 'palette', 'css', 'colored', 'width', 'control_row', 'pick', 'slider',
-           'tick', 'on_dark', 'Page', 'img_tag', 'table_tag', 'Words', 'shown_in']
+__all__ = ['Surface', 'rgba', 'shrunk', 'heat_bytes', 'lut', 'scale', 'f32', 'palette', 'css', 'colored', 'width', 'control_row',
+           'fold', 'pick', 'slider', 'tick', 'on_dark', 'Page', 'img_tag', 'table_tag', 'Words', 'shown_in']
 
 # %% ../../nbs/look/03_surface.ipynb #e4da3b7f
 def _trait(t): return t.tag(sync=True)
 
 class _Images(T.HasTraits):
-    panels = _trait(T.List())           # A dict for each image: title, w, h; dot: a colour; crisp: keep pixels square
+    panels = _trait(T.List())           # A dict for each image: title, w, h; W, H: size sent; dot: a colour; crisp
     base = _trait(T.Bytes(b''))         # RGBA of all images, one after the other
     over = _trait(T.Bytes(b''))         # The same size again: what lies on them, for instance labels
     over_alpha = _trait(T.Float(0.))    # Opacity of `over`
@@ -32,7 +32,13 @@ class _Images(T.HasTraits):
     heat_range = _trait(T.List([0., 1.])) # Below the first value is a veil, from the second on the brightest colour
     heat_alpha = _trait(T.Float(.8))    # Opacity of `heat`
     lut = _trait(T.Bytes(b''))          # Its 256 colours, RGBA
-    marks = _trait(T.List())            # Clicks: dicts with panel, x, y, sign
+    fine = _trait(T.Int(-1))            # The image that is there at its full size, too
+    fine_base = _trait(T.Bytes(b''))    # That image, RGBA
+    fine_over = _trait(T.Bytes(b''))    # What lies on it
+    pages = _trait(T.List([0, 1, '']))  # Number of the page of images, how many there are, and what to say
+    scales = _trait(T.List())           # Bars below the images: dicts with text, lo, hi, colors
+    go = _trait(T.Dict(dict(panel=-1))) # Where the cross goes: panel, x, y
+    marks = _trait(T.List())            # Clicks: dicts with panel, x, y, sign; or with color, and off for a dashed ring
     boxes = _trait(T.List())            # Dicts with panel, x, y, w, h, text, color
     same_size = _trait(T.Bool(True))    # Do all boxes change their size together?
     step = _trait(T.Int(8))             # Pixels that an arrow key moves a box
@@ -49,20 +55,29 @@ class _Points(T.HasTraits):
     texts = _trait(T.List())       # Names in the plot: dicts with text, x, y
     trails = _trait(T.List())      # Lines in the plot: dicts with xy, color
     swatches = _trait(T.List())    # What colours mean, below it: dicts with text, color
-    legend = _trait(T.List())      # Buttons below that: dicts with text, color, on
     caption = _trait(T.Unicode('')) # At the foot of the plot
+    empty = _trait(T.Unicode(''))  # What to say where there is no plot
 
 # %% ../../nbs/look/03_surface.ipynb #c9f0f895
-class Surface(_Images, _Points, anywidget.AnyWidget):
-    "Images and points that answer to the mouse; what people do arrives at the functions in `react`"
-    _esm,_css = ((files('pipa.look')/f'surface.{k}').read_text(encoding='utf8') for k in ('js', 'css'))
-    cols = _trait(T.Int(2))          # Columns of images
-    share = _trait(T.Float(.58))     # Share of the width that images have beside a plot
-    max_width = _trait(T.Int(460))   # Width of an image, screen pixels, at most
-    done = _trait(T.Int(0))          # Number of the last event that was answered
+class _Words(T.HasTraits):
+    legend = _trait(T.List())        # Chips above all: dicts with text, color, on; key, note
+    pens = _trait(T.Bool(False))     # Do chips choose a class to label with?
+    pen = _trait(T.Int(-1))          # Number of the chip that is chosen, or -1
+    help = _trait(T.List())          # Below the "?": pairs of a gesture or key and what it does
     said = _trait(T.Unicode(''))     # Status line
     busy = _trait(T.Bool(False))     # Turn a wheel before it?
     label = _trait(T.Unicode(''))    # Name for those who hear the page
+
+# %% ../../nbs/look/03_surface.ipynb #2e1e9a55
+class Surface(_Images, _Points, _Words, anywidget.AnyWidget):
+    "Images and points that answer to the mouse; what people do arrives at the functions in `react`"
+    _esm,_css = ((files('pipa.look')/f'surface.{k}').read_text(encoding='utf8') for k in ('js', 'css'))
+    cols = _trait(T.Int(2))          # Columns of images
+    height = _trait(T.Int(0))        # Of a row of images, screen pixels; 0: as wide images need
+    rows = _trait(T.Int(0))          # Rows of that height to keep room for
+    share = _trait(T.Float(.58))     # Share of the width that images have beside a plot
+    max_width = _trait(T.Int(460))   # Width of an image, screen pixels, at most
+    done = _trait(T.Int(0))          # Number of the last event that was answered
     def __init__(self, react=None, **kwargs):
         self.react = react or {}
         super().__init__(**kwargs)
@@ -83,6 +98,18 @@ def rgba(
     def four(a): return a if a.shape[-1]==4 else np.concatenate([a, np.full((*a.shape[:2], 1), 255, np.uint8)], -1)
     return b''.join(np.ascontiguousarray(four(np.asarray(a, np.uint8))).tobytes() for a in images)
 
+def shrunk(
+    a:np.ndarray, # Image `H×W×3`, uint8, or labels `H×W`
+    side:int=720 # Longest side of the result, px
+)->np.ndarray: # `a` itself if it is no larger
+    "A picture at the size of a screen; of labels the nearest are picked, for they must not mix"
+    k = max(a.shape[:2])/side
+    if k<=1: return a
+    h,w = (max(1, round(n/k)) for n in a.shape[:2])
+    if a.ndim==3: return np.asarray(Image.fromarray(a).resize((w,h), Image.BOX))
+    return a[((np.arange(h)+.5)*a.shape[0]/h).astype(int)][:,((np.arange(w)+.5)*a.shape[1]/w).astype(int)]
+
+# %% ../../nbs/look/03_surface.ipynb #c78950c2
 def heat_bytes(
     s:np.ndarray # Similarities in -1..1, any shape; NaN counts as -1
 )->bytes:
@@ -94,6 +121,17 @@ def lut(
 )->bytes:
     "256 colours for `Surface.lut`"
     return np.uint8(colormaps[name](np.linspace(0, 1, 256))*255).tobytes()
+
+def scale(
+    text:str, # What is measured
+    lo, # At the dark end: a number, or words
+    hi, # At the bright end
+    name:str='cividis' # Colour map of matplotlib
+)->dict:
+    "A bar for `Surface.scales`"
+    colors = [css(255*np.array(o[:3])) for o in colormaps[name](np.linspace(0, 1, 9))]
+    lo,hi = (o if isinstance(o, str) else f'{o:.2f}' for o in (lo, hi))
+    return dict(text=text, lo=lo, hi=hi, colors=colors)
 
 def f32(
     a # Numbers
@@ -135,6 +173,12 @@ def control_row(ws, # Widgets
     "Widgets in a row that wraps"
     return W.HBox(list(ws), layout=W.Layout(flex_flow='row wrap', align_items=align)).add_class('pipa-row')
 
+def fold(title, # On its head
+         ws # Widgets
+)->W.Accordion:
+    "Controls that few need, closed at first"
+    return W.Accordion([control_row(ws)], titles=(title,)).add_class('pipa-fold')
+
 def pick(label, # Before the list
          options, # As in `Dropdown`
          px=190 # Width
@@ -174,7 +218,7 @@ def on_dark(
         for o in black: o.set_color('#f5f7fa')
     for l in [*fig.legends, *[ax.get_legend() for ax in fig.axes if ax.get_legend()]]:
         l.get_frame().set_alpha(0)
-        for o in l.get_texts(): o.set_color('#e4e8ee')
+        for o in (*l.get_texts(), l.get_title()): o.set_color('#e4e8ee')
     fig.patch.set_alpha(0)
     return fig
 
@@ -220,7 +264,7 @@ for (const e of document.querySelectorAll('.state')) surface.render({ el: e.pare
 
 _page_css = """:root { color-scheme: light dark; } body { max-width: 1100px; margin: 24px auto;
 font: 14px/1.5 system-ui, sans-serif; } img { max-width: 100%; background: #fff; }
-.pipa-chip { pointer-events: none; } h1, h2 { font-size: 1.1em; }"""
+.pipa-legend .pipa-chip, .pipa-pages { pointer-events: none; } h1, h2 { font-size: 1.1em; }"""
 
 def _state(s):
     d = {k: v for k,v in s.get_state().items() if not k.startswith('_') and k not in ('layout', 'tabbable', 'tooltip')}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import random
 from copy import deepcopy
+from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch, seaborn as sns, torch.nn.functional as F
 from torch import nn, Tensor
@@ -21,9 +22,9 @@ from ..draw import Fig, denorm
 from ..show import result_picture
 
 # %% auto #0
-__all__ = ['Views', 'unit', 'views', 'features', 'embedding', 'map_layers', 'see', 'labelled', 'scenes', 'nets_of', 'Snapshots',
-           'moments', 'at_snapshot', 'query', 'similarity', 'cell_labels', 'sample', 'embeddings_of', 'pca',
-           'procrustes', 'project', 'scatter', 'in_lasso', 'in_box', 'neighbours']
+__all__ = ['Views', 'unit', 'views', 'features', 'embedding', 'map_layers', 'see', 'labelled', 'target_images', 'held_out',
+           'scenes', 'nets_of', 'Snapshots', 'moments', 'at_snapshot', 'query', 'similarity', 'cell_labels', 'sample',
+           'embeddings_of', 'pca', 'procrustes', 'project', 'scatter', 'in_lasso', 'in_box', 'neighbours']
 
 # %% ../../nbs/look/00_views.ipynb #e4da3b7f
 class Views(NamedTuple):
@@ -149,13 +150,41 @@ def labelled(
     dl.rng = old
     return out[:n]
 
+# %% ../../nbs/look/00_views.ipynb #b55c8aa5
+def target_images(
+    dls, # From `pipa.data.uda_dls`
+    which, # Their numbers in the target's list
+)->list: # Images `1×3×H×W`, which may differ in size; raises `ValueError` where there is no target
+    "Training images of the target as the net sees whole images, without labels"
+    target = getattr(getattr(dls.train, 'dataset', None), 'target', None)
+    if target is None or not len(target): raise ValueError(
+        'The loaders have no target image to look at: make them with `uda_dls(source, target)`.')
+    dl = dls.test_dl([Path(target.images[i]) for i in which], bs=1, num_workers=0)
+    with dl.fake_l.no_multiproc(): return [b[0].as_subclass(Tensor).detach() for b in dl]
+
+def held_out(
+    dls # From `pipa.data.uda_dls`
+)->bool:
+    "Are the validation images others than those of the source?"
+    def names(o): return {str(k) for k in o if isinstance(k, (str,Path))}
+    source = getattr(getattr(dls.train, 'dataset', None), 'source', None)
+    return not names(getattr(source, 'images', ())) & names(getattr(dls.valid, 'items', ()))
+
+# %% ../../nbs/look/00_views.ipynb #7ccaf4a9
 def scenes(
     dls, # From `pipa.data.uda_dls`, or any whose batches are `(x_s, y_s, x_t)` and `(x, y)`
     n:int=4, # Images of each domain
-    seed:int=0 # Which source views
-)->tuple: # Images `2n×3×H×W`, cut to the smallest of them, labels `2n×H×W`, domains
-    "Some source views, and some labelled validation images of the target"
-    sides = [labelled(dl, n, seed) for dl in (dls.train, dls.valid)]
+    seed:int=0, # Which source views, and which training images of the target
+    target:str='valid' # Its labelled validation images, if any; 'train': those that it trains on, without labels
+)->tuple: # Images `2n×3×H×W`, cut to the smallest of them, labels `2n×H×W` (255 for none), domains
+    "Some source views, and some images of the target"
+    if target not in ('valid', 'train'): raise ValueError(f"`target={target!r}` is neither 'valid' nor 'train'.")
+    sides = [labelled(dls.train, n, seed)]
+    if target=='valid' and held_out(dls): sides.append(labelled(dls.valid, n, seed))
+    else:
+        N = len(getattr(dls.train.dataset, 'target', None) or ())
+        xs = target_images(dls, sorted(random.Random(seed).sample(range(N), min(n, N))))
+        sides.append([(x, torch.full_like(x[:,0], 255, dtype=torch.long)) for x in xs])
     h,w = (min(x.shape[d] for x,_ in sides[0]+sides[1]) for d in (-2,-1))
     x,y = (torch.cat([o[i][..., :h, :w] for o in sides[0]+sides[1]]) for i in (0,1))
     return x,y,['source']*len(sides[0]) + ['target']*len(sides[1])
@@ -330,7 +359,8 @@ def project(
     es:list, # Vectors of the same pixels at each checkpoint, `N×D` each
     method:str='pca', # 'pca', 'tsne' or 'umap'
     seed:int=0, # For the last two
-    perplexity:float=30. # Number of neighbours, roughly, for the last two (t-SNE's default)
+    perplexity:float=30., # Number of neighbours, roughly, for the last two (t-SNE's default)
+    start:np.ndarray|None=None # Points to begin with and to lie on, for the last two, `N×2`
 )->tuple: # Points `N×2` for each checkpoint, and the explained variance of both axes (PCA, else None)
     "Positions in the plane, aligned over checkpoints"
     mu,axes,share = pca(np.concatenate(es))
@@ -340,9 +370,10 @@ def project(
         raise ValueError(f"There is no projection `{method}`: take 'pca', 'tsne' or 'umap'.")
     if len(es[0])<5: raise ValueError(f'{len(es[0])} pixels are too few for {method}: draw more.')
     f,out = dict(tsne=_tsne, umap=_umap)[method],[]
-    for e,start in zip(es, flat):
-        z = f(np.asarray(e), out[-1] if out else start, seed, perplexity)
-        out.append(procrustes(z, out[-1]) if out else z)
+    for e,own in zip(es, flat):
+        z = f(np.asarray(e), own if start is None else start, seed, perplexity)
+        out.append(z if start is None else procrustes(z, start))
+        start = out[-1]
     return out,None
 
 # %% ../../nbs/look/00_views.ipynb #f7177163
