@@ -110,8 +110,8 @@ def hints_run(
         learn = _learner(o, given, parse_term(term))
         with learn.no_bar(), learn.no_logging(): learn.fit_poly(o.epochs, **fit_args(o))
     (host,terms),ms = host_terms(o.method, o.terms),{m.name:m for m in learn.metrics}
-    said = dict(benchmark=root.name, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms)
-    return said | dict(hints=hints, clicks=n, term=term) | scores(learn, ms)
+    said = dict(benchmark=root.name, method=method_name(host, terms), seed=o.seed, epochs=o.epochs)
+    return said | dict(host=host, terms=terms, hints=hints, clicks=n, term=term) | scores(learn, ms)
 
 # %% ../../nbs/runs/09_hints.ipynb #hst00031
 _methods = 'source','self_training+fda','self_training+fda+pipa'
