@@ -515,6 +515,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'pipa.hints.term.HintViews.draw': ('hints/term.html#hintviews.draw', 'pipa/hints/term.py'),
                                  'pipa.hints.term.HintViews.whole': ('hints/term.html#hintviews.whole', 'pipa/hints/term.py'),
                                  'pipa.hints.term.box_around': ('hints/term.html#box_around', 'pipa/hints/term.py'),
+                                 'pipa.hints.term.class_sums': ('hints/term.html#class_sums', 'pipa/hints/term.py'),
                                  'pipa.hints.term.click_ce': ('hints/term.html#click_ce', 'pipa/hints/term.py'),
                                  'pipa.hints.term.draw_class': ('hints/term.html#draw_class', 'pipa/hints/term.py'),
                                  'pipa.hints.term.label_cells': ('hints/term.html#label_cells', 'pipa/hints/term.py'),

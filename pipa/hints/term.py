@@ -20,8 +20,8 @@ from ..ranks import own_places, place, rows, share, total, whole_labels
 from ..callbacks import LossTerm, PixelContrast, shown_after, step_panels
 
 # %% auto #0
-__all__ = ['box_around', 'draw_class', 'HintViews', 'click_ce', 'prior_shift', 'Clicks', 'label_cells', 'ClickContrast',
-           'with_hints']
+__all__ = ['box_around', 'draw_class', 'HintViews', 'click_ce', 'prior_shift', 'class_sums', 'Clicks', 'label_cells',
+           'ClickContrast', 'with_hints']
 
 # %% ../../nbs/hints/02_term.ipynb #clk00015
 def box_around(
@@ -108,7 +108,8 @@ def click_ce(
     z = resize(logits.float(), y.shape[-2:])
     if shift is not None: z = z + shift.to(z)[:,None,None]
     l = F.cross_entropy(z, y.long(), weight=None if v is None else v.to(z), ignore_index=ignore, reduction='sum')
-    n = (y!=ignore).sum() if v is None else v.to(z)[y[y!=ignore].long()].sum()
+    on = y!=ignore
+    n = on.sum() if v is None else (v.to(z)[torch.where(on, y, 0).long()]*on).sum()
     return l/n.clamp(min=1e-8),n
 
 # %% ../../nbs/hints/02_term.ipynb #clk00041
@@ -122,6 +123,14 @@ def prior_shift(
     k,p = drawn.clamp(min=least),street.clamp(min=least)
     s = tau*(k.log()-p.log())
     return s - (s*drawn).sum()/drawn.sum()
+
+# %% ../../nbs/hints/02_term.ipynb #clk00044
+def class_sums(
+    y:Tensor # Labels in 0..255, any shape
+)->Tensor: # 256 numbers
+    "How many pixels each label has, without waiting for a GPU"
+    i = y.flatten().long()
+    return torch.zeros(256, device=y.device).scatter_add_(0, i, torch.ones_like(i, dtype=torch.float))
 
 # %% ../../nbs/hints/02_term.ipynb #clk00051
 class Clicks(LossTerm):
@@ -196,7 +205,7 @@ def against(self:Clicks):
         src = torch.as_tensor(getattr(self.dls, 'counts', np.ones((1,K))).sum(0), dtype=torch.float)
         self.shares = torch.stack([torch.ones(K), src/src.sum()*K]).to(y.device)/K
     seen = self.labels[0] if hasattr(self.learn, 'mean_teacher') else self.z.argmax(1)
-    n = total(torch.stack([torch.bincount(o[o!=255].flatten(), minlength=K).float() for o in (y, seen)]))
+    n = total(torch.stack([class_sums(o)[:K] for o in (y, seen)]))
     now = n/n.sum(1, keepdim=True).clamp(min=1)
     if self.street=='source': now[1] = self.shares[1]
     self.shares = self.shares.lerp(now, .01)
