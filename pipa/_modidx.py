@@ -1217,6 +1217,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'pipa.ranks.whole_labels': ('ranks.html#whole_labels', 'pipa/ranks.py'),
                             'pipa.ranks.whole_shape': ('ranks.html#whole_shape', 'pipa/ranks.py')},
             'pipa.runs.hints': { 'pipa.runs.hints._learner': ('runs/hints.html#_learner', 'pipa/runs/hints.py'),
+                                 'pipa.runs.hints.clicks_curve': ('runs/hints.html#clicks_curve', 'pipa/runs/hints.py'),
+                                 'pipa.runs.hints.clicks_picture': ('runs/hints.html#clicks_picture', 'pipa/runs/hints.py'),
                                  'pipa.runs.hints.hints_from': ('runs/hints.html#hints_from', 'pipa/runs/hints.py'),
                                  'pipa.runs.hints.hints_plan': ('runs/hints.html#hints_plan', 'pipa/runs/hints.py'),
                                  'pipa.runs.hints.hints_run': ('runs/hints.html#hints_run', 'pipa/runs/hints.py'),
