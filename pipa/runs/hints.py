@@ -182,7 +182,8 @@ def clicks_curve(
     even = df.hints.map(lambda o: o=='0' or parse_hints(o).get('how')=='even' and not parse_hints(o)['wrong'])
     df = df[even & (df.method!='oracle')].assign(minutes=df.clicks.astype(float)*seconds/60)
     g = df.groupby(['method', 'hints'], sort=False)
-    res = g.agg(minutes=('minutes', 'mean'), n=('seed', 'size'), miou=('miou_student', 'mean'), sd=('miou_student', 'std'))
+    score = 'miou_student'
+    res = g.agg(minutes=('minutes', 'mean'), n=('seed', 'size'), miou=(score, 'mean'), sd=(score, 'std'))
     return res.assign(miou=100*res.miou, sd=100*res.sd).reset_index().sort_values(['method', 'minutes'])
 
 # %% ../../nbs/runs/09_hints.ipynb #hst00043
