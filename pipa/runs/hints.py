@@ -137,11 +137,13 @@ def missing(
     plan:list, # From `hints_plan`
     data:str, # Name of the benchmark
     seed:int, # Of the runs
-    table # CSV; it need not be there
+    table, # CSV; it need not be there
+    epochs:int=5 # Of the runs: a table may hold shorter ones, too
 )->list: # Those of `plan` without a row
     "What is still to be done"
     rows = [o for _,o in read_table(table)[1]] if at_home(table).exists() else []
-    done = {(o['method'], o['hints'], o['term']) for o in rows if o['benchmark']==data and int(o['seed'])==seed}
+    same = [o for o in rows if o['benchmark']==data and (int(o['seed']), int(o['epochs']))==(seed, epochs)]
+    done = {(o['method'], o['hints'], o['term']) for o in same}
     return [(m, h, t) for m,h,t in plan if (method_name(*host_terms(m)), h, t) not in done]
 
 # %% ../../nbs/runs/09_hints.ipynb #hst00033
@@ -159,9 +161,9 @@ def hints_study(
     args:str=small # More arguments of `pipa_train`
 ):
     "Train with simulated clicks: all runs that the table doesn't have yet"
+    plan,epochs = [(method, hints, term)] if method else hints_plan(),parser().parse_args(shlex.split(args)).epochs
     for seed in map(int, seeds.split(',')):
-        plan = [(method, hints, term)] if method else hints_plan()
-        for m,h,t in missing(plan, Path(data).name, seed, table):
+        for m,h,t in missing(plan, Path(data).name, seed, table, epochs):
             row = hints_run([f'--data={data}', f'--method={m}', f'--seed={seed}', *shlex.split(args)], h, t)
             said = [Path(data).name, f'--method={m}', f'--hints={h}', f'--term={t}', f'--seeds={seed}']
             said += [f'--args={args}']*(args!=small)
@@ -174,11 +176,12 @@ def clicks_curve(
     csv, # Table of the study
     term:str, # Rows with these settings of the term, and those without clicks
     benchmark:str|None=None, # Its rows; `None`: the first
+    epochs:int=5, # Rows with so many
     seconds:float=2. # Time of a click
 )->pd.DataFrame: # Columns method, hints, minutes, n (seeds), miou and sd; in points
     "Mean IoU of the student over the seeds, for each method and amount of even clicks"
     df = pd.read_csv(csv, keep_default_na=False, na_values={'miou_student':['']}, dtype=dict(hints=str))
-    df = df[(df.benchmark==(benchmark or df.benchmark[0])) & df.term.isin([term, ''])]
+    df = df[(df.benchmark==(benchmark or df.benchmark[0])) & df.term.isin([term, '']) & (df.epochs==epochs)]
     even = df.hints.map(lambda o: o=='0' or parse_hints(o).get('how')=='even' and not parse_hints(o)['wrong'])
     df = df[even & (df.method!='oracle')].assign(minutes=df.clicks.astype(float)*seconds/60)
     g = df.groupby(['method', 'hints'], sort=False)
