@@ -8,7 +8,7 @@ import re, shlex, tempfile
 from ast import literal_eval
 from dataclasses import replace
 from pathlib import Path
-import numpy as np
+import numpy as np, pandas as pd
 from PIL import Image
 from fastcore.script import call_parse
 from fastai.torch_basics import *
@@ -16,17 +16,20 @@ from ..basics import at_home
 from ..sets.domains import Domain, folder, labels_of
 from ..sets.named import domains
 from ..data import uda_dls
+from ..draw import Fig
 from ..fast import fast
 from ..hints.simulated import painted, simulated_clicks
 from ..learner import host_terms, make_net, method_name, uda_learner
 from ..look.measures import tightness
 from ..metrics import Validator, iou, miou
-from .options import data_args, fit_args, method_args, net_args, parser
+from .options import data_args, fit_args, method_args, net_args, parser, unusual
 from .plan import add_row, read_table
 from .record import class_columns, made_of, seed_all
+from .tables import sentence
 
 # %% auto #0
-__all__ = ['small', 'parse_hints', 'hints_from', 'parse_term', 'scores', 'hints_run', 'hints_plan', 'missing', 'hints_study']
+__all__ = ['small', 'parse_hints', 'hints_from', 'parse_term', 'scores', 'hints_run', 'hints_plan', 'missing', 'hints_study',
+           'clicks_curve', 'clicks_picture']
 
 # %% ../../nbs/runs/09_hints.ipynb #hst00010
 def parse_hints(
@@ -102,6 +105,7 @@ def hints_run(
 )->dict: # A row of results
     "One run with what a person would have given"
     o = AttrDict(vars(parser().parse_args(args)))
+    o.precision = 'fp32'
     seed_all(o.seed)
     root = at_home(o.data)
     target = folder(root/'target/images', root/'target/masks', root/'codes.txt')
@@ -110,8 +114,10 @@ def hints_run(
         learn = _learner(o, given, parse_term(term))
         with learn.no_bar(), learn.no_logging(): learn.fit_poly(o.epochs, **fit_args(o))
     (host,terms),ms = host_terms(o.method, o.terms),{m.name:m for m in learn.metrics}
-    said = dict(benchmark=root.name, method=method_name(host, terms), seed=o.seed, epochs=o.epochs, host=host, terms=terms)
-    return said | dict(hints=hints, clicks=n, term=term) | scores(learn, ms)
+    said = dict(benchmark=root.name, method=method_name(host, terms), seed=o.seed, epochs=o.epochs)
+    apart = ' '.join([unusual(o), *[f'hints={hints}']*(hints!='0'), *(f'clicks.{p}' for p in term.split())])
+    said |= dict(host=host, terms=terms, hints=hints, clicks=n, term=term)
+    return said | scores(learn, ms) | dict(settings=apart)
 
 # %% ../../nbs/runs/09_hints.ipynb #hst00031
 _methods = 'source','self_training+fda','self_training+fda+pipa'
@@ -131,11 +137,13 @@ def missing(
     plan:list, # From `hints_plan`
     data:str, # Name of the benchmark
     seed:int, # Of the runs
-    table # CSV; it need not be there
+    table, # CSV; it need not be there
+    epochs:int=5 # Of the runs: a table may hold shorter ones, too
 )->list: # Those of `plan` without a row
     "What is still to be done"
     rows = [o for _,o in read_table(table)[1]] if at_home(table).exists() else []
-    done = {(o['method'], o['hints'], o['term']) for o in rows if o['benchmark']==data and int(o['seed'])==seed}
+    same = [o for o in rows if o['benchmark']==data and (int(o['seed']), int(o['epochs']))==(seed, epochs)]
+    done = {(o['method'], o['hints'], o['term']) for o in same}
     return [(m, h, t) for m,h,t in plan if (method_name(*host_terms(m)), h, t) not in done]
 
 # %% ../../nbs/runs/09_hints.ipynb #hst00033
@@ -153,12 +161,48 @@ def hints_study(
     args:str=small # More arguments of `pipa_train`
 ):
     "Train with simulated clicks: all runs that the table doesn't have yet"
+    plan,epochs = [(method, hints, term)] if method else hints_plan(),parser().parse_args(shlex.split(args)).epochs
     for seed in map(int, seeds.split(',')):
-        plan = [(method, hints, term)] if method else hints_plan()
-        for m,h,t in missing(plan, Path(data).name, seed, table):
+        for m,h,t in missing(plan, Path(data).name, seed, table, epochs):
             row = hints_run([f'--data={data}', f'--method={m}', f'--seed={seed}', *shlex.split(args)], h, t)
             said = [Path(data).name, f'--method={m}', f'--hints={h}', f'--term={t}', f'--seeds={seed}']
             said += [f'--args={args}']*(args!=small)
-            row |= dict(settings=args, command='python -m pipa.runs.hints '+shlex.join(said), version=made_of())
+            row |= dict(command='python -m pipa.runs.hints '+shlex.join(said), version=made_of())
             add_row(table, row)
             print(f"{m} {h} {t} seed {seed}: {100*row['miou_student']:.1f}", flush=True)
+
+# %% ../../nbs/runs/09_hints.ipynb #hst00041
+def clicks_curve(
+    csv, # Table of the study
+    term:str, # Rows with these settings of the term, and those without clicks
+    benchmark:str|None=None, # Its rows; `None`: the first
+    epochs:int=5, # Rows with so many
+    seconds:float=2. # Time of a click
+)->pd.DataFrame: # Columns method, hints, minutes, n (seeds), miou and sd; in points
+    "Mean IoU of the student over the seeds, for each method and amount of even clicks"
+    df = pd.read_csv(csv, keep_default_na=False, na_values={'miou_student':['']}, dtype=dict(hints=str))
+    df = df[(df.benchmark==(benchmark or df.benchmark[0])) & df.term.isin([term, '']) & (df.epochs==epochs)]
+    even = df.hints.map(lambda o: o=='0' or parse_hints(o).get('how')=='even' and not parse_hints(o)['wrong'])
+    df = df[even & (df.method!='oracle')].assign(minutes=df.clicks.astype(float)*seconds/60)
+    g = df.groupby(['method', 'hints'], sort=False)
+    score = 'miou_student'
+    res = g.agg(minutes=('minutes', 'mean'), n=('seed', 'size'), miou=(score, 'mean'), sd=(score, 'std'))
+    return res.assign(miou=100*res.miou, sd=100*res.sd).reset_index().sort_values(['method', 'minutes'])
+
+# %% ../../nbs/runs/09_hints.ipynb #hst00043
+def clicks_picture(
+    csv, # See `clicks_curve`
+    term:str, # See `clicks_curve`
+    benchmark:str|None=None # See `clicks_curve`
+)->Fig: # A figure with a sentence if there is nothing to show
+    "Mean IoU against minutes of a person, a line a method, a bar for the spread over seeds"
+    c = clicks_curve(csv, term, benchmark)
+    if not (c.minutes>0).any(): return sentence(f'There are no runs with clicks and {term} in {csv} yet.')
+    fig = Fig(figsize=(5.5,3))
+    ax = fig.subplots()
+    for m,g in c.groupby('method', sort=False):
+        ax.errorbar(g.minutes, g.miou, g.sd.fillna(0), marker='o', ms=4, capsize=2, label=m)
+    ax.set(xlabel='minutes of a person, 2 s a click', ylabel='mean IoU, points')
+    ax.legend(fontsize=8, frameon=False)
+    ax.spines[['top', 'right']].set_visible(False)
+    return fig
