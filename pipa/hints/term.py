@@ -20,7 +20,7 @@ from ..ranks import own_places, place, rows, share, total, whole_labels
 from ..callbacks import LossTerm, PixelContrast, shown_after, step_panels
 
 # %% auto #0
-__all__ = ['box_around', 'draw_class', 'HintViews', 'click_ce', 'prior_shift', 'class_sums', 'Clicks', 'label_cells',
+__all__ = ['box_around', 'draw_class', 'HintViews', 'click_ce', 'prior_shift', 'label_counts', 'Clicks', 'label_cells',
            'ClickContrast', 'with_hints']
 
 # %% ../../nbs/hints/02_term.ipynb #clk00015
@@ -125,7 +125,7 @@ def prior_shift(
     return s - (s*drawn).sum()/drawn.sum()
 
 # %% ../../nbs/hints/02_term.ipynb #clk00044
-def class_sums(
+def label_counts(
     y:Tensor # Labels in 0..255, any shape
 )->Tensor: # 256 numbers
     "How many pixels each label has, without waiting for a GPU"
@@ -205,7 +205,7 @@ def against(self:Clicks):
         src = torch.as_tensor(getattr(self.dls, 'counts', np.ones((1,K))).sum(0), dtype=torch.float)
         self.shares = torch.stack([torch.ones(K), src/src.sum()*K]).to(y.device)/K
     seen = self.labels[0] if hasattr(self.learn, 'mean_teacher') else self.z.argmax(1)
-    n = total(torch.stack([class_sums(o)[:K] for o in (y, seen)]))
+    n = total(torch.stack([label_counts(o)[:K] for o in (y, seen)]))
     now = n/n.sum(1, keepdim=True).clamp(min=1)
     if self.street=='source': now[1] = self.shares[1]
     self.shares = self.shares.lerp(now, .01)

@@ -18,7 +18,7 @@ from ..sets.named import domains
 from ..data import uda_dls
 from ..draw import Fig
 from ..fast import fast
-from ..hints.simulated import painted, simulated_clicks
+from ..hints.simulated import sparse_mask, simulated_clicks
 from ..learner import host_terms, make_net, method_name, uda_learner
 from ..look.measures import tightness
 from ..metrics import Validator, iou, miou
@@ -57,7 +57,7 @@ def hints_from(
     clicks = simulated_clicks(ys, seed=seed, **o)
     ims = sorted({i for i,*_ in clicks})
     for i in ims:
-        y = painted(ys[i].shape, [c for j,*c in clicks if j==i])
+        y = sparse_mask(ys[i].shape, [c for j,*c in clicks if j==i])
         Image.fromarray(y).save(Path(home)/f'{i}.png')
     masks = [Path(home)/f'{i}.png' for i in ims]
     return replace(target.take(ims), masks=masks, space=target.space.as_train(), stats=None),len(clicks)
@@ -120,18 +120,18 @@ def hints_run(
     return said | scores(learn, ms) | dict(settings=apart)
 
 # %% ../../nbs/runs/10_hints.ipynb #hst00031
-_methods = 'source','self_training+fda','self_training+fda+pipa'
+_methods,_usual = ('source','self_training+fda','self_training+fda+pipa'),'w=1'
 
 def hints_plan()->list: # `(method, hints, term)` each
     "The runs of a seed, the most telling first"
     source,st,pipa = _methods
-    cures = ['w=.3', 'w=1 prior=logits', 'w=1 prior=weights tau=.5', 'w=1 prior=logits street=source',
-             'w=.3 prior=logits', 'w=1 prior=logits tau=.5']
-    first = [(st, '20x3', t) for t in ('w=1', *cures)] + [(st, '10x1', t) for t in ('w=1', 'w=.3', 'w=1 prior=logits')]
-    more = [(pipa, '20x3', t) for t in ('w=.3', 'w=.3 partners=True')] + [(st, '20x3', 'w=.3 overrule=True')]
-    rest = [(m, h, '' if h=='0' else 'w=.3') for h in ('0', '20x3', '10x1') for m in _methods]
-    amounts = [(st, h, 'w=.3') for h in ('3x1', '10x3', '10x1r', '10x1w.1', 'full5', 'full20')]
-    return [*dict.fromkeys([*first, *more, *rest, *amounts, ('oracle', '0', '')])]
+    cures = ['w=.3', *(f'w=1 {o}' for o in ('prior=logits tau=.3', 'prior=logits tau=.3 street=source',
+                                            'prior=weights tau=.3', 'prior=logits'))]
+    first = [(st, '20x3', t) for t in (_usual, *cures)] + [(pipa, '20x3', t) for t in (_usual, 'w=1 partners=True')]
+    grid = [(m, h, '' if h=='0' else _usual) for h in ('10x1', '0', '20x3') for m in _methods]
+    more = [(st, '20x3', 'w=1 overrule=True'), *((st, '10x1', t) for t in cures)]
+    amounts = [(st, h, _usual) for h in ('3x1', '10x3', '10x1r', '10x1w.1', 'full5', 'full20')]
+    return [*dict.fromkeys([*first, *grid, *more, *amounts, ('oracle', '0', '')])]
 
 def missing(
     plan:list, # From `hints_plan`
