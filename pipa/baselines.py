@@ -270,8 +270,6 @@ class Translator(nn.Sequential):
     def forward(self, f): return super().forward(f.movedim(1,-1)).movedim(-1,1)
 
 # %% ../nbs/16_baselines.ipynb #fnd00006
-def _checksum(net): return checksum({k:v.detach().cpu() for k,v in net.state_dict().items()})
-
 class FoundationDistance(OwnNet):
     "Keep the encoder's last map translatable into that of a large frozen encoder, on both domains (VFM-UDA++)"
     def __init__(self,
@@ -284,7 +282,8 @@ class FoundationDistance(OwnNet):
         **aug # To `strong_augment`, for the target as the student sees it
     ):
         super().__init__(w, start, lr)
-        self.foundation,self.weights,self.near,self.aug,self.other = foundation,weights,near,aug,None
+        self.foundation,self.weights,self.near,self.aug = foundation,weights,near,aug
+        self.other = self.sum = None
 
     def build(self, *sizes): return Translator(*sizes)
     def before_fit(self):
@@ -336,17 +335,25 @@ def sizes_of(self:FoundationDistance, state):
     return c,c_f,width
 
 @patch
+def fingerprint(self:FoundationDistance):
+    "Checksum of the frozen encoder, found once; `None` before the first fit"
+    if self.sum is None and self.other is not None:
+        self.sum = checksum({k:v.detach().cpu() for k,v in self.other.state_dict().items()})
+    return self.sum
+
+@patch
 def state_dict(self:FoundationDistance):
     "The translator, its optimizer, the number of steps, and a checksum of the frozen encoder"
-    return OwnNet.state_dict(self) | dict(other=None if self.other is None else _checksum(self.other))
+    return OwnNet.state_dict(self) | dict(other=self.fingerprint())
 
 @patch
 def load_state_dict(self:FoundationDistance, state, device=None):
     "Go on from what `state_dict` gave; another frozen encoder raises a `ValueError`"
-    if None not in (self.other, state['other']) and _checksum(self.other)!=state['other']: raise ValueError(
+    if None not in (self.fingerprint(), state['other']) and self.fingerprint()!=state['other']: raise ValueError(
         "The foundation encoder is another one than that with which this training began: give the same weights.")
     OwnNet.load_state_dict(self, state, device)
 
+# %% ../nbs/16_baselines.ipynb #fnd00011
 @patch
 @shown_after('f0')
 def show(self:FoundationDistance, n:int=2):

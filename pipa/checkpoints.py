@@ -79,7 +79,7 @@ def _parts(state, head):
 # %% ../nbs/13_checkpoints.ipynb #6512bd43
 def _versions(spec):
     "Of pipa, torch and the library that a net is of"
-    kind = str((spec or {}).get('make')).partition(':')[0]
+    kind = str(spec.get('make') if isinstance(spec, dict) else None).partition(':')[0]
     more = dict(smp='segmentation_models_pytorch', hf='transformers', torchvision='torchvision').get(kind)
     try: more = {more:version(more)} if more else {}
     except PackageNotFoundError: more = {}
@@ -87,7 +87,7 @@ def _versions(spec):
 
 def _other_version(meta):
     "What to say of a file that was written with another version of the library that its net is of"
-    was,now = meta.get('versions'),_versions(meta.get('spec') if isinstance(meta.get('spec'), dict) else None)
+    was,now = meta.get('versions'),_versions(meta.get('spec'))
     odd = [k for k in now if k not in ('pipa', 'torch') and isinstance(was, dict) and was.get(k) not in (None, now[k])]
     return ''.join(f" It was written with {k} {was[k]}, here is {now[k]}: install that version." for k in odd)
 

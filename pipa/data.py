@@ -5,6 +5,7 @@
 # %% ../nbs/12_data.ipynb #c81e728d
 from __future__ import annotations
 import random, shutil
+from os.path import abspath as absolute
 import numpy as np, torch
 from pathlib import Path
 from PIL import Image
@@ -205,7 +206,10 @@ class PairSet:
         store_attr()
         self.target = target.unlabelled()
         self.zoom_t,self.resize_t = zoom_t or zoom,resize_t or resize
-        self.told = {} if hints is None else dict(zip(map(str, hints.images), hints.masks))
+        self.told = {} if hints is None else dict(zip(map(absolute, hints.images), hints.masks))
+        if self.told and not self.told.keys() & {*map(absolute, target.images)}: raise ValueError(
+            f"None of the hints, such as `{hints.images[0]}`, is an image of the target `{target.name}`: "
+            "hints are labels of some of its images.")
     def __len__(self): return len(self.source)
 
 # %% ../nbs/12_data.ipynb #c795f0d7
@@ -242,7 +246,7 @@ def source_part(self:PairSet, i, want, rng):
 @patch
 def told_part(self:PairSet, j, hw, box, flip):
     "What a person has said of a view of target image `j`; `hw` is the size in which `box` lies"
-    if not (mask := self.told.get(str(path := self.target.images[j]))): return np.full(self.size, 255, np.uint8)
+    if not (mask := self.told.get(absolute(path := self.target.images[j]))): return np.full(self.size, 255, np.uint8)
     y = labels_of(path, mask, self.hints.space)
     (a,b) = (n/N for n,N in zip(y.shape, hw))
     return cut_hints(y, (box[0]*b, box[1]*a, box[2]*b, box[3]*a), self.size, flip)

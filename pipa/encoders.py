@@ -14,7 +14,7 @@ from .mit import mit, mit_sizes
 from .mix import imagenet_mean, imagenet_std
 
 # %% auto #0
-__all__ = ['lite_name', 'Pyramid', 'Scale', 'TimmEncoder', 'own_unit', 'parts', 'by_block', 'still', 'Stay', 'freeze',
+__all__ = ['lite_name', 'Pyramid', 'Scale', 'TimmEncoder', 'own_unit', 'blocks_of', 'by_block', 'still', 'Stay', 'freeze',
            'from_lite', 'lite_file', 'lite_state', 'lite', 'encoder']
 
 # %% ../nbs/06_encoders.ipynb #tim00002
@@ -125,7 +125,8 @@ def _stages(kids):
     first,*rest = map(sorted, words.values())
     if rest and all(o==first for o in rest): return [[kids[k] for k,o in ends.items() if int(o[2])==i] for i in first]
 
-def parts(
+# %% ../nbs/06_encoders.ipynb #tim0005e
+def blocks_of(
     enc:nn.Module # An encoder of any kind
 )->list: # Of each block a list of modules
     "The blocks of an encoder, in order: `frozen` counts them, and the rate may decay by them"
@@ -135,14 +136,15 @@ def parts(
     big = max(kids.values(), key=_size, default=None)
     if len(counted)>2 or big is None or len(kids)>1 and 2*_size(big)<=_size(enc): return each
     if isinstance(big, (nn.ModuleList,nn.Sequential)) and len(_kids(big))>1: return [[o] for o in _kids(big).values()]
-    return parts(big) if _kids(big) else each
+    return blocks_of(big) if _kids(big) else each
 
+# %% ../nbs/06_encoders.ipynb #tim0005f
 def by_block(
     enc:nn.Module # An encoder of any kind
 )->list: # Of each block a list of parameters
     "All parameters by block; what is in none belongs to the block before it, or to the first"
     enc = getattr(enc, 'net', enc) if isinstance(enc, TimmEncoder) else enc   # without its pyramid
-    ps = parts(enc) or [[enc]]
+    ps = blocks_of(enc) or [[enc]]
     at = {id(p):i for i,ms in enumerate(ps) for m in ms for p in m.parameters()}
     res,last = [[] for _ in ps],0
     for p in enc.parameters():
@@ -153,7 +155,7 @@ def by_block(
 @patch
 def blocks(self:TimmEncoder):
     "The parts of the net, in order, that `frozen` counts"
-    return [m for ms in parts(self.net) for m in ms]
+    return [m for ms in blocks_of(self.net) for m in ms]
 
 # %% ../nbs/06_encoders.ipynb #tim0005c
 def still(

@@ -12,9 +12,9 @@ from fastai.optimizer import OptimWrapper
 from fastai.callback.schedule import ParamScheduler
 from .basics import at_home, between, one_of, write_file
 from .losses import weighted_ce
-from .metrics import MIoU, TeacherMIoU, TermColumn, validators, label_free
-from .encoders import TimmEncoder, by_block, freeze
 from .mit import MiT
+from .encoders import TimmEncoder, by_block, freeze
+from .metrics import MIoU, TeacherMIoU, TermColumn, validators, label_free
 from .models import add_heads, bare_names, same_classes, unwrapped
 from .nets.named import make_net, nets
 from .callbacks import *
@@ -244,6 +244,7 @@ def group_table(
     if still: rows.append(dict(group='frozen', **count(still), rate=0., times=0., weight_decay=0., frozen='weights'))
     return pd.DataFrame(rows)
 
+# %% ../nbs/20_learner.ipynb #grp0004b
 def freeze_encoder(
     net:nn.Module, # Of `pipa.models`, or adapted; changed
     frozen:bool|str|int=True # See `pipa.encoders.freeze`

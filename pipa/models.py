@@ -357,9 +357,12 @@ def as_map(
 )->Tensor: # B×C×h×w, or `o` itself, if it is neither
     "Tokens as the map that they are a list of"
     if not isinstance(o, Tensor) or o.ndim!=3: return o
-    grids = {(h//p, w//p) for p in range(1, min(size)+1) for h,w in (size, [n+p-1 for n in size])}
-    left = {o.shape[1]-h*w:(h,w) for h,w in grids if 0<=o.shape[1]-h*w<=8}
-    return o[:,min(left):].transpose(1, 2).unflatten(2, left[min(left)]) if left else o
+    for up in (0, 1):
+        grids = {tuple((n+up*(p-1))//p for n in size) for p in range(1, min(size)+1)}
+        left = {o.shape[1]-h*w:(h,w) for h,w in grids if 0<=o.shape[1]-h*w<=8}
+        n = min(left, key=lambda n: (n not in (0,1,5), n), default=None)
+        if left: return o[:,n:].transpose(1, 2).unflatten(2, left[n])
+    return o
 
 def _caught(o, how, of_linear):
     "The part of what went into a layer, or came out, that is meant"
@@ -407,13 +410,13 @@ class Adapter(nn.Module):
         self.net,self.layer,self.deep,self.fused_dim,self.n_out = net,layer,deep,n_emb,n_out
         self.widths = (n_emb,n_deep) if deep else (n_emb,)
 
-    def seen(self, x): return run_with(self.net, self.layer, x, *([self.deep] if self.deep else []))
+    def looked_at(self, x): return run_with(self.net, self.layer, x, *([self.deep] if self.deep else []))
     def forward(self, x):
         if not self.training: return resize(get_logits(self.net(x)), x.shape[-2:])
-        logits,*maps = self.seen(x)
+        logits,*maps = self.looked_at(x)
         return logits,Feats(maps, maps[0])
 
-    def maps(self, x): return [*self.seen(x)[1:]]
+    def maps(self, x): return [*self.looked_at(x)[1:]]
 
 # %% ../nbs/07_models.ipynb #6006206e
 @patch

@@ -6,6 +6,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import to_float
+from PIL import Image
 from timm.utils import ModelEmaV2
 from torch import nn
 from pipa.callbacks import *
@@ -16,6 +17,7 @@ from pipa.learner import adamw, param_groups
 from pipa.losses import weighted_ce
 from pipa.mix import aligned
 from pipa.models import Feats, adapt, light
+from pipa.sets.domains import Domain
 from tiny import HalfOnCPU, fit, seed, toy
 
 def terms():
@@ -440,14 +442,17 @@ def test_forms_run_and_differ():
 unseen = dict(LossTerm='what all terms share', HalfPrecision='numbers of half the size', Ranks='other processes', Lean='the same step with less memory', Checkpoint='files', Before='a part of the picture of a run',
               Memory='a table', _Again='a part of `replay`')
 
-def test_whoever_has_something_to_see_shows_it():
+def test_whoever_has_something_to_see_shows_it(tmp_path):
     "All callbacks of the package, found by looking for them: each has a `show` that draws after a fit, or a reason not to"
     import importlib, pkgutil, pipa
     mods = [importlib.import_module(m.name) for m in pkgutil.walk_packages(pipa.__path__, 'pipa.') if not m.name.split('.')[-1].startswith('_')]
     found = {c.__name__:c for m in mods for c in vars(m).values() if isinstance(c, type) and issubclass(c, Callback) and c.__module__==m.__name__}
     assert set(unseen)<=set(found) and not {n for n in unseen if hasattr(found[n], 'show')}, 'it has a `show` now: take it off the list'
     make = dict(PixelContrast=lambda c: c(min_pixels=4, max_views=20), PatchContrast=lambda c: c(size=(32,32), thresh=0., n_neg=20),
-                FeatureDistance=lambda c: c([1,2], min_ratio=.5), AdvSeg=lambda c: c(width=4), AdvEnt=lambda c: c(width=4))
+                FeatureDistance=lambda c: c([1,2], min_ratio=.5), AdvSeg=lambda c: c(width=4), AdvEnt=lambda c: c(width=4),
+                Clicks=lambda c: c(hints, size=(64,64), partners=True), ClickContrast=lambda c: c(min_pixels=4, max_views=20))
+    for n,a in dict(x=np.zeros((64,64,3), np.uint8), y=np.full((64,64), 1, np.uint8)).items(): Image.fromarray(a).save(tmp_path/f'{n}.png')
+    hints = Domain([tmp_path/'x.png'], [tmp_path/'y.png'], label_space(['floor', 'wall', 'box']))
     cbs = [make.get(n, lambda c: c())(c) for n,c in found.items() if n not in unseen]
     learn = toy(cbs); learn.dls.space = label_space(['floor', 'wall', 'box'])
     waits = [cb for cb in cbs if type(cb).__name__ not in ('Pair', 'Snapshots')]

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np, pytest, torch
 from torch import nn
 from fastai.callback.core import Callback
-from pipa.encoders import TimmEncoder, by_block, encoder, freeze, lite_file, parts
+from pipa.encoders import TimmEncoder, by_block, encoder, freeze, lite_file
 from pipa.learner import adamw, encoder_of, freeze_encoder, group_table, heads_alone, in_encoder, make_net, param_groups, rates, uda_learner
 from pipa.models import adapt, add_heads, bare_names, light, segformer
 from pipa.runs import run as runs
@@ -235,8 +235,11 @@ def test_accounts_of_other_files(tmp_path):
     a = create_model('vit_tiny_patch16_224'); torch.save(a.state_dict(), tmp_path/'v.pth')
     got = load_pretrained(TimmEncoder('vit_tiny_patch16_224'), tmp_path/'v.pth').loaded
     enc = TimmEncoder('vit_tiny_patch16_224')
-    assert (got['mapped'], got['kept'], got['missing'], got['sha256'])==(len(enc.net.state_dict()), len(enc.pyramid.state_dict()), [], hashlib.sha256((tmp_path/'v.pth').read_bytes()).hexdigest())
+    assert (got['mapped'], got['kept'], got['missing'], got['sha256'])==(len(enc.net.state_dict()), [f'pyramid.{k}' for k in enc.pyramid.state_dict()], [], hashlib.sha256((tmp_path/'v.pth').read_bytes()).hexdigest())
     net = light('mit_b0', n_out=3); state = net.backbone.state_dict(); torch.save({**state, 'head.weight':torch.zeros(3,3)}, tmp_path/'m.pth')
     assert load_pretrained(light('mit_b0', n_out=5), tmp_path/'m.pth').backbone.loaded['left']==1
     x,y = sha256(state),sha256(dict(reversed(state.items())))
     assert x==y!=sha256({**state, 'norm1.bias':state['norm1.bias']+1})
+    torch.save(resnet101(weights=None).state_dict(), tmp_path/'resnet101.pth')
+    got = load_pretrained(deeplabv2(n_out=3), tmp_path/'resnet101.pth').backbone.loaded
+    assert got['kept'] and all(k.startswith('stem.') for k in got['kept']) and got['missing']==[], 'the deep stem stays random, and the record says so'

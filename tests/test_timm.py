@@ -85,7 +85,7 @@ def test_the_same_labels_wherever_the_images_come_from(name, shared, tmp_path):
     net,hw,sp = make_net('light', 11, f'timm:{name}').eval(),(64,128),space('minicity')
     domain = minicity('real', 'val', n=3, size=hw, root=shared)
     twin = deepcopy(net)
-    twin.backbone.unit = {}     # takes its images as they come
+    twin.backbone.scale.unit = {}     # takes its images as they come
     cfg = create_model(name).default_cfg
     m,s = (torch.tensor(cfg[k])[:,None,None] for k in ('mean','std'))
     bytes_ = [np.array(Image.open(o).convert('RGB')) for o in domain.images]

@@ -66,6 +66,7 @@ def _try(package, make):
     "What `make` gives, or why it can't"
     try: return make(import_module(package))
     except ImportError: return f'needs {package.split(".")[0].replace("_", "-")}'
+    except RuntimeError as e: return f"can't build it: {type(e).__name__}"   # some can't on `meta`
 
 def can_half(
     device # Such as 'cpu'

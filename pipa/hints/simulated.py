@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 from ..basics import between, one_of
 
 # %% auto #0
-__all__ = ['inside', 'simulated_clicks', 'painted']
+__all__ = ['inside', 'simulated_clicks', 'sparse_mask']
 
 # %% ../../nbs/hints/04_simulated.ipynb #sim00010
 def inside(
@@ -54,7 +54,7 @@ def simulated_clicks(
     return res
 
 # %% ../../nbs/hints/04_simulated.ipynb #sim00018
-def painted(
+def sparse_mask(
     hw:tuple, # Height and width of the image
     clicks, # `(x, y, class)` each; of two at one place the later counts
     r:int=2, # Radius, px

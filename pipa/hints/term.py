@@ -5,6 +5,7 @@
 # %% ../../nbs/hints/02_term.ipynb #clk00003
 from __future__ import annotations
 import random
+from zlib import crc32
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 from fastai.torch_basics import *
@@ -19,8 +20,8 @@ from ..ranks import own_places, place, rows, share, total, whole_labels
 from ..callbacks import LossTerm, PixelContrast, shown_after, step_panels
 
 # %% auto #0
-__all__ = ['box_around', 'draw_class', 'HintViews', 'click_ce', 'prior_shift', 'Clicks', 'label_cells', 'ClickContrast',
-           'with_hints']
+__all__ = ['box_around', 'draw_class', 'HintViews', 'click_ce', 'prior_shift', 'label_counts', 'Clicks', 'label_cells',
+           'ClickContrast', 'with_hints']
 
 # %% ../../nbs/hints/02_term.ipynb #clk00015
 def box_around(
@@ -63,9 +64,11 @@ class HintViews:
     ):
         store_attr()
         if hints.masks is None: raise ValueError(f"The hints `{hints.name}` have no masks: there is nothing to learn.")
-        self.kept,self.used,K = {},0,hints.space.n
-        ys = (self[i][1] for i in range(len(hints)))
-        self.have = np.array([np.bincount(y.ravel(), minlength=256)[:K] for y in ys]).reshape(-1, K)
+        self.kept,self.used,self.code,K = {},0,0,hints.space.n
+        self.have = np.zeros((len(hints), K), int)
+        for i in range(len(hints)):
+            y = self[i][1]
+            self.have[i],self.code = np.bincount(y.ravel(), minlength=256)[:K],crc32(y.tobytes(), self.code)
 
     def whole(self, hw):
         "Size at which an image of `hw` is kept"
@@ -105,7 +108,8 @@ def click_ce(
     z = resize(logits.float(), y.shape[-2:])
     if shift is not None: z = z + shift.to(z)[:,None,None]
     l = F.cross_entropy(z, y.long(), weight=None if v is None else v.to(z), ignore_index=ignore, reduction='sum')
-    n = (y!=ignore).sum() if v is None else v.to(z)[y[y!=ignore].long()].sum()
+    on = y!=ignore
+    n = on.sum() if v is None else (v.to(z)[torch.where(on, y, 0).long()]*on).sum()
     return l/n.clamp(min=1e-8),n
 
 # %% ../../nbs/hints/02_term.ipynb #clk00041
@@ -120,10 +124,18 @@ def prior_shift(
     s = tau*(k.log()-p.log())
     return s - (s*drawn).sum()/drawn.sum()
 
+# %% ../../nbs/hints/02_term.ipynb #clk00044
+def label_counts(
+    y:Tensor # Labels in 0..255, any shape
+)->Tensor: # 256 numbers
+    "How many pixels each label has, without waiting for a GPU"
+    i = y.flatten().long()
+    return torch.zeros(256, device=y.device).scatter_add_(0, i, torch.ones_like(i, dtype=torch.float))
+
 # %% ../../nbs/hints/02_term.ipynb #clk00051
 class Clicks(LossTerm):
     "Cross-entropy over clicked pixels, on views of target images around them"
-    alone,saved = True,f'{LossTerm.saved} seed shares'
+    alone,saved = True,f'{LossTerm.saved} drawn shares'
     def __init__(self,
         hints:Domain, # Target images of training with sparse (or full) masks
         w:float=1., # Weight in the sum
@@ -142,14 +154,13 @@ class Clicks(LossTerm):
         super().__init__(w, start)
         one_of('prior', prior, (None, 'logits', 'weights'))
         one_of('street', street, ('seen', 'source'))
-        store_attr('hints,bs,prior,street,tau,size,zoom,partners,room,aug')
+        store_attr('hints,bs,prior,street,tau,size,zoom,partners,seed,room,aug')
         self.alone = not partners
-        self.seed = random.getrandbits(63) if seed is None else seed
-        self.views,self.shares = None,None
+        self.views,self.shares,self.drawn = None,None,random.getrandbits(63) if seed is None else seed
 
     def prepare(self):
         (rank,world),pick = place(),np.random.default_rng
-        vs = [self.views.draw(pick((self.seed, self.steps, k))) for k in range(rank, self.bs*world, world)]
+        vs = [self.views.draw(pick((self.drawn, self.steps, k))) for k in range(rank, self.bs*world, world)]
         x,y = (torch.from_numpy(np.stack(o)).to(self.x.device) for o in zip(*vs))
         self.b = strong_augment(self.normal(x.movedim(-1, 1)), of=place(), **self.aug),y.long()
 
@@ -171,6 +182,7 @@ def before_fit(self:Clicks):
     self.views = HintViews(self.hints, size, zoom or (1.,1.), getattr(of, 'resize_t', None), self.room)
     if self.views.have.sum()==0: raise ValueError(
         f"The hints `{self.hints.name}` hold no labelled pixel: click somewhere first.")
+    self.kw = dict(labelled=f'{self.views.have.sum()} pixels of {len(self.hints)} images ({self.views.code:08x})')
 
 @patch
 def normal(self:Clicks,
@@ -193,7 +205,7 @@ def against(self:Clicks):
         src = torch.as_tensor(getattr(self.dls, 'counts', np.ones((1,K))).sum(0), dtype=torch.float)
         self.shares = torch.stack([torch.ones(K), src/src.sum()*K]).to(y.device)/K
     seen = self.labels[0] if hasattr(self.learn, 'mean_teacher') else self.z.argmax(1)
-    n = total(torch.stack([torch.bincount(o[o!=255].flatten(), minlength=K).float() for o in (y, seen)]))
+    n = total(torch.stack([label_counts(o)[:K] for o in (y, seen)]))
     now = n/n.sum(1, keepdim=True).clamp(min=1)
     if self.street=='source': now[1] = self.shares[1]
     self.shares = self.shares.lerp(now, .01)

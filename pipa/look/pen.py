@@ -15,11 +15,11 @@ from ..infer import evaluating
 from ..sets.pictures import image_size
 from ..hints.clicks import Click, add_click, drop_click, read_clicks, write_clicks, click_masks, counts
 from ..hints.clicks import click_names, clicks_by_image, same_files
+from ..hints.suggest import impurity
 from .views import held_out, labelled, target_images
 
 # %% auto #0
-__all__ = ['last_layer', 'last_inputs', 'refit', 'mask_cells', 'source_cells', 'impurity', 'next_pixel', 'next_image', 'disagree',
-           'Pen']
+__all__ = ['last_layer', 'last_inputs', 'refit', 'mask_cells', 'source_cells', 'next_pixel', 'next_image', 'disagree', 'Pen']
 
 # %% ../../nbs/look/04_pen.ipynb #penl0006
 def _inputs(net, x, layers):
@@ -109,21 +109,10 @@ def source_cells(
     return f[i],y[i]
 
 # %% ../../nbs/look/04_pen.ipynb #penl0018
-def impurity(
-    p:Tensor, # Probabilities, `n×K×h×w`
-    k:int=1 # The window has `2k+1` rows and columns
-)->Tensor: # `n×h×w`, 0..1
-    "RIPU's score: entropy of the predicted classes in a window, times the mean entropy of the answers in it"
-    K = p.shape[1]
-    def mean(a): return F.avg_pool2d(a, 2*k+1, 1, k, count_include_pad=False)
-    def entropy(q): return -torch.where(q>0, q*q.clamp(min=1e-12).log(), 0.).sum(1)/np.log(K)
-    said = F.one_hot(p.argmax(1), K).movedim(-1, 1).to(p.dtype)
-    return entropy(mean(said))*mean(entropy(p)[:,None])[:,0]
-
 def next_pixel(
     score:np.ndarray, # Of one image, `h×w`
     taken=(), # Cells `(row, col)` that were clicked
-    k:int=1 # As in `impurity`; `2k` cells around a clicked one are left out
+    k:int=1 # As in `pipa.hints.suggest.impurity`; `2k` cells around a clicked one are left out
 )->tuple: # Row and column
     "The place with the highest score that is not beside a click"
     s = np.array(score, float)

@@ -12,7 +12,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from ..basics import at_home, between, need
 from ..encoders import Pyramid, Scale
-from ..models import Adapter, Feats, SegFormerHead, SegNet, bare_state, get_logits, resize, run_with
+from ..models import Adapter, Feats, SegFormerHead, SegNet, bare_state, get_layer, get_logits, resize, run_with
 from ..weights.files import finite, read
 
 # %% auto #0
@@ -74,7 +74,7 @@ def _back(o, hw, was):
     return resize(o, [max(1, round(n*a/b)) for n,a,b in zip(hw, o.shape[-2:], was)])
 
 @patch
-def seen(self:OtherNet, x):
+def looked_at(self:OtherNet, x):
     f = self.fitted(x)
     names = self.layer,f,*([self.deep] if self.deep else [])
     return [_back(o, x.shape[-2:], f.shape[-2:]) for o in run_with(self.net, *names)]
@@ -82,7 +82,7 @@ def seen(self:OtherNet, x):
 @patch
 def forward(self:OtherNet, x):
     if not self.training: return resize(get_logits(self.net(self.fitted(x))), x.shape[-2:])
-    logits,*maps = self.seen(x)
+    logits,*maps = self.looked_at(x)
     return logits,Feats(maps, maps[0])
 
 # %% ../../nbs/nets/00_others.ipynb #oth00013
@@ -218,17 +218,18 @@ def of_hf(
     c = hf_config(config, n_out)
     try: net = need('transformers', f'The net hf:{kind}', 'hf').AutoModelForSemanticSegmentation.from_config(c)
     except (TypeError, ValueError, AttributeError) as e: raise ValueError(
-        f"transformers can't build a {kind} of this configuration ({e}): name a folder with its `config.json`.") from None
+        f"transformers can't build a {kind} of this configuration ({e}): name a folder with a `config.json`."
+        ) from None
     base = net.base_model_prefix
     return net,base if hasattr(net, base) and base else 'backbone'
 
 def hf_place(
     name:str # Behind `hf:`
-)->tuple: # The folder, `None` for a kind alone; its plain configuration; a dict with `mean` and `std` where it says them
+)->tuple: # The folder (`None`: a kind alone), its plain configuration, and a dict with `mean` and `std` if it has them
     "What a name of Hugging Face means"
     kinds,folder = sum(hf_kinds(), []),at_home(name)
     if name in kinds: return None,plain_config(_defaults(name)),{}
-    if not folder.is_dir(): folder = _from_hub(name, kinds)
+    if not name or not folder.is_dir(): folder = _from_hub(name, kinds)
     said = [_json(folder/o) for o in ('config.json', 'preprocessor_config.json')]
     scale = {k:said[1].get(f'image_{k}') for k in ('mean', 'std')}
     good = all(isinstance(o, list) and len(o)==3 for o in scale.values()) and said[1].get('do_normalize', True)
@@ -252,7 +253,7 @@ _files = 'config.json','preprocessor_config.json','model.safetensors'
 
 def _from_hub(name, kinds):
     "The folder of the hub's cache"
-    if name.count('/')!=1 or name[0] in './~': raise FileNotFoundError(
+    if name.count('/')!=1 or name.startswith(('.', '/', '~')): raise FileNotFoundError(
         f"There is no folder `{name}`, and no kind of net of that name: {', '.join(kinds)}.")
     from transformers.utils import cached_file
     def get(f): return cached_file(name, f, _raise_exceptions_for_missing_entries=False)
@@ -376,6 +377,7 @@ def _steps(config):
     p,side = first('patch_size', 32),first('image_size', None)
     return p if 32%p else 32,side
 
+# %% ../../nbs/nets/00_others.ipynb #oth0026c
 def _hf_encoder(config, n_out, **scale):
     "An encoder of Hugging Face under the head of `light`"
     enc = HFEncoder(hf_config(config, 2), **scale)
@@ -456,5 +458,6 @@ def rebuilt(
         config = plain_config(dict(config, model_type=rest))
         if rest not in hf_kinds()[0]: return _hf_encoder(config, n_out, **kwargs)
     net,deep = of_hf(config, n_out) if kind=='hf' else (of_smp if kind=='smp' else of_torchvision)(rest, n_out)
+    for k in ('layer', 'deep'): get_layer(net, kwargs[k])
     spec = dict(make=make, n_out=n_out, **kwargs, **(dict(config=config) if kind=='hf' else {}))
     return OtherNet(net, n_out=n_out, spec=spec, **kwargs)

@@ -184,6 +184,7 @@ def in_range(
     one_of('--guard', o.get('guard', 'off'), ('stop', 'skip', 'off'))
     one_of('--precision', o.get('precision', 'auto'), ('auto', 'fp32', 'bf16'))
 
+# %% ../../nbs/runs/03_options.ipynb #opt0017b
 def _encoder_learns(net, frozen, layer_decay):
     "Raise a `ValueError` where an encoder can't be frozen like this, or where a decay does nothing"
     if frozen is not None: freeze_encoder(net, frozen)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import nn
+from ..basics import at_home
 from ..encoders import TimmEncoder, lite_file, lite_name, lite_state
 from ..models import bare_names, bare_state, unwrapped
 from .files import finite, read
@@ -222,11 +223,11 @@ def account(
     enc:nn.Module # Where it went: of what was no file, the tensors are summed up
 )->dict: # Plain values
     "What a record keeps of weights that were loaded: which they were, and what of them arrived"
-    whole = file is not None and Path(file).is_file()
+    whole = file is not None and (file := at_home(file)).is_file()
     own = {k:v.cpu() for k,v in bare_state(enc.state_dict()).items()}
     return dict(file=report.file, sha256=sha256(file if whole else own), of='file' if whole else 'tensors',
                 mapped=len(report.mapped), missing=report.missing, unexpected=len(report.unexpected),
-                left=len(report.left), kept=len(report.kept))
+                left=len(report.left), kept=report.kept)
 
 def _timm_file(enc):
     "The file in the cache that timm takes"
