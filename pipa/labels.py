@@ -42,6 +42,7 @@ def distinct_colors(
 )->np.ndarray: # `n x 3`, uint8; the first `n-1` are those of `distinct_colors(n-1)`
     "Colours that are far from each other and from black, for normal and colour-blind eyes"
     c = np.stack(np.meshgrid(*[np.linspace(0, 255, 12)]*3), -1).reshape(-1, 3).round().astype(np.uint8)
+    c = c[c@[.299,.587,.114]>=40]   # none that an eye takes for black
     d,out = color_distances(c, [[0,0,0]])[:,0], []
     for _ in range(n):
         out.append(c[d.argmax()])
