@@ -127,7 +127,8 @@ def hints_plan()->list: # `(method, hints, term)` each
     source,st,pipa = _methods
     cures = ['prior=logits tau=.3 street=source', 'prior=logits tau=.3 street=seen', 'w=.3 prior=None',
              'prior=weights tau=.3 street=source', 'prior=logits tau=1 street=source']
-    first = [(st, '20x3', t) for t in (_usual, *cures)] + [(pipa, '20x3', t) for t in (_usual, 'prior=None partners=True')]
+    first = [(st, '20x3', t) for t in (_usual, *cures)]
+    first += [(pipa, '20x3', t) for t in (_usual, 'prior=None partners=True')]
     grid = [(m, h, '' if h=='0' else _usual) for h in ('10x1', '0', '20x3') for m in _methods]
     more = [(st, '20x3', 'prior=None overrule=True'), *((st, '10x1', t) for t in cures)]
     amounts = [(st, h, _usual) for h in ('3x1', '10x3', '10x1r', '10x1w.1', 'full5', 'full20')]
