@@ -141,9 +141,9 @@ class Clicks(LossTerm):
         w:float=1., # Weight in the sum
         start:int=0, # Steps before the term begins
         bs:int=4, # Views a step, on each process
-        prior:str|None=None, # Against the tilt of even clicks: 'logits' or 'weights' of classes; `None`: nothing
-        street:str='seen', # Shares of classes in the street: as 'seen' by the teacher, or those of the 'source'
-        tau:float=1., # How much of it, see `prior_shift`
+        prior:str|None='logits', # Against the tilt of even clicks: 'logits' or 'weights' of classes; `None`: nothing
+        street:str='source', # Shares of classes in the street: those of the 'source', or as 'seen' by the teacher
+        tau:float=.3, # How much of it, see `prior_shift`
         size:tuple|None=None, # Height and width of a view; `None`: the pair loader's
         zoom:tuple|None=None, # See `view_box`; `None`: the pair loader's for the target
         partners:bool=False, # Also find the embeddings of the views, for `ClickContrast`?

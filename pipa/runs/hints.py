@@ -120,16 +120,17 @@ def hints_run(
     return said | scores(learn, ms) | dict(settings=apart)
 
 # %% ../../nbs/runs/10_hints.ipynb #hst00031
-_methods,_usual = ('source','self_training+fda','self_training+fda+pipa'),'w=1'
+_methods,_usual = ('source','self_training+fda','self_training+fda+pipa'),'prior=None'
 
 def hints_plan()->list: # `(method, hints, term)` each
-    "The runs of a seed, the most telling first"
+    "The runs of a seed, the most telling first; terms say what they are, whatever the defaults become"
     source,st,pipa = _methods
-    cures = ['w=.3', *(f'w=1 {o}' for o in ('prior=logits tau=.3', 'prior=logits tau=.3 street=source',
-                                            'prior=weights tau=.3', 'prior=logits'))]
-    first = [(st, '20x3', t) for t in (_usual, *cures)] + [(pipa, '20x3', t) for t in (_usual, 'w=1 partners=True')]
+    cures = ['prior=logits tau=.3 street=source', 'prior=logits tau=.3 street=seen', 'w=.3 prior=None',
+             'prior=weights tau=.3 street=source', 'prior=logits tau=1 street=source']
+    first = [(st, '20x3', t) for t in (_usual, *cures)]
+    first += [(pipa, '20x3', t) for t in (_usual, 'prior=None partners=True')]
     grid = [(m, h, '' if h=='0' else _usual) for h in ('10x1', '0', '20x3') for m in _methods]
-    more = [(st, '20x3', 'w=1 overrule=True'), *((st, '10x1', t) for t in cures)]
+    more = [(st, '20x3', 'prior=None overrule=True'), *((st, '10x1', t) for t in cures)]
     amounts = [(st, h, _usual) for h in ('3x1', '10x3', '10x1r', '10x1w.1', 'full5', 'full20')]
     return [*dict.fromkeys([*first, *grid, *more, *amounts, ('oracle', '0', '')])]
 
