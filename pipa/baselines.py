@@ -11,6 +11,7 @@ from torch import nn, Tensor
 from torch.func import functional_call
 from fastai.torch_basics import *
 from fastai.callback.core import Callback
+from .basics import between
 from .losses import weighted_ce
 from .mix import block_mask, normed, strong_augment, unnormed
 from .ranks import place, mine, whole_shape, average_, same_
@@ -281,7 +282,7 @@ class FoundationDistance(OwnNet):
         near:float=.1, # See `foundation_dist`
         **aug # To `strong_augment`, for the target as the student sees it
     ):
-        super().__init__(w, start, lr)
+        super().__init__(between('w', w, 0), start, lr)
         self.foundation,self.weights,self.near,self.aug = foundation,weights,near,aug
         self.other = self.sum = None
 

@@ -73,7 +73,7 @@ def pace(
 
 def _look(learn):
     "Seconds of a validation, from one batch after another that doesn't count"
-    nets = [learn.model.eval()] + [learn.mean_teacher.teacher]*hasattr(learn, 'mean_teacher')
+    nets = [learn.model.eval()] + ([learn.mean_teacher.teacher] if hasattr(learn, 'mean_teacher') else [])
     with torch.no_grad():
         for x,*_ in [learn.dls.valid.one_batch()]*2:
             t = time.perf_counter()

@@ -12,7 +12,7 @@ import numpy as np, torch
 from torch import nn
 from safetensors.torch import save as to_bytes
 from . import __version__
-from .basics import at_home, write_file
+from .basics import at_home, one_line, write_file
 from .labels import LabelSpace, space as known_space
 from .weights.names import from_hf, to_hf, to_official, looks_like, as_call
 from .mix import imagenet_mean, imagenet_std
@@ -119,7 +119,7 @@ def _plan(file, meta):
         with warnings.catch_warnings(action='ignore'): return build(spec, plan=True)
     except ImportError: raise
     except Exception as e: raise ValueError(   # a header may hold anything
-        f"`{file}` asks for the net {spec}, which pipa {__version__} can't build ({e!r}): it was written by pipa "
+        f"`{file}` asks for the net {spec}, which pipa {__version__} can't build ({one_line(e)}): written by pipa "
         f"{by.get('pipa', '?') if isinstance(by, dict) else '?'}; update, or build the net and give it as `net=`."
         ) from None
 

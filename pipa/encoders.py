@@ -9,7 +9,7 @@ import re, torch, torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from .basics import at_home, between, need
+from .basics import at_home, between, need, one_line
 from .mit import mit, mit_sizes
 from .mix import imagenet_mean, imagenet_std
 
@@ -219,7 +219,11 @@ def pretrain(self:TimmEncoder,
         source = at_home(source)
         if not source.is_file(): raise FileNotFoundError(f"There is no file `{source}` of weights.")
         more['pretrained_cfg_overlay'] = dict(file=str(source))
-    try: net,_ = _body(self.make, self.name, pretrained=True, **more)
+    def made(seed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return _body(self.make, self.name, pretrained=True, **more)[0].state_dict()
+    try: got,twin = made(1),made(2)   # equal where it was loaded: timm passes over what a file lacks
     except OSError as e:
         repo = self.net.default_cfg.get('hf_hub_id')
         raise FileNotFoundError(
@@ -227,7 +231,10 @@ def pretrain(self:TimmEncoder,
             f"https://huggingface.co/{repo}, and name the file (--encoder, or `pretrained='path'`).") from None
     except Exception as e: raise ValueError(   # a file of another net ends in a dozen ways
         f"`{source}` doesn't fit timm:{self.name} ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}).") from None
-    self.net.load_state_dict(net.state_dict())
+    if lost := [k for k in got if not torch.equal(got[k], twin[k])]: raise ValueError(
+        f"`{source}` doesn't fit timm:{self.name}: it has no `{lost[0]}` ({len(lost)} of {len(got)} tensors are "
+        "missing). Take a file of that net, as timm has it; a run goes on with `--from`.")
+    self.net.load_state_dict(got)
     return self
 
 # %% ../nbs/06_encoders.ipynb #lite0009
@@ -287,7 +294,10 @@ def encoder(
     kwargs = dict(kwargs, frozen=frozen)
     if arch in names: return names[arch](arch, **kwargs)
     t,name = need('timm', f'The encoder {arch}'),arch.removeprefix('timm:')
-    if t.is_model(name) and name!=arch: return TimmEncoder(name, **kwargs)
+    if t.is_model(name) and name!=arch:
+        try: return TimmEncoder(name, **kwargs)
+        except (TypeError, AssertionError, RuntimeError) as e: raise ValueError(   # nets fail in a dozen ways
+            f"`{arch}` can't be an encoder here ({type(e).__name__}: {one_line(e)}): choose another net.") from None
     near = [name] if t.is_model(name) else get_close_matches(name, t.list_models(), 3)
     known = ', '.join([*names, *(f'timm:{o}' for o in near)])
     raise ValueError(f"No encoder is named {arch!r}: choose one of {known}, or `timm:` and a name of timm.")

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
 from difflib import get_close_matches
+from functools import lru_cache
 from operator import itemgetter
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -351,15 +352,23 @@ def get_layer(net:nn.Module, # A net
     raise ValueError(f"No layer of {type(net).__name__} is named {layer!r}: did you mean {', '.join(near)}?")
 
 # %% ../nbs/07_models.ipynb #072b030b
+@lru_cache
+def _grids(size, up):
+    "Heights and widths that a map of an image has: a pixel for each p×p, of what is left over none or one more"
+    return {tuple((n+up*(p-1))//p for n in size) for p in range(1, min(size)+1)}
+
 def as_map(
-    o:Tensor, # What a layer gave: a map, B×C×h×w, or tokens, B×N×C
+    o:Tensor, # What a layer gave: a map, B×C×h×w or B×h×w×C, or tokens, B×N×C
     size:tuple # Height and width of the image
 )->Tensor: # B×C×h×w, or `o` itself, if it is neither
-    "Tokens as the map that they are a list of"
-    if not isinstance(o, Tensor) or o.ndim!=3: return o
+    "Tokens as the map that they are a list of, and channels in front"
+    size = tuple(size)
+    if not isinstance(o, Tensor) or o.ndim not in (3, 4): return o
+    if o.ndim==4:
+        last,first = (any(tuple(s) in _grids(size, up) for up in (0, 1)) for s in (o.shape[1:3], o.shape[2:]))
+        return o.movedim(-1, 1) if last and not first else o
     for up in (0, 1):
-        grids = {tuple((n+up*(p-1))//p for n in size) for p in range(1, min(size)+1)}
-        left = {o.shape[1]-h*w:(h,w) for h,w in grids if 0<=o.shape[1]-h*w<=8}
+        left = {o.shape[1]-h*w:(h,w) for h,w in _grids(size, up) if 0<=o.shape[1]-h*w<=8}
         n = min(left, key=lambda n: (n not in (0,1,5), n), default=None)
         if left: return o[:,n:].transpose(1, 2).unflatten(2, left[n])
     return o

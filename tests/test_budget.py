@@ -101,3 +101,15 @@ def test_from_is_a_word_of_the_command(data, monkeypatch):
     o = settings('pipa_train --from x --steps=7')
     assert o['fromrun']=='x' and o['steps']==7 and 'time' not in o
     assert runs.without(['--time', '5m', '--epochs=3', '--out=o'], 'time epochs')==['--out=o']
+
+def test_a_net_of_one_scale_is_no_host_of_two(data, capsys):
+    save('light.safetensors', make_net('light', 11), space('minicity'), size='64x64')
+    with pytest.raises((SystemExit, ValueError)) as e: cli.pipa_train('hrda+pipa', str(data), fromrun='light.safetensors', out='o', **opts)
+    assert 'a net of two scales' in capsys.readouterr().err + str(e.value)
+
+def test_a_study_counts_steps():
+    from pipa.runs.options import idle, key
+    from pipa.runs.plan import plan
+    for more,sweep in ((['--time=5m'], ''), ([], 'time=5m,6m')):
+        with pytest.raises(ValueError, match='give --steps'): plan('source', sweep=sweep, more=more)
+    assert key(settings('pipa_train --net hrda'))!=key(settings('pipa_train')) and 'net' not in idle(defaults() | dict(net='hrda'))

@@ -440,7 +440,7 @@ def test_forms_run_and_differ():
 
 # Callbacks that act behind the scenes, and where what they do can be seen
 unseen = dict(LossTerm='what all terms share', HalfPrecision='numbers of half the size', Ranks='other processes', Lean='the same step with less memory', Checkpoint='files', Before='a part of the picture of a run',
-              Memory='a table', _Again='a part of `replay`')
+              Memory='a table', _Again='a part of `replay`', OwnNet='what terms with a net of their own share', StepClock='times')
 
 def test_whoever_has_something_to_see_shows_it(tmp_path):
     "All callbacks of the package, found by looking for them: each has a `show` that draws after a fit, or a reason not to"
@@ -449,7 +449,7 @@ def test_whoever_has_something_to_see_shows_it(tmp_path):
     found = {c.__name__:c for m in mods for c in vars(m).values() if isinstance(c, type) and issubclass(c, Callback) and c.__module__==m.__name__}
     assert set(unseen)<=set(found) and not {n for n in unseen if hasattr(found[n], 'show')}, 'it has a `show` now: take it off the list'
     make = dict(PixelContrast=lambda c: c(min_pixels=4, max_views=20), PatchContrast=lambda c: c(size=(32,32), thresh=0., n_neg=20),
-                FeatureDistance=lambda c: c([1,2], min_ratio=.5), AdvSeg=lambda c: c(width=4), AdvEnt=lambda c: c(width=4),
+                FeatureDistance=lambda c: c([1,2], min_ratio=.5), AdvSeg=lambda c: c(width=4), AdvEnt=lambda c: c(width=4), FoundationDistance=lambda c: c(light(n_out=3).backbone),
                 Clicks=lambda c: c(hints, size=(64,64), partners=True), ClickContrast=lambda c: c(min_pixels=4, max_views=20))
     for n,a in dict(x=np.zeros((64,64,3), np.uint8), y=np.full((64,64), 1, np.uint8)).items(): Image.fromarray(a).save(tmp_path/f'{n}.png')
     hints = Domain([tmp_path/'x.png'], [tmp_path/'y.png'], label_space(['floor', 'wall', 'box']))

@@ -134,7 +134,7 @@ def region(kind='polygonlabels', value=None, **kw):
 def studio(*regions, image='/data/upload/3/0a1b2c3d-2.jpg', **kw): return [dict(id=1, data=dict(image=image), file_upload='0a1b2c3d-2.jpg',
     annotations=[dict(id=1, completed_by=1, was_cancelled=False, result=[*regions] or [region()])|kw], predictions=[])]
 
-@pytest.mark.parametrize('o', [labelme(), labelme(imagePath='..\\images\\2.jpg'), labelme(imagePath='/home/me/town/2.png', imageHeight=80, imageWidth=120, shapes=[shape('polygon', (2*np.array(box)).tolist())]),
+@pytest.mark.parametrize('o', [labelme(), labelme(imagePath='..\\images\\2.jpg'), labelme(imagePath='/users/me/town/2.png', imageHeight=80, imageWidth=120, shapes=[shape('polygon', (2*np.array(box)).tolist())]),
     labelme(shapes=[shape('rectangle', [[30,25],[10,5]])]), labelme(imageHeight=None), labelme(shapes=[shape('polygon', box, 'car'), shape('polygon', box)]),
     coco(), coco([dict(segmentation=[sum(box[:2]+[[30,15],[10,15]], []), [10,15,30,15,30,25,10,25]])]), coco(width=120, height=80, file_name='a/b/town/2.png') | dict(annotations=coco([dict(segmentation=[(2*np.array(box)).ravel().tolist()])])['annotations']),
     studio(), studio(image='http://localhost:8080/data/local-files/?d=town%2F2.jpg'), studio(image='s3://bucket/town/2.jpg'), studio(region('rectanglelabels', dict(x=10/.6, y=12.5, width=20/.6, height=50, rotation=0))),

@@ -17,6 +17,7 @@ from pipa.nets.named import build, make_net, nets
 from pipa.nets.others import deciding, plain_config, quiet
 from pipa.ranks import on_ranks
 from pipa.runs.resume import Checkpoint
+from pipa.weights.convert import sha256
 from pipa.widgets import PatchConsistency, PixelEmbeddingExplorer
 from tiny import Watch, city, scene, seed
 
@@ -359,3 +360,13 @@ def test_tokens_of_an_adapted_net(hub):
     assert f.fused.shape==(2,24,4,4)
     _,emb = run_with(net.net, 'head.head.3:in', torch.randn(1,3,64,64))
     assert emb.shape[1]==16
+
+def test_weights_that_a_whole_net_was_given_are_noted(tmp_path):
+    "A file with all but the last layer: which it was, and what it didn't have"
+    a = make_net('torchvision:lraspp_mobilenet_v3_large', 4)
+    state = {k:v for k,v in a.net.state_dict().items() if not k.startswith('classifier.high')}
+    torch.save(state, tmp_path/'w.pth')
+    b = make_net('torchvision:lraspp_mobilenet_v3_large', 4, pretrained=str(tmp_path/'w.pth'))
+    assert b.loaded['file']=='w.pth' and b.loaded['sha256']==sha256(tmp_path/'w.pth')
+    assert {*b.loaded['missing']}=={k for k in a.net.state_dict() if k.startswith('classifier.high')}
+    assert not hasattr(a, 'loaded')

@@ -193,3 +193,16 @@ def test_an_adapted_net_has_a_decoder():
     assert {id(p) for p in heads}=={id(p) for k,p in net.named_parameters() if not k.startswith('net.backbone.')}
     own = adapt(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 5, 1)), '0')
     assert len(param_groups(own))==1     # no word for an encoder: all of it counts as one
+
+@pytest.mark.parametrize('what', ['junk', 'prefixed', 'one less'])
+def test_a_file_that_lacks_tensors_is_refused(what, tmp_path):
+    "timm itself passes over them, and the encoder would stay as random as it was"
+    state = create_model('convnext_atto').state_dict()
+    if what=='junk': state = dict(a=torch.ones(3))
+    if what=='prefixed': state = {f'backbone.{k}':v for k,v in state.items()}
+    if what=='one less': state.pop('stages.3.blocks.0.mlp.fc1.weight')
+    torch.save(state, tmp_path/'w.pth')
+    with pytest.raises(ValueError, match="doesn't fit timm:convnext_atto"): make_net('light', 3, 'timm:convnext_atto', pretrained=str(tmp_path/'w.pth'))
+
+def test_a_net_that_is_no_encoder_here_says_so():
+    with pytest.raises(ValueError, match="timm:mixer_s32_224` can't be an encoder here"): encoder('timm:mixer_s32_224')

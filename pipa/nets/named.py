@@ -6,11 +6,13 @@
 from __future__ import annotations
 import torch
 from contextlib import nullcontext
+from pathlib import Path
 from torch import nn
 from ..hrda import hrda
-from ..models import daformer, deeplabv2, light, segformer
+from ..models import bare_state, daformer, deeplabv2, light, segformer
 from .others import other, other_kinds, rebuilt
-from ..weights.convert import load_pretrained
+from ..weights.convert import load_pretrained, sha256
+from ..weights.files import find_file
 
 # %% auto #0
 __all__ = ['nets', 'is_net', 'make_net', 'build']
@@ -25,6 +27,17 @@ def is_net(
     "Is it the name of a net, as far as can be told without building it?"
     return isinstance(name, str) and (name in nets or name.partition(':')[0] in other_kinds and ':' in name)
 
+# %% ../../nbs/nets/01_named.ipynb #nam1005a
+def _noted(net, name, source):
+    "The net, with a note of the weights that it was given, for the record of a run"
+    if not source: return net
+    file = Path(find_file(source)) if source is not True else None
+    state = bare_state(net.state_dict())
+    net.loaded = dict(file=name if file is None else file.name, sha256=sha256(file or state), mapped=len(state),
+                      of='tensors' if file is None else 'file', missing=getattr(net, 'left', []))
+    return net
+
+# %% ../../nbs/nets/01_named.ipynb #nam1005b
 def make_net(
     model, # 'light', 'segformer', 'daformer', 'hrda', 'deeplabv2', a name for `pipa.nets.others.other`, or any net
     n_out:int, # Number of classes
@@ -40,7 +53,7 @@ def make_net(
     chosen = model not in nets or model==_whole
     if chosen and arch not in (None, 'mit_b0'): raise ValueError(
         f"The net `{model}` has an encoder of its own: leave out the other one (`{arch}`).")
-    if model not in nets: return other(model, n_out, pretrained, **kwargs)
+    if model not in nets: return _noted(other(model, n_out, pretrained, **kwargs), model, pretrained)
     if pretrained and arch=='lite0': kwargs = dict(frozen='norms') | kwargs
     net = nets[model](*([] if chosen else [arch]), n_out=n_out, **kwargs)
     return load_pretrained(net, pretrained) if pretrained else net

@@ -417,7 +417,7 @@ def _of(kind, name, n_out, pretrained):
     else: net,deep = (of_smp if kind=='smp' else of_torchvision)(name, n_out)
     if pretrained is True and kind!='smp': state = torchvision_state(name)
     elif pretrained and pretrained is not True: state = read(pretrained)[0]
-    if state: fill(net, deep, state, name if pretrained is True else pretrained)
+    if state: net.left = fill(net, deep, state, name if pretrained is True else pretrained)
     step = getattr(getattr(net, deep), 'output_stride', 32)
     return net,deep,scale,(step if 32%step else 32,None)
 
@@ -440,7 +440,9 @@ def other(
     make = f"hf:{more['config']['model_type']}" if kind=='hf' else name
     spec = dict(make=make, n_out=n_out, **found, **more)
     more.pop('config', None)
-    return OtherNet(net.train(), n_out=n_out, spec=spec, **found, **more)
+    whole = OtherNet(net.train(), n_out=n_out, spec=spec, **found, **more)
+    whole.left = getattr(net, 'left', [])   # weights that no file had
+    return whole
 
 # %% ../../nbs/nets/00_others.ipynb #oth0027b
 def rebuilt(

@@ -8,6 +8,7 @@ from copy import deepcopy
 from fastai.torch_basics import *
 from ..basics import at_home
 from ..checkpoints import load
+from ..learner import host_terms
 from ..weights.convert import sha256
 from ..weights.files import find_file
 from .options import defaults
@@ -32,7 +33,11 @@ def begun_from(
     else: was = {k:v for k,v in load(file)[1].items() if k=='size'}
     if was.get('preset'): was.pop('size', None)
     own = {k: was.get(k, v) for k,v in o.items() if k not in asked and k not in _of_its_own}
-    return {**o, **own} | ({} if 'start' in asked else dict(start=0))
+    o,spec = {**o, **own} | ({} if 'start' in asked else dict(start=0)),load(file)[1].get('spec') or {}
+    if 'hrda' in host_terms(o['method'])[0].split('+') and spec.get('make')!='hrda': raise ValueError(
+        f"The host `hrda` is a net of two scales, and that of `{o['fromrun']}` has one: take another method.")
+    if ':' in str(spec.get('make')): o['net'] = spec['make']   # of another library
+    return o
 
 # %% ../../nbs/runs/04_begin.ipynb #frm00003
 def net_of_run(

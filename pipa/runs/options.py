@@ -243,7 +243,7 @@ def idle(
     except ValueError: return []   # of a run that can't begin; why, is said elsewhere
     lost = {k for k,(cs,_) in ends_in.items() if not any(isinstance(cb, cs) for cb in cbs)}
     if o['preset']: lost |= {*_published}
-    if net_args(AttrDict(o, preset='hrda'))['model']=='hrda': lost.add('net')
+    if 'hrda' in host_terms(o['method'])[0].split('+'): lost.add('net')
     usual = defaults()
     some = *_of_terms,*'alpha thresh trust start'.split(),*_published,'net'
     return [k for k in some if k in lost and o[k]!=usual[k]]
@@ -262,7 +262,8 @@ def look_for_idle(
         raise ValueError(f"{said(own)} would do nothing: the method `{name}` has no term for it. "
                          "Leave it out, or name a method that has.")
     by = f"method `{o['method']}`" + (f" and the preset `{o['preset']}`" if o['preset'] else '')
-    if o.get('frozen') not in (None, 'none') and not (o['pretrained'] or o['encoder']) and not rank_distrib():
+    known = o['pretrained'] or o['encoder'] or o.get('fromrun')
+    if o.get('frozen') not in (None, 'none') and not known and not rank_distrib():
         print(f"pipa: `--frozen {o['frozen']}` keeps random weights as they are: add --pretrained, or --encoder and a "
               "file.", file=sys.stderr)
     if rest and not rank_distrib(): print(f"pipa: Of no use to the {by}: {said(rest)}.", file=sys.stderr)

@@ -119,6 +119,11 @@ def _useful(args, also=()):
     o = {k:v for k,v in vars(p.parse_args(args)).items() if k not in lost}
     return [f'--{k}' if v is True else f'--{k}={v}' for k,v in o.items() if v!=''],lost
 
+# %% ../../nbs/runs/07_plan.ipynb #pln0008a
+def _no_time(words):
+    if any(o.partition('=')[0] in ('--time', 'time') for o in words): raise ValueError(
+        "`--time` gives each run other steps, so their rows couldn't be compared: give --steps.")
+
 # %% ../../nbs/runs/07_plan.ipynb #pln00008
 def plan(
     methods:str, # Methods, separated by commas, see `host_terms`
@@ -128,6 +133,7 @@ def plan(
     more=() # Arguments of every run
 )->list: # For each run its name, and arguments of `pipa_train`; equal runs once; seed by seed
     "The runs of a study"
+    _no_time([*more, *sweep.split()])
     if bad := [o for o in sweep.split() if not all(o.partition('='))]:
         raise ValueError(f"`--sweep {bad[0]}` names no values: write it as patch=.01,.1.")
     pairs = dict.fromkeys(host_terms(m, t) for m in methods.split(',') for t in terms.split(','))
