@@ -20,8 +20,8 @@ except ImportError: fcntl = None   # Windows
 # %% auto #0
 __all__ = ['between', 'one_of', 'at_home', 'writable', 'to_disk', 'write_file', 'sweep_folder', 'says', 'own', 'no_formulas',
            'cache_home', 'stamp', 'forks', 'end_with', 'install_command', 'need', 'harmless', 'one_line', 'Html',
-           'as_html', 'tag', 'joined', 'Console', 'telling', 'of_system', 'sentences', 'command', 'keep_file',
-           'waiting', 'wait_briefly']
+           'as_html', 'tag', 'joined', 'Console', 'telling', 'of_system', 'sentences', 'command', 'long_words',
+           'keep_file', 'waiting', 'wait_briefly']
 
 # %% ../nbs/00_basics.ipynb #lim00006
 def between(
@@ -421,6 +421,13 @@ def command(
     def run(*args, **kwargs):
         with telling(), sentences(): return f(*map(_path, args), **{k:_path(v) for k,v in kwargs.items()})
     return run
+
+# %% ../nbs/00_basics.ipynb #shw00002
+def long_words(
+    argv # Words of a command, without its name
+)->list: # The same, with two dashes before a single letter; `-h` stays
+    "Let options of one letter have one dash"
+    return [f'-{o}' if re.fullmatch('-[a-gi-z](=.*)?', o) else o for o in argv]
 
 # %% ../nbs/00_basics.ipynb #hd00000c
 _told = set()

@@ -4,13 +4,13 @@
 
 # %% ../nbs/31_cli.ipynb #c81e728d
 from __future__ import annotations
-from .basics import between, command, one_of, own, wait_briefly, writable
+from .basics import between, command, long_words, one_of, own, wait_briefly, writable
 wait_briefly()
 import warnings
 warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
 import shlex, sys
 from pathlib import Path
-from fastcore import script
+if Path((sys.argv or [''])[0]).name.startswith('pipa_'): sys.argv[1:] = long_words(sys.argv[1:])
 from fastcore.script import store_true
 from fastai.torch_basics import *
 from . import check, export, infer
@@ -225,11 +225,6 @@ def pipa_check(
     if (found.level=='wrong').any(): sys.exit('pipa: training would refuse this data, see above.')
 
 # %% ../nbs/31_cli.ipynb #sgg00002
-class _Short(script.Param):
-    "An option of one letter, with one dash"
-    @property
-    def pre(self): return '-'
-
 def _to_label(data, space, size):
     "The target's pictures, and which of them have hints"
     root = Path(data)
@@ -252,7 +247,7 @@ def _filled(file, space):
 def pipa_suggest(
     data:str, # A folder as for pipa_train or a folder of images, minicity, or a pair such as gta:cityscapes
     weights:str='weights.safetensors', # File of weights, an .onnx file, or the folder of a run
-    n:_Short('Images to suggest', int)=20, # Images to suggest
+    n:int=20, # Images to suggest
     points:int=5, # Places in each
     most:int=500, # Images to look at, evenly spread; 0 for all
     size:str=None, # Height x width that images are resized to cover; default that of training

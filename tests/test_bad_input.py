@@ -340,8 +340,8 @@ nowhere | `--data nowhere` is neither
 {w}/texts | No picture
 {w}/file | is neither `minicity` nor a folder
 gta:cityscapes | set PIPA_DATA
-{w}/good -n 0 | `-n` is 0: it must be from 1
-{w}/good -n abc | argument -n: invalid int
+{w}/good --n 0 | `-n` is 0: it must be from 1
+{w}/good --n abc | argument --n: invalid int
 --points=0 | `--points` is 0
 --most=-1 | `--most` is -1
 --size=33x33 | multiples of 32
