@@ -113,3 +113,12 @@ def test_a_study_counts_steps():
     for more,sweep in ((['--time=5m'], ''), ([], 'time=5m,6m')):
         with pytest.raises(ValueError, match='give --steps'): plan('source', sweep=sweep, more=more)
     assert key(settings('pipa_train --net hrda'))!=key(settings('pipa_train')) and 'net' not in idle(defaults() | dict(net='hrda'))
+
+def test_what_stays_of_a_net_that_goes_on(data, capsys):
+    save('light.safetensors', make_net('light', 11, 'timm:vit_tiny_patch16_224'), space('minicity'), size='64x64')
+    def says(text, **kw):
+        with pytest.raises((SystemExit, ValueError)) as e: cli.pipa_train('source', str(data), fromrun='light.safetensors', out='o', **kw, **opts)
+        err = capsys.readouterr().err
+        assert text in err + str(e.value) and 'random weights' not in err
+    says('no norm of this encoder keeps statistics', frozen='norms')
+    says('all of the encoder is frozen', frozen='all', decay=.5)

@@ -13,13 +13,14 @@ from ..budget import seconds
 from ..baselines import AdvSeg, MIC, MinEnt
 from ..callbacks import MeanTeacher, Mix, PatchContrast, PixelContrast, has_bf16
 from ..data import preset
-from ..learner import encoder_of, freeze_encoder, host_terms, make_net, method_cbs, method_name, param_groups
+from ..learner import encoder_of, freeze_encoder, in_encoder, make_net, param_groups
+from ..learner import host_terms, method_cbs, method_name
 from ..weights.files import find_file
 
 # %% auto #0
 __all__ = ['ends_in', 'options', 'taking', 'parser', 'defaults', 'given', 'parse_size', 'method_args', 'data_args', 'net_args',
-           'learn_args', 'fit_args', 'in_range', 'possible', 'arithmetic', 'loaders', 'idle', 'look_for_idle',
-           'settings', 'key', 'unusual']
+           'learn_args', 'fit_args', 'in_range', 'encoder_learns', 'possible', 'arithmetic', 'loaders', 'idle',
+           'look_for_idle', 'settings', 'key', 'unusual']
 
 # %% ../../nbs/runs/03_options.ipynb #opt00006
 def options(
@@ -185,13 +186,18 @@ def in_range(
     one_of('--precision', o.get('precision', 'auto'), ('auto', 'fp32', 'bf16'))
 
 # %% ../../nbs/runs/03_options.ipynb #opt0017b
-def _encoder_learns(net, frozen, layer_decay):
+def encoder_learns(
+    net, # Net that will be thrown away
+    frozen, # From `learn_args`
+    layer_decay # From `learn_args`
+):
     "Raise a `ValueError` where an encoder can't be frozen like this, or where a decay does nothing"
     if frozen is not None: freeze_encoder(net, frozen)
     if frozen=='norms' and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder_of(net).modules()):
         raise ValueError("`--frozen norms` would do nothing: no norm of this encoder keeps statistics. Leave it out.")
     if layer_decay==1: return
-    if not any(p.requires_grad for p in encoder_of(net).parameters()):
+    own = dict(net.named_parameters())
+    if not any(own[k].requires_grad for k in in_encoder(own)):   # the pyramid of a ViT is a head
         raise ValueError(f"`--decay {layer_decay}` would do nothing: all of the encoder is frozen. Leave it out.")
     param_groups(net, layer_decay)
 
@@ -206,7 +212,7 @@ def possible(
     if o.get('fromrun') and find_file(o.fromrun): return   # it has its net
     net = net_args(o)
     with torch.device('meta'): net = make_net(net['model'], 2, o.arch, **net['net'])
-    _encoder_learns(net, **learn_args(o))
+    encoder_learns(net, **learn_args(o))
 
 # %% ../../nbs/runs/03_options.ipynb #bdccf1a0
 def arithmetic(

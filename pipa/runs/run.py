@@ -235,6 +235,7 @@ def prepare(
     o.precision = arithmetic(o.precision, views['bs']*math.prod(views['size']))
     dls = uda_dls(src, tgt, val, n=o.steps*views['bs']*world, shard=(place()[0],world), num_workers=o.workers, **views)
     before = Before(dls.valid)
+    if o.get('fromrun'): encoder_learns(net_of_run(o.fromrun), **learn_args(o))
     model = fast(net_of_run(o.fromrun, dls.space) if o.get('fromrun') else
                  make_net(net['model'], dls.c, o.arch, o.encoder or o.pretrained, **net['net']))
     learn = uda_learner(dls, model, o.method, lr=o.lr, lean=o.get('lean', False), n_unlabelled=o.unlabelled,
