@@ -370,3 +370,6 @@ def test_weights_that_a_whole_net_was_given_are_noted(tmp_path):
     assert b.loaded['file']=='w.pth' and b.loaded['sha256']==sha256(tmp_path/'w.pth')
     assert {*b.loaded['missing']}=={k for k in a.net.state_dict() if k.startswith('classifier.high')}
     assert not hasattr(a, 'loaded')
+
+def test_a_name_without_an_encoder_says_how_to_write_it():
+    with pytest.raises(ValueError, match='write smp:Unet/resnet34'): make_net('smp:unet', 3)

@@ -503,3 +503,9 @@ def test_make_net_with_a_file(tmp_path):
         assert same(state(net.backbone), state(enc)) and 'pretrained' not in net.spec
     assert same(state(make_net(net, 5, pretrained=f).backbone), state(enc))
     with pytest.raises(ValueError, match="looks like mit\\('mit_b0'\\)"): make_net('light', 5, 'mit_b1', pretrained=f)
+
+def test_a_graph_is_no_file_of_weights(tmp_path):
+    from pipa.weights.files import read
+    for name in ('n.pt2', 'n.onnx'):
+        (tmp_path/name).write_bytes(b'whatever')
+        with pytest.raises(ValueError, match='is a graph that was exported'): read(tmp_path/name)

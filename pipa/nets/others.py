@@ -109,6 +109,7 @@ def smp_parts(
     arch,_,enc = name.partition('/')
     kinds = {k:o.__name__ for k,o in smp.MODEL_ARCHITECTURES_MAPPING.items()}
     if arch.lower() not in kinds: raise _near('smp', name, [f'{o}/{enc or "resnet34"}' for o in kinds.values()])
+    if not enc: raise ValueError(f"`smp:{name}` names no encoder: write smp:{kinds[arch.lower()]}/resnet34.")
     arch,of_timm = kinds[arch.lower()],enc.startswith('tu-') and t.is_model(enc[3:])
     known = smp.encoders.get_encoder_names()
     if not of_timm and enc not in known and not enc.startswith('timm-'):

@@ -48,6 +48,8 @@ def _refusal(file, e):
     if 'torchscript' in str(e).lower():
         return f"`{file}` is a TorchScript program, not weights: save the net's `state_dict()` instead."
     if isinstance(e, OverflowError): return str(e)
+    if str(file).endswith(('.pt2', '.onnx')): return (f"`{file}` is a graph that was exported, and no weights can be "
+        "taken from it: name the weights that it was made of. `pipa_predict` and `pipa_eval` take an .onnx file, too.")
     asked = re.search(r'GLOBAL ([\w.]+)', str(e))
     if asked and asked[1].endswith('.Learner'): return (f"`{file}` is a learner that fastai pickled. "
         "Opening it could run any program, so it was not opened: take `weights.safetensors` of the run, "
