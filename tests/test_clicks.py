@@ -9,7 +9,8 @@ from pipa.callbacks import MeanTeacher, Mix, Pair, PatchContrast, PixelContrast
 from pipa.baselines import MIC, MinEnt
 from pipa.data import PairSet, cut_hints, cut_view, folder, uda_dls, view_box
 from pipa.guard import Guard
-from pipa.hints.simulated import sparse_mask, simulated_clicks
+from pipa.hints.clicks import Click, click_masks
+from pipa.hints.simulated import simulated_clicks
 from pipa.hints.term import Clicks, ClickContrast, HintViews, box_around, click_ce, draw_class, label_cells, prior_shift, with_hints
 from pipa.hrda import hrda
 from pipa.lean import Lean
@@ -34,7 +35,9 @@ def sparse(real, to, clicks):
     "A domain of hints with these clicks"
     to.mkdir(parents=True, exist_ok=True)
     ys,ims = [labels_of(a, b, real.space) for a,b in zip(real.images, real.masks)],sorted({i for i,*_ in clicks})
-    for i in ims: Image.fromarray(sparse_mask(ys[i].shape, [c for j,*c in clicks if j==i], 1)).save(to/f'{i}.png')
+    for i in ims:
+        own = [Click('', x, y, real.space.codes[c], 1) for j,x,y,c in clicks if j==i and c!=255]   # 255: an image without a label
+        Image.fromarray(click_masks(own, ys[i].shape, real.space)).save(to/f'{i}.png')
     return Domain([real.images[i] for i in ims], [to/f'{i}.png' for i in ims], real.space.as_train())
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 from ..basics import between, one_of
 
 # %% auto #0
-__all__ = ['inside', 'simulated_clicks', 'sparse_mask']
+__all__ = ['inside', 'simulated_clicks']
 
 # %% ../../nbs/hints/04_simulated.ipynb #sim00010
 def inside(
@@ -52,20 +52,3 @@ def simulated_clicks(
             miss = err.random()<wrong
             res.append((i, int(x), int(y), int(err.choice(others)) if miss and others else c))
     return res
-
-# %% ../../nbs/hints/04_simulated.ipynb #sim00018
-def sparse_mask(
-    hw:tuple, # Height and width of the image
-    clicks, # `(x, y, class)` each; of two at one place the later counts
-    r:int=2, # Radius, px
-    ignore:int=255 # Label of all other pixels
-)->np.ndarray: # `h x w`, uint8
-    "A mask with a disc for each click"
-    o = np.full(hw, ignore, np.uint8)
-    i,j = np.mgrid[-r:r+1,-r:r+1]
-    i,j = (k[i**2+j**2<=r*r] for k in (i,j))
-    for x,y,c in clicks:
-        a,b = i+y,j+x
-        there = (a>=0) & (a<hw[0]) & (b>=0) & (b<hw[1])
-        o[a[there],b[there]] = c
-    return o

@@ -29,11 +29,12 @@ def begun_from(
     if both := [k for k in ('net', 'arch', 'pretrained', 'encoder') if k in asked]: raise ValueError(
         f"`--{both[0]}` beside `--from`: the net is that of `{o['fromrun']}`. Leave one of the two out.")
     home,file = at_home(o['fromrun']),find_file(o['fromrun'])
+    meta = load(file)[1]
+    spec,was = meta.get('spec') or {},{k:v for k,v in meta.items() if k=='size'}   # all that a file says
     if (home/'config.json').is_file(): was = read_config(home, defaults())
-    else: was = {k:v for k,v in load(file)[1].items() if k=='size'}
     if was.get('preset'): was.pop('size', None)
     own = {k: was.get(k, v) for k,v in o.items() if k not in asked and k not in _of_its_own}
-    o,spec = {**o, **own} | ({} if 'start' in asked else dict(start=0)),load(file)[1].get('spec') or {}
+    o = {**o, **own} | ({} if 'start' in asked else dict(start=0))
     if 'hrda' in host_terms(o['method'])[0].split('+') and spec.get('make')!='hrda': raise ValueError(
         f"The host `hrda` is a net of two scales, and that of `{o['fromrun']}` has one: take another method.")
     if ':' in str(spec.get('make')): o['net'] = spec['make']   # of another library

@@ -18,7 +18,8 @@ from ..sets.named import domains
 from ..data import uda_dls
 from ..draw import Fig
 from ..fast import fast
-from ..hints.simulated import sparse_mask, simulated_clicks
+from ..hints.clicks import Click, click_masks
+from ..hints.simulated import simulated_clicks
 from ..learner import host_terms, make_net, method_name, uda_learner
 from ..look.measures import tightness
 from ..metrics import Validator, iou, miou
@@ -57,7 +58,8 @@ def hints_from(
     clicks = simulated_clicks(ys, seed=seed, **o)
     ims = sorted({i for i,*_ in clicks})
     for i in ims:
-        y = sparse_mask(ys[i].shape, [c for j,*c in clicks if j==i])
+        own = [Click('', x, y, target.space.codes[c], 2) for j,x,y,c in clicks if j==i]
+        y = click_masks(own, ys[i].shape, target.space)
         Image.fromarray(y).save(Path(home)/f'{i}.png')
     masks = [Path(home)/f'{i}.png' for i in ims]
     return replace(target.take(ims), masks=masks, space=target.space.as_train(), stats=None),len(clicks)
