@@ -320,7 +320,7 @@ def test_a_missing_package(name, module, extra, monkeypatch):
 
 # --- names ------------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name,says', [('unet', 'choose one of light, segformer, daformer, hrda, deeplabv2, smp:'), ('smp:Unett/resnet18', 'did you mean smp:Unet/resnet18'),
-    ('smp:Unet/resnet19', 'did you mean smp:Unet/resnet1'), ('smp:Unet/tu-resnet10', 'smp:Unet/tu-resnet10t'), ('smp:Unet', 'did you mean smp:Unet/'), ('torchvision:deeplabv3', 'torchvision:deeplabv3_'),
+    ('smp:Unet/resnet19', 'did you mean smp:Unet/resnet1'), ('smp:Unet/tu-resnet10', 'smp:Unet/tu-resnet10t'), ('smp:Unet', 'names no encoder: write smp:Unet/resnet34'), ('torchvision:deeplabv3', 'torchvision:deeplabv3_'),
     ('hf:bert', 'no kind of net of that name: beit'), ('hf:/no/where', 'no folder `/no/where`'), ('hf:', 'no folder'), ('timm:resnet18', 'choose one of')])
 def test_names_that_are_none(name, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says): make_net(name, 3)
