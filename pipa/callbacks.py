@@ -13,7 +13,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
 from .losses import weighted_ce, feat_dist, nearest, labels_at, sample_pixels, sup_contrast, patch_ways
-from .mix import pseudo_label, margins, class_mask, class_mix, strong_augment, two_crops, crop_augment, aligned
+from .mix import even_shares, to_shares, pseudo_label, margins, class_mask, class_mix, strong_augment, two_crops, crop_augment, aligned
 from .ranks import place, mine, whole_labels, mean, share, rows, own_places, all_rows
 from .draw import panels
 from .models import get_logits, resize, with_feats
@@ -154,20 +154,21 @@ def overruled(
 
 class MeanTeacher(Callback):
     "Label the target with a moving average of the student"
-    order,name,saved = Pair.order+1,'mean_teacher','teacher t'
+    order,name,saved = Pair.order+1,'mean_teacher','teacher t shares source'
     def __init__(self,
         alpha:float=.999, # Decay, see `ema_decay`
         thresh:float=.968, # Probability above which a pixel counts for trust (DACS)
         trust:str='batch', # One trust for the 'batch' (published), or for each 'pixel' (0 or 1)
         margin:tuple=(0,0), # Rows without trust at top and bottom; below 1, of the height (DAFormer: 15/512, 120/512)
-        buffers:str='mean' # Running statistics: averaged ('mean') or the student's ('copy'), see `ema_`
+        buffers:str='mean', # Running statistics: averaged ('mean') or the student's ('copy'), see `ema_`
+        even:float|None=None # Balance the labels, see `pipa.mix.even_shares`; `None`: as they are (published)
     ):
         store_attr()
-        self.teacher,self.t,self.todo,self.told = None,0,None,None
+        self.teacher,self.t,self.shares,self.source,self.todo,self.told = None,0,None,None,None,None
 
     def before_fit(self):
         if self.teacher is None: self.teacher = deepcopy(self.model).eval().requires_grad_(False)
-        self.undo = (deepcopy(self.teacher.state_dict()), self.t) if hasattr(self.learn, 'lr_finder') else None
+        self.undo = (deepcopy(self.teacher.state_dict()), self.t, self.shares, self.source) if hasattr(self.learn, 'lr_finder') else None
 
     def before_batch(self):
         if not self.training: return
@@ -177,7 +178,7 @@ class MeanTeacher(Callback):
     @cached_property
     def labels(self):
         "`label` of this step's target, found when it is first asked for"
-        return overruled(*self.label(*self.todo), self.told)
+        return overruled(*self.label(*self.todo, count=True), self.told)
 
 # %% ../nbs/15_callbacks.ipynb #mt000001
 @patch
@@ -187,14 +188,48 @@ def logits(self:MeanTeacher, x): return resize(get_logits(self.teacher(x)), x.sh
 @patch
 def label(self:MeanTeacher,
     x:Tensor, # Images, `B×3×H×W`
-    v:Tensor=None # Where images may be trusted, `B×H×W`; `None`: everywhere
+    v:Tensor=None, # Where images may be trusted, `B×H×W`; `None`: everywhere
+    count:bool=False # Let them count in the shares of the classes, see `balanced`?
 )->tuple: # Labels and the trust in them, `B×H×W` each
     "What the teacher says of images"
-    y,w = pseudo_label(self.logits(x).float(), self.thresh, self.trust)
+    z = self.logits(x).float()
+    if self.even is not None and len(z): z = self.balanced(z, count)
+    y,w = pseudo_label(z, self.thresh, self.trust)
     if self.trust=='batch' and w.numel(): w = mean(w)
     if v is not None: w = w*v
     if any(self.margin): w = margins(w, *(round(m*x.shape[-2]) if m<1 else m for m in self.margin))
     return y,w
+
+# %% ../nbs/15_callbacks.ipynb #bal10002
+@patch
+@torch.no_grad()
+def balanced(self:MeanTeacher,
+    z:Tensor, # Logits of target images, `B×K×H×W`
+    count:bool=True, # Let them count in the shares?
+    settle:int=30, # Batches of which the first shares are the mean
+    keep:float=.95 # Share of the old that today's shares keep in a step
+)->Tensor: # Logits with the bonus of each class
+    "Bring the labels to the wanted shares of the classes"
+    shares = self.shares
+    if count or shares is None:
+        p = mean(z.softmax(1).mean((0,2,3)))
+        n,first,now = shares or (0,p,p)
+        first = first + (p-first)/(n+1) if n<settle else first
+        shares = n+1,first,(first if n<settle else keep*now + (1-keep)*p)
+    if count: self.shares = shares
+    return z + to_shares(shares[2], even_shares(shares[1], self.even))[:,None,None]
+
+# %% ../nbs/15_callbacks.ipynb #bal10005
+@patch
+def after_pred(self:MeanTeacher):
+    if not self.training or self.even is None: return
+    k = self.pred.shape[1]
+    y = whole_labels(self.yb[0])
+    n = torch.bincount(torch.as_tensor(y[y<k]).flatten(), minlength=k)
+    self.source = n if self.source is None else self.source+n
+    if self.shares is None: return
+    share = self.source/self.source.sum().clamp(min=1)
+    self.learn.pred = self.pred - to_shares(share, even_shares(self.shares[1], self.even))[:,None,None]
 
 # %% ../nbs/15_callbacks.ipynb #2f5becbd
 @patch
@@ -205,7 +240,7 @@ def after_step(self:MeanTeacher):
 @patch
 def after_fit(self:MeanTeacher):
     if self.undo:
-        weights,self.t = self.undo
+        weights,self.t,self.shares,self.source = self.undo
         self.teacher.load_state_dict(weights)
     self.undo = None
 

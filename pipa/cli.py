@@ -176,22 +176,22 @@ def pipa_study(
     table:str='data/results/minicity.csv', # Table to extend; what it has isn't run again
     runs:str='runs/study', # Folder for the run folders
     jobs:int=1, # Runs at the same time; the cores are shared between them
-    size:str='128x256', # Height x width that the net sees
+    size:str=None, # Height x width that the net sees; default that of pipa_train
     args:str='', # More arguments for every pipa_train, as one string
     terms:str='none', # PiPa's terms on top of each method, separated by commas: none, pixel, patch, both
     sweep:str='' # Settings to vary one at a time, with values: "patch=.01,.1,1 temp=.05,.2"
 ):
     "Run methods times terms times seeds, and add a row for each to a table that hasn't got it"
     between('--jobs', jobs, 1, 1024)
-    parse_size(size)
+    if size: parse_size(size)
     writable(runs)
     writable(table, folder=False)
-    have,all_ = keys_of(table),plan(methods, seeds, terms, sweep, [f'--size={size}', *words(args)])
+    have,all_ = keys_of(table),plan(methods, seeds, terms, sweep, [f'--size={size}']*bool(size) + words(args))
     todo = [(n,a) for n,a in all_ if quiet_key(a) not in have]
     print(f'{len(all_)-len(todo)} of {len(all_)} runs are in {table}')
     for _,a in todo: possible(AttrDict(vars(parser().parse_args(a))))
     if todo and '--data' not in args:   # MiniCity is drawn once, before the runs
-        for o in ('oracle', 'pipa'): domains('minicity', o, parse_size(size))
+        for o in ('oracle', 'pipa'): domains('minicity', o, parse_size(size or '128x256'))
     run_all(todo, table, runs, jobs)
 
 # %% ../nbs/31_cli.ipynb #c4ec0002

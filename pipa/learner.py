@@ -91,6 +91,7 @@ def _in_range(alpha, thresh, trust, start, w_pixel, w_patch, host, pixel, patch,
     for o in (host, *(v for v in host.values() if isinstance(v, dict))): between('weight', o.get('w', 0), 0)
     one_of('trust', trust, ('batch', 'pixel'))
     one_of('buffers', teacher.get('buffers', 'mean'), ('mean', 'copy'))
+    if teacher.get('even') is not None: between('even', teacher['even'], 0, 1)
     for o in (pixel, patch):
         one_of('form', o.get('form', 'released'), ('released', 'paper'))
         between('temp', o.get('temp', 1), 0, above=True)

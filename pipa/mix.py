@@ -12,9 +12,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 # %% auto #0
-__all__ = ['imagenet_mean', 'imagenet_std', 'normed', 'unnormed', 'pseudo_label', 'margins', 'present', 'class_mask', 'class_mix',
-           'blur_size', 'blur', 'saturate', 'jitter', 'strong_augment', 'crop_iou', 'crop_corners', 'Crops', 'overlap',
-           'unflip', 'two_crops', 'aligned', 'crop_augment', 'block_mask']
+__all__ = ['imagenet_mean', 'imagenet_std', 'normed', 'unnormed', 'pseudo_label', 'even_shares', 'to_shares', 'margins',
+           'present', 'class_mask', 'class_mix', 'blur_size', 'blur', 'saturate', 'jitter', 'strong_augment',
+           'crop_iou', 'crop_corners', 'Crops', 'overlap', 'unflip', 'two_crops', 'aligned', 'crop_augment',
+           'block_mask']
 
 # %% ../nbs/03_mix.ipynb #unit0002
 imagenet_mean,imagenet_std = (.485,.456,.406), (.229,.224,.225)
@@ -55,6 +56,24 @@ def pseudo_label(logits:Tensor, # Teacher's answer at image size, `B×K×H×W`
     if trust not in ('batch','pixel'): raise ValueError(f"`trust` is {trust!r}; it can be 'batch' or 'pixel'")
     q = sure.mean() if trust=='batch' else sure
     return y, torch.zeros_like(sure) + q
+
+# %% ../nbs/03_mix.ipynb #bal00002
+def even_shares(
+    first:Tensor, # Shares of the classes in what a teacher said of the target when it began, `K`
+    even:float=.5, # γ: 0 holds these shares, 1 wants all classes alike
+    floor:float=1e-3 # Added to each share
+)->Tensor: # Shares that are wanted, `K`
+    "Shares between the first ones and even ones"
+    goal = (first+floor)**(1-even)
+    return goal/goal.sum()
+
+def to_shares(
+    now:Tensor, # Shares of the classes today, `K`
+    goal:Tensor, # Those that are wanted
+    floor:float=1e-3 # Added to each share of today
+)->Tensor: # What to add to logits, `K`
+    "A bonus for each class that brings today's shares to the wanted ones"
+    return (goal/(now+floor)).log()
 
 # %% ../nbs/03_mix.ipynb #aab32389
 def margins(w:Tensor, # Trust, `…×H×W`

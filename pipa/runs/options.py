@@ -44,6 +44,7 @@ def options(
     alpha:float=.97, # Decay of the teacher
     trust:str='pixel', # Trust in pseudo-labels: one for the 'batch' (as published), or each 'pixel'
     thresh:float=.8, # Probability from which a pseudo-label counts for trust
+    even:float=None, # Balance pseudo-labels: 0 holds the shares of the classes, 1 wants them even; default: as they are
     start:int=500, # Steps on the source alone, before pseudo-labels are used
     terms:str='none', # PiPa's terms on top of the method: none, pixel, patch or both
     pixel:float=.1, # Weight of pixel contrast
@@ -125,15 +126,16 @@ def method_args(
     both = dict(temp=o.temp, form=o.form)
     kw = dict({k: o[k] for k in ('terms','alpha','thresh','trust','start')}, w_pixel=o.pixel, w_patch=o.patch,
               host={} if o.weight is None else dict(w=o.weight))
+    even = {} if o.get('even') is None else dict(even=o.even)
     if o.preset:
         scale = tuple(n/preset(o.preset)['resize_t'][1] for n in (.8*2048, 2.*2048))
-        margin = dict(margin=(0,0))   # the loader marks margins
+        margin = dict(even, margin=(0,0))   # the loader marks margins
         return kw | dict(released=True, pixel=both, patch=dict(both, scale=scale), teacher=margin)
     crop = parse_size(o.crop, '--crop')
     if 'size' in o and host_terms(o.method, o.terms)[1] in ('patch','both'):
         if any(a>b for a,b in zip(crop, parse_size(o.size))): raise ValueError(
             f"`--crop {o.crop}` doesn't fit into `--size {o.size}`: give a smaller crop or a larger size.")
-    return kw | dict(crop=crop, pixel=dict(both, min_pixels=8, max_views=50), patch=dict(both, thresh=.6))
+    return kw | dict(crop=crop, teacher=even, pixel=dict(both, min_pixels=8, max_views=50), patch=dict(both, thresh=.6))
 
 # %% ../../nbs/runs/03_options.ipynb #opt00014
 def data_args(
@@ -237,7 +239,7 @@ def loaders(
 _late = Mix,MinEnt,AdvSeg,MIC,PatchContrast
 ends_in = dict(weight=((MinEnt,AdvSeg,MIC), 'w'), pixel=((PixelContrast,), 'w'), patch=((PatchContrast,), 'w'),
                temp=((PixelContrast,PatchContrast), 'temp'), form=((PixelContrast,PatchContrast), 'form'),
-               alpha=((MeanTeacher,), 'alpha'), thresh=((MeanTeacher,), 'thresh'), trust=((MeanTeacher,), 'trust'),
+               alpha=((MeanTeacher,), 'alpha'), thresh=((MeanTeacher,), 'thresh'), trust=((MeanTeacher,), 'trust'), even=((MeanTeacher,), 'even'),
                start=(_late, 'start'), crop=((PatchContrast,), 'size'))   # option → callbacks and their argument
 _of_terms,_published = 'weight pixel patch temp form'.split(),'crop size bs rcs zoom'.split()
 
@@ -251,7 +253,7 @@ def idle(
     if o['preset']: lost |= {*_published}
     if 'hrda' in host_terms(o['method'])[0].split('+'): lost.add('net')
     usual = defaults()
-    some = *_of_terms,*'alpha thresh trust start'.split(),*_published,'net'
+    some = *_of_terms,*'alpha thresh trust even start'.split(),*_published,'net'
     return [k for k in some if k in lost and o[k]!=usual[k]]
 
 # %% ../../nbs/runs/03_options.ipynb #opt00026

@@ -12,13 +12,15 @@ from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
 from ..basics import at_home, no_formulas, one_line, sweep_folder, write_file
 from ..learner import host_terms, method_name
-from .options import idle, key, parser, settings
+from ..recipe import advised, words_of
+from .options import given, idle, key, parser, settings
 from .record import read_config
 from .run import new_folder
 from .state import claim, turn
 
 # %% auto #0
-__all__ = ['quiet_key', 'words', 'read_table', 'key_of', 'keys_of', 'plan', 'found', 'interrupted', 'add_row', 'run_all']
+__all__ = ['quiet_key', 'words', 'read_table', 'key_of', 'keys_of', 'with_recipe', 'plan', 'found', 'interrupted', 'add_row',
+           'run_all']
 
 # %% ../../nbs/runs/07_plan.ipynb #pln00006
 def quiet_key(
@@ -119,6 +121,15 @@ def _useful(args, also=()):
     o = {k:v for k,v in vars(p.parse_args(args)).items() if k not in lost}
     return [f'--{k}' if v is True else f'--{k}={v}' for k,v in o.items() if v!=''],lost
 
+# %% ../../nbs/runs/07_plan.ipynb #rcp10002
+def with_recipe(
+    args:list # Arguments of `pipa_train`
+)->list: # The same, and what the recipe adds
+    "Arguments that leave nothing to the recipe"
+    o = vars(parser().parse_args(args))
+    o = advised(o, given(o, args))
+    return [*args, *words_of(o, o.get('recipe', ()))]
+
 # %% ../../nbs/runs/07_plan.ipynb #pln0008a
 def _no_time(words):
     if any(o.partition('=')[0] in ('--time', 'time') for o in words): raise ValueError(
@@ -147,6 +158,7 @@ def plan(
             for v in vary:
                 k = v.partition('=')[0]
                 args,lost = _useful([f'--method={m}', f'--seed={s}', *more, *[f'--{v}']*bool(v)], [k])
+                args = with_recipe(args)
                 part = f'_{v}' if v and k not in lost else ''
                 name = f'{m}_seed{s}' + part.translate({ord(c): '_' for c in '/\\'})
                 runs.setdefault(key(settings(args)), (name, args))

@@ -18,6 +18,7 @@ from ..data import class_counts, uda_dls
 from ..hints.tools import Hints, hints_of
 from ..budget import pace, seconds, steps_in
 from ..checkpoints import save
+from ..recipe import advice, advised, words_of
 from ..fast import fast
 from ..guard import Guard
 from ..models import unwrapped
@@ -324,7 +325,8 @@ def resumed(
     if a!=b and not rank:
         print(f"pipa: Begun with --threads={a}, going on with {b}: last digits may differ.", file=sys.stderr)
     keep = {k for k in _free if o.get(k)!=usual.get(k)} | {'out', 'resume'}
-    return {k: o[k] if k in keep else was.get(k, o[k]) for k in o},shlex.split(was['command'])[1:]
+    found = {k:v for k,v in was.items() if k=='recipe'}
+    return {k: o[k] if k in keep else was.get(k, o[k]) for k in o} | found,shlex.split(was['command'])[1:]
 
 # %% ../../nbs/runs/05_run.ipynb #run00019
 def run(
@@ -348,8 +350,8 @@ def run(
         if not row: return out
         o['precision'] = row.pop('precision') # What auto came to
         apart = ' '.join([o for o in (unusual(o), f'ranks={place()[1]}'*(place()[1]>1)) if o])
-        if o.get('time'):
-            said = without(said, 'time epochs start') + [f'--{k}={o[k]}' for k in ('epochs', 'steps', 'start')]
+        found = ['epochs', 'steps', 'start']*bool(o.get('time')) + [*o.get('recipe', ())]
+        said = without(said, ' '.join(['time', *found])) + words_of(o, dict.fromkeys(found))
         command = shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))])
         row |= dict(settings=apart, command=command, version=made_of())
         write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
@@ -374,7 +376,8 @@ def run_command(
     "What `pipa_train` does: repeat, refuse what does nothing, run, and say what is there now"
     named,usual,since = given(o, argv),defaults(),time.monotonic()
     asked = {*named, *(k for k in o if o[k]!=usual[k])}
-    o = begun_from(repeat(o, usual, named), asked)
+    o = advised(begun_from(repeat(o, usual, named), asked), asked)
+    if not place()[0]: advice(o)
     if o['config']: in_file(o)
     if o['config'] and o['precision']=='auto' and 'precision' not in read_config(o['config']): o['precision'] = 'fp32'
     if not o['resume']: look_for_idle(o, asked)
