@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from copy import copy
 from time import perf_counter
 from typing import Iterator, NamedTuple
-import numpy as np, torch
+import torch
 from fastai.torch_basics import *
 from fastai.learner import Learner
 from .basics import between
@@ -21,7 +21,7 @@ from .hints.term import Clicks
 from .learner import rates
 
 # %% auto #0
-__all__ = ['OwnDraws', 'rise_and_fall', 'steps_for', 'hands', 'StepDone', 'go_on', 'in_turns', 'on_interrupt']
+__all__ = ['OwnDraws', 'rise_and_fall', 'steps_for', 'hands', 'StepDone', 'go_on', 'in_turns', 'running_loop', 'on_interrupt']
 
 # %% ../nbs/26_minute.ipynb #min00006
 class OwnDraws:
@@ -72,7 +72,8 @@ def hands(
 # %% ../nbs/26_minute.ipynb #min00017
 def _clicks(learn, hints, seed):
     old,kw = next((cb for cb in learn.cbs if isinstance(cb, Clicks)), None),{}
-    if old is not None: kw = {k: getattr(old, k) for k in 'w bs prior street tau size zoom partners room'.split()} | old.aug
+    names = 'w bs prior street tau size zoom partners room'.split()
+    if old is not None: kw = {k: getattr(old, k) for k in names} | old.aug
     return Clicks(hints, seed=seed, **kw)
 
 class _Beside:
@@ -162,6 +163,11 @@ async def in_turns(
             await asyncio.sleep(pause)
             last = perf_counter()
     finally: getattr(steps, 'close', noop)()   # whoever cancels it ends the training, too
+
+def running_loop():
+    "The loop that runs this code, or None"
+    try: return asyncio.get_running_loop()
+    except RuntimeError: return None
 
 @contextmanager
 def on_interrupt(

@@ -1,5 +1,5 @@
 "Train a minute: steps with pauses between them, and the explorer that takes them"
-import asyncio, random, signal
+import asyncio, random, signal, threading, time
 import numpy as np, pytest, torch
 from PIL import Image
 from fastai.callback.core import Callback, CancelValidException
@@ -257,6 +257,28 @@ def test_the_cell_is_run_again(home, tmp_path):
         q.stop(); await a
         return q
     q = asyncio.run(f()); assert q.pen.clicks==p.pen.clicks and q.looks.names==['before']
+
+def test_answers_come_from_another_thread(home, tmp_path):
+    "As in a JupyterLab with subshells: steps in the loop that made the explorer, messages in a thread beside it"
+    async def f():
+        p = clicked(home, tmp_path); errs,threads = [],set()
+        class Where(Callback):
+            order = 80
+            def before_batch(self): threads.add(threading.current_thread())
+            def after_batch(self): assert self.model.training
+        p.looks.learn.add_cb(Where())
+        def messages():
+            try:
+                p.button.click(); p.minute.drawn = -1e9; asked = len(p.minute.losses)
+                for k in range(12):
+                    p.surface.event(dict(type='hover', panel=k%3, x=5, y=5)); press(p, k%3, 10+3*k, 20, k%3); p.over = ('changes', 'prediction')[k%2]
+                while len(p.minute.losses)<asked+3: time.sleep(.01)
+                p.button.click()
+            except BaseException as e: errs.append(e)
+        await asyncio.get_running_loop().run_in_executor(None, messages); await asyncio.sleep(.1)
+        assert not errs and threads=={threading.current_thread()}
+        return p
+    p = asyncio.run(f()); assert p.minute is None and p.looks.names==['before', 'minute 1'] and len(p.pen.clicks)==15
 
 class Breaks(Callback):
     order,at = 80,3

@@ -4,11 +4,12 @@
 
 # %% ../../nbs/look/05_pixel_explorer.ipynb #c81e728d
 from __future__ import annotations
-import asyncio, tempfile
+import asyncio, tempfile, threading
 import ipywidgets as W, numpy as np, pandas as pd, seaborn as sns, torch, traitlets as T
 from itertools import zip_longest
 from time import perf_counter
 from weakref import WeakKeyDictionary
+from functools import wraps
 from fastcore.basics import patch
 from matplotlib import colormaps
 from .views import *
@@ -17,7 +18,7 @@ from ..basics import joined
 from ..labels import label_space, distinct_colors
 from ..draw import Fig
 from ..infer import evaluating
-from ..minute import go_on, in_turns, on_interrupt
+from ..minute import go_on, in_turns, on_interrupt, running_loop
 from ..models import get_layer, get_logits, resize, sound
 from .pen import Pen, disagree
 from .surface import Page, Surface, rgba, shrunk, heat_bytes, lut, scale, f32, palette, css, colored
@@ -379,6 +380,7 @@ class PixelEmbeddingExplorer(Page, _State):
         goal=9, # Clicks a class that the chips count to
         **traits # Any trait, for instance `method='tsne'`
     ):
+        self.lock,self.loop = threading.RLock(),running_loop()
         if hasattr(what, 'dls') and what.model in _at_work: _at_work[what.model].stop()
         self.start(what if emb is None else views(what, emb, y, pred, conf, domain), space, n_images, scene_seed,
                    target, clicks)
@@ -480,6 +482,14 @@ def _toggle(self:PixelEmbeddingExplorer, c):
 
 # %% ../../nbs/look/05_pixel_explorer.ipynb #7535e308
 @patch
+def alone(self:PixelEmbeddingExplorer, f): # Function
+    "The same function, which waits for a step of a training, and for others of its kind"
+    @wraps(f)
+    def g(*args):
+        with self.lock: return f(*args)
+    return g
+
+@patch
 def _reactions(self:PixelEmbeddingExplorer):
     def lasso(ev): self._light(in_lasso(self.points_at(self.checkpoint), ev['poly']), ev.get('add'))
     def area(ev): self._light(in_box(self.table, self._place(ev)[0], [ev[k] for k in 'xywh']), ev.get('add'))
@@ -493,8 +503,9 @@ def _reactions(self:PixelEmbeddingExplorer):
     def theme(ev):
         self.dark = ev['dark']
         self._show_tab()
-    return self._asked() | dict(lasso=lasso, area=area, clear=clear, legend=legend, theme=theme, undo=undo, fine=fine,
+    all_ = self._asked() | dict(lasso=lasso, area=area, clear=clear, legend=legend, theme=theme, undo=undo, fine=fine,
                                 page=turn) | ({} if self.pen is None else self._pen_reactions())
+    return {k: self.alone(f) for k,f in all_.items()}
 
 # %% ../../nbs/look/05_pixel_explorer.ipynb #37693cfc
 _all = 'images plot points heat tab'
@@ -551,11 +562,11 @@ def _changed(self:PixelEmbeddingExplorer, c):
 @patch
 def _watch(self:PixelEmbeddingExplorer):
     for k in ('over_alpha', 'heat_alpha', 'hover'): T.dlink((self, k), (self.surface, k))
-    self.observe(self._changed, [*_touches])
+    self.observe(self.alone(self._changed), [*_touches])
     def veil(c):
         self._show('heat', 'points')
         if self.queries: self.surface.said = self._above()
-    self.observe(veil, 'threshold')
+    self.observe(self.alone(veil), 'threshold')
     self._show(*_all.split())
     self.surface.said = self.surface.said or (_hint if self.pen is None else f'{self.pen.told()} · {_pen_hint}')
 
@@ -907,7 +918,8 @@ def told(self:_Minute):
 @patch
 def result(self:_Minute):
     a,b = (_digits(np.mean(o)) for o in (self.losses[:8], self.losses[-8:]))
-    return f'{len(self.losses)} steps in {self.spent:.0f} s, loss {a} → {b}'
+    clicks = self.hints.said.partition(';')[0]
+    return f"{len(self.losses)} step{'s'*(len(self.losses)>1)} in {self.spent:.0f} s, loss {a} → {b} · {clicks}"
 
 # %% ../../nbs/look/05_pixel_explorer.ipynb #mint0006
 @patch
@@ -949,19 +961,21 @@ def _says_now(self:_State, images):
 
 # %% ../../nbs/look/05_pixel_explorer.ipynb #mint0009
 _at_work = WeakKeyDictionary()   # Net → the explorer that trains it
+_spans = (60, 'a minute'), (300, '5 minutes')
 
 @patch
 def _minute_controls(self:PixelEmbeddingExplorer):
-    self.button = W.Button(layout=W.Layout(width='auto'), tooltip='Train the net on with the clicks').add_class('pipa-train')
-    self.span = W.Dropdown(options=[('a minute', 60), ('5 minutes', 300)], layout=width(100)).add_class('pipa-span')
+    self.button = W.Button(layout=W.Layout(width='auto'), tooltip='Train the net on with the clicks')
+    self.button.add_class('pipa-train')
+    self.span = W.Dropdown(options=[(f'{s//60} min', s) for s,_ in _spans], layout=width(75)).add_class('pipa-span')
     self.span.observe(lambda _: self._at_rest(self.minute is None), 'value')
-    self.button.on_click(lambda _: self._pressed())
+    self.button.on_click(self.alone(lambda _: self._pressed()))
     self._at_rest(True)
     return [self.button, self.span]
 
 @patch
 def _at_rest(self:PixelEmbeddingExplorer, rest):
-    self.button.description = f'train {self.span.label}' if rest else 'stop'
+    self.button.description = f"train {dict(_spans)[self.span.value]}" if rest else 'stop'
     for o in (self.span, self.handles['checkpoint'], self.play, self.handles['who'], self.handles['layer']):
         o.disabled = not rest
 
@@ -977,19 +991,26 @@ def _steps(self:PixelEmbeddingExplorer, m):
     "One step after the other, and between them what the screen shows"
     why = ''
     try:
-        while self.minute is m and m.more():
-            self._progress(m)
-            yield
+        while self._stepped(m): yield
     except Exception as e:
         why = str(e) or type(e).__name__
         raise
     finally:
-        if self.minute is m: self._ended(why)
+        with self.lock: self._ended(m, why)
+
+@patch
+def _stepped(self:PixelEmbeddingExplorer, m):
+    "A step, and what it changes on the screen; False if there is none any more"
+    with self.lock:
+        if self.minute is not m or not m.more(): return False
+        self._progress(m)
+        return True
 
 @patch
 def _progress(self:PixelEmbeddingExplorer, m):
     s = self.surface
-    if m.spent-m.said>.5 or len(m.losses)==1: m.said,s.busy,s.said = m.spent,True,f'{m.told()} · stop keeps what it knows'
+    if m.spent-m.said>.5 or len(m.losses)==1:
+        m.said,s.busy,s.said = m.spent,True,f'{m.told()} · stop keeps what it has learned'
     if not self.live or m.spent-m.drawn<max(1.5, 5*m.cost): return
     t = perf_counter()
     self.follow.pop('training', None)
@@ -1000,22 +1021,22 @@ def _progress(self:PixelEmbeddingExplorer, m):
 
 # %% ../../nbs/look/05_pixel_explorer.ipynb #mint0012
 @patch
-def _ended(self:PixelEmbeddingExplorer, why=''):
+def _ended(self:PixelEmbeddingExplorer, m, why=''):
     "Keep what was learned, show it, and say how it went"
-    m = self.minute
+    if m is None or self.minute is not m: return
     name = self.end_minute()
     _at_work.pop(self.looks.learn.model, None)
     self._at_rest(True)
     self._fit_slider()
     if name: self.checkpoint = len(self.looks.names)-1
     else: self._show('images', 'points', 'heat', 'plot')
-    said = f'{name}: {m.result()} · {m.hints.said} · slide back to undo' if name else 'Stopped before the first step.'
-    self.surface.busy,self.surface.said = False,said if not why else f'The training ended: {why}'
+    said = f'{name}: {m.result()} · slide back to undo' if name else 'Stopped before the first step.'
+    self.surface.busy,self.surface.said = False,f'The training ended: {why}' if why else said
 
 @patch
 def stop(self:PixelEmbeddingExplorer):
     "End a training; the net keeps what it has learned so far"
-    if self.minute is not None: self._ended()
+    with self.lock: self._ended(self.minute)
 
 # %% ../../nbs/look/05_pixel_explorer.ipynb #mint0014
 @patch
@@ -1023,19 +1044,26 @@ def train(self:PixelEmbeddingExplorer,
     secs:float=60. # Seconds, pictures included
 ): # A task that can be awaited, where a loop runs
     "Train the learner's net on with the clicks, as the button does"
-    other = _at_work.get(getattr(self.looks.learn, 'model', None)) if self.looks.learn else None
-    if other not in (None, self): raise ValueError('Another explorer trains this net: stop it there first.')
+    with self.lock: m = self._started(secs)
+    here = running_loop()
+    loop = self.loop if self.loop is not None and self.loop.is_running() else here
+    if loop is None: return [*self._steps(m)] and None
+    if loop is not here: return asyncio.run_coroutine_threadsafe(self._in_loop(m), loop)
+    self.task = loop.create_task(self._in_loop(m))
+    self.task.add_done_callback(lambda t: t.cancelled() or t.exception())   # said in the status line
+    return self.task
+
+@patch
+def _started(self:PixelEmbeddingExplorer, secs):
+    net = getattr(self.looks.learn, 'model', None)
+    if net is not None and _at_work.get(net, self) is not self: raise ValueError(
+        'Another explorer trains this net: stop it there first.')
     self.begin_minute(secs)
-    _at_work[self.looks.learn.model] = self
+    _at_work[net] = self
     self._fit_slider()
     self._at_rest(False)
     self.surface.busy,self.surface.said = True,f'training: {self.minute.hints.said}'
-    try: loop = asyncio.get_running_loop()
-    except RuntimeError: loop = None
-    if loop is None: return [*self._steps(self.minute)] and None
-    self.task = loop.create_task(self._in_loop(self.minute))
-    self.task.add_done_callback(lambda t: t.cancelled() or t.exception())   # said in the status line
-    return self.task
+    return self.minute
 
 @patch
 async def _in_loop(self:PixelEmbeddingExplorer, m):

@@ -23,7 +23,7 @@ from ..show import result_picture
 
 # %% auto #0
 __all__ = ['Views', 'unit', 'views', 'features', 'embedding', 'map_layers', 'see', 'labelled', 'target_images', 'held_out',
-           'scenes', 'nets_of', 'states_of', 'put_back', 'Snapshots', 'moments', 'at_snapshot', 'query', 'similarity',
+           'scenes', 'nets_of', 'states_of', 'Snapshots', 'moments', 'at_snapshot', 'put_back', 'query', 'similarity',
            'cell_labels', 'sample', 'embeddings_of', 'pca', 'procrustes', 'project', 'scatter', 'in_lasso', 'in_box',
            'neighbours']
 
@@ -205,19 +205,6 @@ def states_of(
     def copied(net): return {k:v.detach().cpu().clone() for k,v in net.state_dict().items()}
     return {who:copied(net) for who,net in nets_of(learn).items()}
 
-def put_back(
-    learn, # A learner
-    states # From `states_of`, and `t`, the steps of the teacher, if it is known
-):
-    "Let the nets of a learner be as they were; a teacher who wasn't there yet is gone again"
-    learn.model.load_state_dict(states['student'])
-    mt = getattr(learn, 'mean_teacher', None)
-    if mt is None: return
-    mt.t = states.get('t', mt.t)
-    if 'teacher' not in states: mt.teacher,mt.t = None,0
-    elif mt.teacher is None: mt.teacher = deepcopy(learn.model).eval().requires_grad_(False)
-    if mt.teacher is not None: mt.teacher.load_state_dict(states['teacher'])
-
 class Snapshots(Callback):
     "Keep the state of student and teacher while they train"
     order,name,run_valid = MixedPrecision.order+60,'snapshots',False
@@ -257,6 +244,20 @@ def at_snapshot(
     net = deepcopy(nets[who])
     net.load_state_dict(states[name][who])
     return net
+
+# %% ../../nbs/look/00_views.ipynb #b6d767d5
+def put_back(
+    learn, # A learner
+    states # From `states_of`, and `t`, the steps of the teacher, if it is known
+):
+    "Let the nets of a learner be as they were; a teacher who wasn't there yet is gone again"
+    learn.model.load_state_dict(states['student'])
+    mt = getattr(learn, 'mean_teacher', None)
+    if mt is None: return
+    mt.t = states.get('t', mt.t)
+    if 'teacher' not in states: mt.teacher,mt.t = None,0
+    elif mt.teacher is None: mt.teacher = deepcopy(learn.model).eval().requires_grad_(False)
+    if mt.teacher is not None: mt.teacher.load_state_dict(states['teacher'])
 
 # %% ../../nbs/look/00_views.ipynb #snapsh02
 @patch
