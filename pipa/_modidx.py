@@ -1041,6 +1041,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                      'pipa/look/pixel_explorer.py'),
                                           'pipa.look.pixel_explorer._State._images': ( 'look/pixel_explorer.html#_state._images',
                                                                                        'pipa/look/pixel_explorer.py'),
+                                          'pipa.look.pixel_explorer._State._is_old': ( 'look/pixel_explorer.html#_state._is_old',
+                                                                                       'pipa/look/pixel_explorer.py'),
                                           'pipa.look.pixel_explorer._State._kept': ( 'look/pixel_explorer.html#_state._kept',
                                                                                      'pipa/look/pixel_explorer.py'),
                                           'pipa.look.pixel_explorer._State._key_of': ( 'look/pixel_explorer.html#_state._key_of',

@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import Iterator, NamedTuple
 import torch
 from fastai.torch_basics import *
+from fastai.callback.core import CancelEpochException, CancelFitException, CancelTrainException
 from fastai.learner import Learner
 from .basics import between
 from .budget import seconds
@@ -143,7 +144,8 @@ def go_on(
     try:
         while (n := len(took))!=steps and not (late and sum(took)>late):
             now = perf_counter()
-            loss = beside.step(n, rise_and_fall(n, steps, rise))
+            try: loss = beside.step(n, rise_and_fall(n, steps, rise))
+            except (CancelFitException, CancelEpochException, CancelTrainException): return
             took.append(perf_counter()-now)
             if steps is None: steps = steps_for(took, t, rise)
             yield StepDone(n+1, steps, loss, sum(took))

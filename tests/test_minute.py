@@ -2,7 +2,7 @@
 import asyncio, random, signal, threading, time
 import numpy as np, pytest, torch
 from PIL import Image
-from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import SaveModelCallback
@@ -114,6 +114,13 @@ def test_a_number_that_is_not_finite_ends_it(home, tmp_path):
     with pytest.raises(FloatingPointError, match='not finite'): next(steps)
     assert [*learn.cbs]==cbs and next(steps, None) is None
 
+def test_a_callback_may_end_it(home, tmp_path):
+    class Enough(Callback):
+        def after_step(self):
+            if self.train_iter==2: raise CancelFitException()
+    learn = learner(home, tmp_path, cbs=Enough()); assert len([*go_on(learn, told(learn, tmp_path), steps=9)])==2
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+
 def test_time_and_steps():
     assert steps_for([1]*5, 100) is None and steps_for([5]+[1]*5, 100)==6+90 and steps_for([200], 100)==1
     assert [rise_and_fall(s, 3, 6) for s in range(3)]==[1/6, 2/6, 3/6], 'fewer steps than it rises'
@@ -177,6 +184,7 @@ def test_a_minute_is_a_checkpoint(home, tmp_path):
     assert p.handles['checkpoint'].options==(('before',0), ('minute 1',1)) and p.handles['checkpoint'].value==1 and not p.handles['checkpoint'].layout.display
     assert p.button.description=='train a minute' and not p.button.disabled and not p.surface.busy and p.play.max==1
     p.checkpoint = 0; assert np.array_equal(p.views.pred[p.here], maps[p.here]) and p.handles['checkpoint'].value==0
+    press(p, 3, 20, 20, 5); p.surface.event(dict(type='undo')); assert np.array_equal(p.views.pred[p.here], maps[p.here]), 'it is refitted as before'
     p.handles['checkpoint'].value = 1; assert p.checkpoint==1
     learn.model.eval()
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
@@ -292,7 +300,7 @@ def test_an_error_is_a_sentence(home, tmp_path):
         p.button.click()
         with pytest.raises(RuntimeError): await p.task
     asyncio.run(f())
-    assert said(p).startswith('The training ended: ') and 'the disk is full' in said(p) and p.button.description=='train a minute' and p.minute is None
+    assert said(p)=='The training ended: the disk is full' and p.button.description=='train a minute' and p.minute is None
     assert p.looks.names==['before', 'minute 1'] and [*learn.cbs]==cbs and not p.surface.busy, 'what three steps made is not lost'
     learn.remove_cb(cb); train(p, 1); assert p.looks.names[-1]=='minute 2'
 
@@ -322,6 +330,15 @@ def test_checkpoints_of_a_fit_come_first(home, tmp_path):
     assert p.looks.names[-2]=='before 2' and same(p.looks.kept['before 2']['student'], mine)
     for k in range(len(p.looks.names)): p.checkpoint = k
     p.who = 'teacher'; p.checkpoint = 0; p.tabs.selected_index = 0; assert len(p.measures())==len(p.looks.names)
+
+def test_a_net_that_a_cell_has_trained(home, tmp_path):
+    "Its last layer is not the one that the page has seen"
+    p = clicked(home, tmp_path); learn = p.looks.learn
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    mine = weights(learn)
+    p.begin_minute(9); fresh = p.pen.nets['before','student']
+    assert same(p.looks.kept['before']['student'], mine) and torch.equal(fresh.W0, mine['decode_head.linear_pred.weight'][:,:,0,0])
+    assert torch.equal(learn.model.decode_head.linear_pred.weight[:,:,0,0], fresh.W); p.end_minute()
 
 def test_no_pen_no_button(home, tmp_path):
     p = PixelEmbeddingExplorer(learner(home, tmp_path), n=5, n_images=1); assert not hasattr(p, 'button')

@@ -191,8 +191,9 @@ class _Last:
         self.layer = layer = last_layer(net, x[:1])
         self.conv = layer and get_layer(net, layer)
         if layer is None: return
-        self.W0,self.b0 = self.conv.weight.detach()[:,:,0,0].float().cpu(),torch.zeros(self.conv.out_channels)
-        if self.conv.bias is not None: self.b0 = self.conv.bias.detach().float().cpu()
+        def copied(o): return o.detach().float().cpu().clone()   # the net may be trained on
+        self.W0,self.b0 = copied(self.conv.weight[:,:,0,0]),torch.zeros(self.conv.out_channels)
+        if self.conv.bias is not None: self.b0 = copied(self.conv.bias)
         self.f,self.source = last_inputs(net, x, layer),source_cells(net, dls, layer)
         self.put(self.W0, self.b0)
     def put(self, W, b):

@@ -489,6 +489,7 @@ def alone(self:PixelEmbeddingExplorer, f): # Function
         with self.lock: return f(*args)
     return g
 
+# %% ../../nbs/look/05_pixel_explorer.ipynb #rct0000c
 @patch
 def _reactions(self:PixelEmbeddingExplorer):
     def lasso(ev): self._light(in_lasso(self.points_at(self.checkpoint), ev['poly']), ev.get('add'))
@@ -732,6 +733,7 @@ def _followed(self:_State, v):
     done.update(todo)
     return v._replace(pred=pred, conf=conf)
 
+# %% ../../nbs/look/05_pixel_explorer.ipynb #tld0000c
 @patch
 def _told(self:_State, t):
     "The sampled pixels with what the refitted net says about them, or the one that trains"
@@ -877,14 +879,22 @@ def _remember(self:_State, name):
     L.names.append(name)
     self.cache = {k:v for k,v in self.cache.items() if k[0]!=('xy', 'pca') and k[0][0]!='measures'}
 
+# %% ../../nbs/look/05_pixel_explorer.ipynb #bck0000c
+@patch
+def _is_old(self:_State):
+    "Has a cell trained the net since its last layer was looked at?"
+    o = self.pen.nets[self._key_of('student')]
+    return o.conv is not None and not torch.equal(o.conv.weight.detach()[:,:,0,0].float().cpu(), o.W0)
+
 @patch
 def _go_back(self:_State):
     "Let the learner's nets be those that are looked at, and keep what they were"
     L,k = self.looks,self.checkpoint
     if L.names[-1]=='now':
-        L.names[-1],L.kept['before'] = 'before',self._states()
+        L.names[-1],L.kept['before'],old = 'before',self._states(),self._is_old()
         for d in (L.seen, self.follow, self.pen.nets):
-            for o in [o for o in d if o[0]=='now']: d[('before', *o[1:])] = d.pop(o)
+            known = {o: d.pop(o) for o in [*d] if o[0]=='now'}
+            if not old: d.update({('before', *o[1:]): v for o,v in known.items()})
     known = getattr(getattr(L.learn, 'snapshots', None), 'states', {}) | L.kept
     student,last = L.learn.model.state_dict(),known[L.names[-1]]['student']
     if not all(torch.equal(v.cpu(), last[o]) for o,v in student.items()): self._remember(f'before {len(L.kept)+1}')
@@ -993,7 +1003,7 @@ def _steps(self:PixelEmbeddingExplorer, m):
     try:
         while self._stepped(m): yield
     except Exception as e:
-        why = str(e) or type(e).__name__
+        why = str(e).rpartition('\n\t')[2] or type(e).__name__   # without fastai's preface
         raise
     finally:
         with self.lock: self._ended(m, why)
@@ -1006,6 +1016,7 @@ def _stepped(self:PixelEmbeddingExplorer, m):
         self._progress(m)
         return True
 
+# %% ../../nbs/look/05_pixel_explorer.ipynb #prg0000c
 @patch
 def _progress(self:PixelEmbeddingExplorer, m):
     s = self.surface
@@ -1053,6 +1064,7 @@ def train(self:PixelEmbeddingExplorer,
     self.task.add_done_callback(lambda t: t.cancelled() or t.exception())   # said in the status line
     return self.task
 
+# %% ../../nbs/look/05_pixel_explorer.ipynb #sta0000c
 @patch
 def _started(self:PixelEmbeddingExplorer, secs):
     net = getattr(self.looks.learn, 'model', None)
