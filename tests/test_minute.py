@@ -319,6 +319,7 @@ def test_a_net_that_ends_in_another_way_learns_too(home, tmp_path):
     assert p.looks.names==['before', 'minute 1'] and (p.views.pred!=was).any()
     p.checkpoint = 0; assert np.array_equal(p.views.pred, was)
 
+@pytest.mark.slow
 def test_checkpoints_of_a_fit_come_first(home, tmp_path):
     "A fit from a cell in between is no checkpoint of the page, and not lost"
     learn = learner(home, tmp_path, cbs=Snapshots())
