@@ -172,6 +172,27 @@ def test_pen(opened, tmp_path):
     page.keyboard.press('n'); nb.wait("page.surface.go['panel']>=0 and page.surface.said.startswith('Unsure')")
     assert nb.py("PixelEmbeddingExplorer(page.looks.learn, clicks=home/'clicks.csv', n_images=2, n=10).pen.clicks==page.pen.clicks")
 
+def test_train_a_minute(opened, tmp_path):
+    "The kernel has its turns: a cell, a click and *stop* are heard while it trains, an interrupt too; the slider goes back"
+    nb = opened(*town(tmp_path)); page,images,button = nb.page,nb.page.locator('.pipa-images'),nb.page.locator('.pipa-train'); images.wait_for()
+    says = lambda what, t=60: nb.until(f"() => /{what}/.test(document.querySelector('.pipa-said').textContent)", t)
+    assert button.inner_text()=='train a minute' and not page.locator('.pipa-checkpoint').is_visible()
+    button.click(); says('^There is no click to learn from')
+    images.focus(); page.keyboard.press('2'); page.mouse.click(*nb.at('.pipa-images', 1, .25, .5)); nb.wait('len(page.pen.clicks)==1')
+    before = images.screenshot(); button.click(); says(r'^training: \d+ s of 60, loss \d*\.\d\d · stop'); assert button.inner_text()=='stop'
+    n = nb.py('len(page.minute.losses)'); nb.wait(f'len(page.minute.losses)>{n}')   # cells run, and it goes on
+    page.mouse.click(*nb.at('.pipa-images', 0, .8, .5)); nb.wait('len(page.pen.clicks)==2'); says('saved, counts from the next minute$|^training')
+    assert (tmp_path/'clicks.csv').read_text().count('\n')==3
+    nb.wait('page.minute.drawn>0'); button.click(); says(r'^minute 1: \d+ steps in .* · 1 click on 1 of 8 target images · slide back to undo$')
+    assert button.inner_text()=='train a minute' and page.locator('.pipa-checkpoint').is_visible() and images.screenshot()!=before
+    handle = page.locator('.pipa-checkpoint [role=slider], .pipa-checkpoint .noUi-handle').first
+    assert 'minute 1' in page.locator('.pipa-checkpoint').inner_text(); handle.focus(); page.keyboard.press('ArrowLeft'); nb.wait('page.checkpoint==0')
+    button.click(); says('^training: .* loss')
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.interrupt()"); says('^minute 2: .* 2 clicks on 2 of 8')
+    assert nb.py("(page.looks.names, page.checkpoint, page.minute is None)")==[['before', 'minute 1', 'minute 2'], 2, True]
+    nb.py('bool(page.train(1.5))'); says('^minute 3: ', 90)
+    assert nb.py("len(page.looks.learn.cbs)==len([cb for cb in page.looks.learn.cbs if cb.learn is page.looks.learn])")
+
 @pytest.mark.slow
 def test_pen_answers_within_a_second(opened, tmp_path, capsys):
     "From the click to the new maps, as a user sees it. Run it alone: `pytest -m slow -s -k within_a_second tests/test_browser.py`"
@@ -313,6 +334,10 @@ def test_pen_in_voila(browser, tmp_path):
         page.locator('.pipa-chip[data-name="car"]').click(); page.mouse.click(*at_panel(page, '.pipa-images', 0, .5, .5))
         page.wait_for_function("() => document.querySelector('.pipa-said').textContent.endsWith('saved')", timeout=30_000)
         assert (tmp_path/'town/clicks.csv').read_text().splitlines()[1].endswith(',128,64,car,4')
+        page.locator('.pipa-train').click()
+        page.wait_for_function("() => /^training: .* loss/.test(document.querySelector('.pipa-said').textContent)", timeout=60_000)
+        page.locator('.pipa-train').click()
+        page.wait_for_function("() => /^minute 1: /.test(document.querySelector('.pipa-said').textContent)", timeout=60_000)
         ctx.close()
     assert not bad, bad
 

@@ -15,6 +15,7 @@ from ..infer import evaluating
 from ..sets.pictures import image_size
 from ..hints.clicks import Click, add_click, drop_click, read_clicks, write_clicks, click_masks, counts
 from ..hints.clicks import click_names, clicks_by_image, same_files
+from ..hints.tools import hints_of
 from ..hints.suggest import impurity
 from .views import held_out, labelled, target_images
 
@@ -187,11 +188,12 @@ def _drawn(self:Pen, target, clicked, n, seed):
 class _Last:
     "The last layer of a net, as it is and as the clicks want it"
     def __init__(self, net, x, dls):
-        layer = last_layer(net, x[:1])
+        self.layer = layer = last_layer(net, x[:1])
         self.conv = layer and get_layer(net, layer)
         if layer is None: return
-        self.W0,self.b0 = self.conv.weight.detach()[:,:,0,0].float().cpu(),torch.zeros(self.conv.out_channels)
-        if self.conv.bias is not None: self.b0 = self.conv.bias.detach().float().cpu()
+        def copied(o): return o.detach().float().cpu().clone()   # the net may be trained on
+        self.W0,self.b0 = copied(self.conv.weight[:,:,0,0]),torch.zeros(self.conv.out_channels)
+        if self.conv.bias is not None: self.b0 = copied(self.conv.bias)
         self.f,self.source = last_inputs(net, x, layer),source_cells(net, dls, layer)
         self.put(self.W0, self.b0)
     def put(self, W, b):
@@ -318,3 +320,12 @@ def told(self:Pen):
     n = self.counts()
     none = [c for c,k in zip(self.space.codes, n) if not k]
     return f'{len(n)-len(none)} of {len(n)} classes have clicks' + (f"; none: {', '.join(none)}" if none else '')
+
+# %% ../../nbs/look/04_pen.ipynb #penl0031
+@patch
+def hints(self:Pen, home): # Folder for a file of clicks and for masks
+    "The clicks as a domain for `pipa.hints.term.Clicks`; raises `ValueError` where there are none"
+    if not self.clicks: raise ValueError('There is no click to learn from: choose a class and click where you see it.')
+    target = self.learn.dls.train.dataset.target
+    write_clicks(file := Path(home)/'clicks.csv', self.clicks)
+    return hints_of(target, file, self._valid(target), cache=home)

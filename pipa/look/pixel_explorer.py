@@ -4,8 +4,12 @@
 
 # %% ../../nbs/look/05_pixel_explorer.ipynb #c81e728d
 from __future__ import annotations
+import asyncio, tempfile, threading
 import ipywidgets as W, numpy as np, pandas as pd, seaborn as sns, torch, traitlets as T
 from itertools import zip_longest
+from time import perf_counter
+from weakref import WeakKeyDictionary
+from functools import wraps
 from fastcore.basics import patch
 from matplotlib import colormaps
 from .views import *
@@ -13,6 +17,9 @@ from .measures import *
 from ..basics import joined
 from ..labels import label_space, distinct_colors
 from ..draw import Fig
+from ..infer import evaluating
+from ..minute import go_on, in_turns, on_interrupt, running_loop
+from ..models import get_layer, get_logits, resize, sound
 from .pen import Pen, disagree
 from .surface import Page, Surface, rgba, shrunk, heat_bytes, lut, scale, f32, palette, css, colored
 from .surface import img_tag, shown_in, table_tag, control_row, fold, pick, slider, tick, width
@@ -24,7 +31,7 @@ __all__ = ['pages_of', 'point_colors', 'color_keys', 'PixelEmbeddingExplorer', '
 class _Looks:
     "Views by checkpoint, net (student or teacher) and layer, made when they are asked for"
     def __init__(self, what, scenes=None):
-        self.seen,self.learn = {},what if hasattr(what, 'dls') else None
+        self.seen,self.kept,self.learn = {},{},what if hasattr(what, 'dls') else None
         if self.learn is None:
             self.given = what if isinstance(what, dict) else {'now': what}
             if not self.given: raise ValueError('There is nothing to explore: the dict of checkpoints is empty.')
@@ -37,7 +44,7 @@ class _Looks:
         if self.learn is None: return self.given[name]
         k = name,who,layer
         if k not in self.seen:
-            net,(x,y,domain) = at_snapshot(self.learn, name, who),self.scenes
+            net,(x,y,domain) = at_snapshot(self.learn, name, who, self.kept),self.scenes
             x,sp = x.to(next(net.parameters()).device),getattr(self.learn.dls, 'space', None)
             self.seen[k] = see(net, x, y, domain, layer, space=sp)
         return self.seen[k]
@@ -100,7 +107,7 @@ def start(self:_State, what, space=None, n_images=None, seed=0, target='valid', 
         '`clicks` teach a net what target images show: give its learner.')
     self.pen = None if clicks is None else Pen(what, clicks, n_images, seed)
     def some(dls): return scenes(dls, n_images or 3, seed, target) if self.pen is None else self.pen.scenes()
-    self.cache,self.follow,self.fine = {},{},None
+    self.cache,self.follow,self.fine,self.minute = {},{},None,None
     self.looks = looks = _Looks(what, some)
     self.space = space or getattr(getattr(looks.learn, 'dls', None), 'space', None) or _numbered(looks(looks.names[0]))
     return self
@@ -288,7 +295,7 @@ def _over(self:_State, v, some, size=shrunk):
         case 'errors': return colored(np.where((y==255)|(pred==255), 2, y==pred), np.array([_wrong, _right]))
         case 'changes':
             k = self._net_key
-            was = of(self.pen.maps(some, k, was=True)[0]) if self.pen.nets[k].conv is not None else pred
+            was = of(self.pen.maps(some, k, not self.live)[0]) if self.pen.nets[k].conv is not None else pred
             return colored(np.where(pred==was, 255, pred), pal)
     return ()
 
@@ -373,6 +380,8 @@ class PixelEmbeddingExplorer(Page, _State):
         goal=9, # Clicks a class that the chips count to
         **traits # Any trait, for instance `method='tsne'`
     ):
+        self.lock,self.loop = threading.RLock(),running_loop()
+        if hasattr(what, 'dls') and what.model in _at_work: _at_work[what.model].stop()
         self.start(what if emb is None else views(what, emb, y, pred, conf, domain), space, n_images, scene_seed,
                    target, clicks)
         learn,self.goal = self.looks.learn,goal
@@ -405,15 +414,30 @@ def _handles(self:PixelEmbeddingExplorer):
 
 # %% ../../nbs/look/05_pixel_explorer.ipynb #c2ntr0lb
 @patch
+def _times(self:PixelEmbeddingExplorer): return [self.handles['checkpoint'], self.play, self.handles['trails']]
+
+@patch
+def _fit_slider(self:PixelEmbeddingExplorer):
+    "Give the slider the checkpoints that there are; it is hidden where there is only one"
+    h,names = self.handles['checkpoint'],self.looks.names
+    self.slide.unlink()
+    with h.hold_sync(): h.options,h.value = [(k, i) for i,k in enumerate(names)],self.checkpoint
+    self.slide = T.link((self, 'checkpoint'), (h, 'value'))
+    self.play.max = len(names)-1
+    for o in self._times(): o.layout.display = None if len(names)>1 else 'none'
+
+@patch
 def _controls(self:PixelEmbeddingExplorer):
     L,h = self.looks,self._handles()
     self.handles = h
-    self.bind(**h)
-    play = W.Play(min=0, max=len(L.names)-1, interval=1200, layout=width(130))
-    T.link((self, 'checkpoint'), (play, 'value'))
+    self.bind(**{k:v for k,v in h.items() if k!='checkpoint'})
+    self.play = W.Play(min=0, interval=1200, layout=width(130))
+    self.slide = T.link((self, 'checkpoint'), (h['checkpoint'].add_class('pipa-checkpoint'), 'value'))
+    self._fit_slider()
+    T.link((self, 'checkpoint'), (self.play, 'value'))
     def row(*ks): return [h[k] for k in ks]
-    top = row('layer')*(len(L.layers)>1) + row('who')*(len(L.who)>1)
-    top += (row('checkpoint') + [play] + row('trails'))*(len(L.names)>1)
+    top = ([] if self.pen is None else self._minute_controls()) + row('layer')*(len(L.layers)>1)
+    top += row('who')*(len(L.who)>1) + (self._times())*(len(L.names)>1 or self.pen is not None)
     rows = top,row('over', 'over_alpha', 'heat_alpha', 'threshold', 'method', 'color_by')
     return [control_row(o) for o in rows if o] + [fold('more', row('hover', 'blind', 'n', 'pure', 'seed'))]
 
@@ -458,6 +482,15 @@ def _toggle(self:PixelEmbeddingExplorer, c):
 
 # %% ../../nbs/look/05_pixel_explorer.ipynb #7535e308
 @patch
+def alone(self:PixelEmbeddingExplorer, f): # Function
+    "The same function, which waits for a step of a training, and for others of its kind"
+    @wraps(f)
+    def g(*args):
+        with self.lock: return f(*args)
+    return g
+
+# %% ../../nbs/look/05_pixel_explorer.ipynb #rct0000c
+@patch
 def _reactions(self:PixelEmbeddingExplorer):
     def lasso(ev): self._light(in_lasso(self.points_at(self.checkpoint), ev['poly']), ev.get('add'))
     def area(ev): self._light(in_box(self.table, self._place(ev)[0], [ev[k] for k in 'xywh']), ev.get('add'))
@@ -471,8 +504,9 @@ def _reactions(self:PixelEmbeddingExplorer):
     def theme(ev):
         self.dark = ev['dark']
         self._show_tab()
-    return self._asked() | dict(lasso=lasso, area=area, clear=clear, legend=legend, theme=theme, undo=undo, fine=fine,
+    all_ = self._asked() | dict(lasso=lasso, area=area, clear=clear, legend=legend, theme=theme, undo=undo, fine=fine,
                                 page=turn) | ({} if self.pen is None else self._pen_reactions())
+    return {k: self.alone(f) for k,f in all_.items()}
 
 # %% ../../nbs/look/05_pixel_explorer.ipynb #37693cfc
 _all = 'images plot points heat tab'
@@ -529,11 +563,11 @@ def _changed(self:PixelEmbeddingExplorer, c):
 @patch
 def _watch(self:PixelEmbeddingExplorer):
     for k in ('over_alpha', 'heat_alpha', 'hover'): T.dlink((self, k), (self.surface, k))
-    self.observe(self._changed, [*_touches])
+    self.observe(self.alone(self._changed), [*_touches])
     def veil(c):
         self._show('heat', 'points')
         if self.queries: self.surface.said = self._above()
-    self.observe(veil, 'threshold')
+    self.observe(self.alone(veil), 'threshold')
     self._show(*_all.split())
     self.surface.said = self.surface.said or (_hint if self.pen is None else f'{self.pen.told()} · {_pen_hint}')
 
@@ -679,28 +713,33 @@ def figures(self:PixelEmbeddingExplorer):
 # %% ../../nbs/look/05_pixel_explorer.ipynb #0249cc6b
 @patch(as_prop=True)
 def _net_key(self:_State): # A name for the net that is looked at; the pen remembers its last layer by it
-    k = self.looks.names[self.checkpoint],self.who
-    if k not in self.pen.nets: self.pen.last(at_snapshot(self.looks.learn, *k), k)
+    return self._key_of(self.who)
+
+@patch
+def _key_of(self:_State, who):
+    k = self.looks.names[self.checkpoint],who
+    if k not in self.pen.nets: self.pen.last(at_snapshot(self.looks.learn, *k, self.looks.kept), k)
     return k
 
 @patch
 def _followed(self:_State, v):
-    "What the refitted net predicts, brought up to date for the images on the page"
-    k = self._net_key
-    if self.pen.nets[k].conv is None: return v
+    "What the refitted net predicts, or the one that trains, brought up to date for the images on the page"
+    k = 'training' if self.live else self._net_key
+    if not self.live and self.pen.nets[k].conv is None: return v
     if k not in self.follow: self.follow[k] = v.pred.copy(),v.conf.copy(),set()
     pred,conf,done = self.follow[k]
     todo = [i for i in self.here if i not in done]
-    if todo: pred[todo],conf[todo] = self.pen.maps(todo, k)
+    if todo: pred[todo],conf[todo] = self._says_now(todo) if self.live else self.pen.maps(todo, k)
     done.update(todo)
     return v._replace(pred=pred, conf=conf)
 
+# %% ../../nbs/look/05_pixel_explorer.ipynb #tld0000c
 @patch
 def _told(self:_State, t):
-    "The sampled pixels with what the refitted net says about them"
-    k = self._net_key
-    if self.pen.nets[k].conv is None: return t
-    pred,conf = self.pen.near(t, k)
+    "The sampled pixels with what the refitted net says about them, or the one that trains"
+    k,at = self._net_key,(t.image, t.y, t.x)
+    if not self.live and self.pen.nets[k].conv is None: return t
+    pred,conf = (self.views.pred[at], self.views.conf[at]) if self.live else self.pen.near(t, k)
     return t.assign(pred=pred, conf=conf, cls=np.where(t.label==255, pred, t.cls))
 
 # %% ../../nbs/look/05_pixel_explorer.ipynb #aae97db4
@@ -713,9 +752,16 @@ def _pens(self:_State, chip):
 @patch
 def _off(self:_State):
     "All marks, and for each whether the net says otherwise"
-    at,k = self.pen.marks(),self._net_key
-    if self.pen.nets[k].conv is None: return at,np.zeros(len(at), bool)
-    return at,disagree(self.pen.says(at, k), at[:,3])
+    at = self.pen.marks()
+    said = self._says(at)
+    return at,np.zeros(len(at), bool) if said is None else disagree(said, at[:,3])
+
+@patch
+def _says(self:_State, at):
+    "What the net says at some places; None where only a training can change it"
+    k = self._net_key
+    if self.live: return np.array([self.views.pred[int(i), int(y), int(x)] for i,x,y,*_ in at], int)
+    return None if self.pen.nets[k].conv is None else self.pen.says(at, k)
 
 @patch
 def _clicked(self:_State, panel):
@@ -734,24 +780,34 @@ def _follow(self:PixelEmbeddingExplorer, change):
 @patch
 def label(self:PixelEmbeddingExplorer, image, x, y, c): # Number of the image, place in pixels, train id
     "Say what a place shows, as a click with that class does"
-    at,k = [(image, x, y)],self._net_key
-    can = self.pen.nets[k].conv is not None
-    said = _name(self.space, self.pen.says(at, k)[0]) if can else ''
+    was = self._says([(image, x, y)])
+    said = '' if was is None else _name(self.space, was[0])
     self._follow(lambda: self.pen.add(image, x, y, c))
     name,n = self.space.codes[c],self.pen.counts()[c]
     net = f'the net said {said}, too' if said==name else f'the net said {said}'
-    if not can: net = 'this net does not end in a 1×1 convolution: it learns from clicks when it is trained on'
-    self.surface.said = f'{name} {n} of {self.goal} · {net} · saved'
+    if was is None: net = 'this net does not end in a 1×1 convolution: it learns from clicks when it is trained on'
+    saved = 'saved' if self.minute is None else 'saved, counts from the next minute'
+    self.surface.said = f'{name} {n} of {self.goal} · {net} · {saved}'
 
 # %% ../../nbs/look/05_pixel_explorer.ipynb #76dc868d
 @patch
 def keep(self:PixelEmbeddingExplorer):
-    "Give the learner's net the last layer that the clicks want"
-    o = self.pen.nets[self._net_key]
-    if o.conv is None or self.looks.names[self.checkpoint]!=self.looks.names[-1]: raise ValueError(
-        'Only the last layer of the net of now can be kept: choose the last checkpoint.')
+    "Give the learner the net that is looked at, with the last layer that the clicks want"
+    if self.minute is not None: raise ValueError('The net is in training: stop it first.')
+    k = self.looks.names[self.checkpoint]
+    if k!=self.looks.names[-1]: self._go_back()
+    self._give_layer(self.who)
+    if k==self.looks.names[-1]!='now': self.looks.kept[k] = self._states()
+
+@patch
+def _give_layer(self:_State, who):
+    "The last layer that the clicks want for the checkpoint that is looked at, into the learner's net"
+    k = self._key_of(who)
+    net,o = nets_of(self.looks.learn)[who],self.pen.nets[k]
+    if o.conv is None: return
+    conv = get_layer(net, o.layer)
     with torch.no_grad():
-        for p,v in ((o.conv.weight, o.W[:,:,None,None]), (o.conv.bias, o.b)): p.copy_(v)
+        for p,v in ((conv.weight, o.W[:,:,None,None]), (conv.bias, o.b)): p.copy_(v)
 
 # %% ../../nbs/look/05_pixel_explorer.ipynb #0741cf8b
 _pen_help = [('1 … 9, 0, [ ], or a chip', 'choose a class; a click then labels. Escape: a click asks again'),
@@ -759,7 +815,8 @@ _pen_help = [('1 … 9, 0, [ ], or a chip', 'choose a class; a click then labels
              ('Backspace or ctrl-z, Delete', 'takes back the last click, the one below the cross'),
              ('n', 'goes to the next image, where the net is least sure'), 
              ('d', 'goes to a click that the net does not believe'),
-             ('shift-click on a chip', 'hides the points of the class')]
+             ('shift-click on a chip', 'hides the points of the class'),
+             ('train a minute', 'trains all of the net on with the clicks; the slider goes back to before')]
 _pen_hint = 'Choose a class and click where you see it.'
 
 @patch
@@ -805,5 +862,222 @@ def _believe(self:PixelEmbeddingExplorer, at, n):
     self.nth = (getattr(self, 'nth', -1)+1)%n
     i,x,y,c = at[self.nth]
     self._go(int(i), x, y)
-    said = _name(self.space, self.pen.says([(i,x,y)], self._net_key)[0])
+    said = _name(self.space, self._says([(i,x,y)])[0])
     self.surface.said = f'{self.nth+1} of {n}: you said {self.space.codes[int(c)]}, the net says {said}'
+
+# %% ../../nbs/look/05_pixel_explorer.ipynb #mint0002
+@patch
+def _states(self:_State):
+    learn = self.looks.learn
+    return states_of(learn) | dict(t=getattr(getattr(learn, 'mean_teacher', None), 't', 0))
+
+@patch
+def _remember(self:_State, name):
+    "The nets of now become the last checkpoint"
+    L = self.looks
+    L.kept[name] = self._states()
+    L.names.append(name)
+    self.cache = {k:v for k,v in self.cache.items() if k[0]!=('xy', 'pca') and k[0][0]!='measures'}
+
+# %% ../../nbs/look/05_pixel_explorer.ipynb #bck0000c
+@patch
+def _is_old(self:_State):
+    "Has a cell trained the net since its last layer was looked at?"
+    o = self.pen.nets[self._key_of('student')]
+    return o.conv is not None and not torch.equal(o.conv.weight.detach()[:,:,0,0].float().cpu(), o.W0)
+
+@patch
+def _go_back(self:_State):
+    "Let the learner's nets be those that are looked at, and keep what they were"
+    L,k = self.looks,self.checkpoint
+    if L.names[-1]=='now':
+        L.names[-1],L.kept['before'],old = 'before',self._states(),self._is_old()
+        for d in (L.seen, self.follow, self.pen.nets):
+            known = {o: d.pop(o) for o in [*d] if o[0]=='now'}
+            if not old: d.update({('before', *o[1:]): v for o,v in known.items()})
+    known = getattr(getattr(L.learn, 'snapshots', None), 'states', {}) | L.kept
+    student,last = L.learn.model.state_dict(),known[L.names[-1]]['student']
+    if not all(torch.equal(v.cpu(), last[o]) for o,v in student.items()): self._remember(f'before {len(L.kept)+1}')
+    if k<len(L.names)-1: put_back(L.learn, known[L.names[k]])
+
+# %% ../../nbs/look/05_pixel_explorer.ipynb #mint0004
+class _Minute:
+    "A training that is on"
+    def __init__(self, at, secs, steps, hints, home):
+        self.at,self.secs,self.steps,self.hints,self.home = at,secs,steps,hints,home
+        self.losses,self.spent,self.drawn,self.said,self.cost,self.halted = [],0.,0.,0.,0.,False
+
+    def more(self):
+        "One more step; False when that is all"
+        o,t = None,perf_counter()
+        if not self.halted: o = next(self.steps, None)
+        self.spent += perf_counter()-t
+        if o is not None: self.losses.append(o.loss)
+        return o is not None
+
+    def close(self):
+        self.steps.close()
+        self.home.cleanup()
+
+def _digits(x): return f'{x:.2f}'.removeprefix('0')
+
+@patch
+def told(self:_Minute):
+    return f'training: {self.spent:.0f} s of {self.secs:.0f}, loss {_digits(np.mean(self.losses[-8:]))}'
+
+@patch
+def result(self:_Minute):
+    a,b = (_digits(np.mean(o)) for o in (self.losses[:8], self.losses[-8:]))
+    clicks = self.hints.said.partition(';')[0]
+    return f"{len(self.losses)} step{'s'*(len(self.losses)>1)} in {self.spent:.0f} s, loss {a} → {b} · {clicks}"
+
+# %% ../../nbs/look/05_pixel_explorer.ipynb #mint0006
+@patch
+def begin_minute(self:_State, secs=60.): # Seconds, pictures included
+    "Make ready to train the learner's net on with the clicks; raises `ValueError` where there are none"
+    if self.pen is None: raise ValueError('Nothing to train with: give `clicks`, a file, to the explorer.')
+    if self.minute is not None: raise ValueError('It is training already: stop it first.')
+    home = tempfile.TemporaryDirectory(prefix='pipa-minute-')
+    hints = self.pen.hints(home.name)
+    self._go_back()
+    self._give_layer('student')
+    steps = go_on(self.looks.learn, hints, .85*secs, seed=len(self.looks.names))
+    self.minute = _Minute(self.checkpoint, secs, steps, hints, home)
+
+@patch
+def end_minute(self:_State): # The name of the new checkpoint; None if there was no step
+    "End the training, finished or not"
+    m,self.minute = self.minute,None
+    m.close()
+    self.follow.pop('training', None)
+    if not m.losses: return None
+    name = f"minute {1+sum(o.startswith('minute ') for o in self.looks.names)}"
+    self._remember(name)
+    return name
+
+# %% ../../nbs/look/05_pixel_explorer.ipynb #mint0007
+@patch(as_prop=True)
+def live(self:_State): # Does the net train that is looked at?
+    return self.minute is not None and self.checkpoint==self.minute.at
+
+@patch
+def _says_now(self:_State, images):
+    "Prediction and confidence of the net that trains, each `m×H×W`"
+    net = nets_of(self.looks.learn).get(self.who, self.looks.learn.model)
+    x = self.pen.x[images].to(next(net.parameters()).device)
+    with evaluating(net): z = resize(sound(get_logits(net(x)).float(), self.space), x.shape[-2:])
+    c,p = z.softmax(1).max(1)
+    return p.cpu().numpy(),c.cpu().numpy()
+
+# %% ../../nbs/look/05_pixel_explorer.ipynb #mint0009
+_at_work = WeakKeyDictionary()   # Net → the explorer that trains it
+_spans = (60, 'a minute'), (300, '5 minutes')
+
+@patch
+def _minute_controls(self:PixelEmbeddingExplorer):
+    self.button = W.Button(layout=W.Layout(width='auto'), tooltip='Train the net on with the clicks')
+    self.button.add_class('pipa-train')
+    self.span = W.Dropdown(options=[(f'{s//60} min', s) for s,_ in _spans], layout=width(75)).add_class('pipa-span')
+    self.span.observe(lambda _: self._at_rest(self.minute is None), 'value')
+    self.button.on_click(self.alone(lambda _: self._pressed()))
+    self._at_rest(True)
+    return [self.button, self.span]
+
+@patch
+def _at_rest(self:PixelEmbeddingExplorer, rest):
+    self.button.description = f"train {dict(_spans)[self.span.value]}" if rest else 'stop'
+    for o in (self.span, self.handles['checkpoint'], self.play, self.handles['who'], self.handles['layer']):
+        o.disabled = not rest
+
+@patch
+def _pressed(self:PixelEmbeddingExplorer):
+    if self.minute is not None: return self.stop()
+    try: self.train(self.span.value)
+    except Exception as e: self.surface.said = str(e) or type(e).__name__
+
+# %% ../../nbs/look/05_pixel_explorer.ipynb #mint0011
+@patch
+def _steps(self:PixelEmbeddingExplorer, m):
+    "One step after the other, and between them what the screen shows"
+    why = ''
+    try:
+        while self._stepped(m): yield
+    except Exception as e:
+        why = str(e).rpartition('\n\t')[2] or type(e).__name__   # without fastai's preface
+        raise
+    finally:
+        with self.lock: self._ended(m, why)
+
+@patch
+def _stepped(self:PixelEmbeddingExplorer, m):
+    "A step, and what it changes on the screen; False if there is none any more"
+    with self.lock:
+        if self.minute is not m or not m.more(): return False
+        self._progress(m)
+        return True
+
+# %% ../../nbs/look/05_pixel_explorer.ipynb #prg0000c
+@patch
+def _progress(self:PixelEmbeddingExplorer, m):
+    s = self.surface
+    if m.spent-m.said>.5 or len(m.losses)==1:
+        m.said,s.busy,s.said = m.spent,True,f'{m.told()} · stop keeps what it has learned'
+    if not self.live or m.spent-m.drawn<max(1.5, 5*m.cost): return
+    t = perf_counter()
+    self.follow.pop('training', None)
+    self._draw(self._images(), self._points(), dict(marks=self._marks()))
+    m.cost = perf_counter()-t
+    m.spent += m.cost
+    m.drawn = m.spent
+
+# %% ../../nbs/look/05_pixel_explorer.ipynb #mint0012
+@patch
+def _ended(self:PixelEmbeddingExplorer, m, why=''):
+    "Keep what was learned, show it, and say how it went"
+    if m is None or self.minute is not m: return
+    name = self.end_minute()
+    _at_work.pop(self.looks.learn.model, None)
+    self._at_rest(True)
+    self._fit_slider()
+    if name: self.checkpoint = len(self.looks.names)-1
+    else: self._show('images', 'points', 'heat', 'plot')
+    said = f'{name}: {m.result()} · slide back to undo' if name else 'Stopped before the first step.'
+    self.surface.busy,self.surface.said = False,f'The training ended: {why}' if why else said
+
+@patch
+def stop(self:PixelEmbeddingExplorer):
+    "End a training; the net keeps what it has learned so far"
+    with self.lock: self._ended(self.minute)
+
+# %% ../../nbs/look/05_pixel_explorer.ipynb #mint0014
+@patch
+def train(self:PixelEmbeddingExplorer,
+    secs:float=60. # Seconds, pictures included
+): # A task that can be awaited, where a loop runs
+    "Train the learner's net on with the clicks, as the button does"
+    with self.lock: m = self._started(secs)
+    here = running_loop()
+    loop = self.loop if self.loop is not None and self.loop.is_running() else here
+    if loop is None: return [*self._steps(m)] and None
+    if loop is not here: return asyncio.run_coroutine_threadsafe(self._in_loop(m), loop)
+    self.task = loop.create_task(self._in_loop(m))
+    self.task.add_done_callback(lambda t: t.cancelled() or t.exception())   # said in the status line
+    return self.task
+
+# %% ../../nbs/look/05_pixel_explorer.ipynb #sta0000c
+@patch
+def _started(self:PixelEmbeddingExplorer, secs):
+    net = getattr(self.looks.learn, 'model', None)
+    if net is not None and _at_work.get(net, self) is not self: raise ValueError(
+        'Another explorer trains this net: stop it there first.')
+    self.begin_minute(secs)
+    _at_work[net] = self
+    self._fit_slider()
+    self._at_rest(False)
+    self.surface.busy,self.surface.said = True,f'training: {self.minute.hints.said}'
+    return self.minute
+
+@patch
+async def _in_loop(self:PixelEmbeddingExplorer, m):
+    def halt(): m.halted = True
+    with on_interrupt(halt): await in_turns(self._steps(m))

@@ -23,8 +23,9 @@ from ..show import result_picture
 
 # %% auto #0
 __all__ = ['Views', 'unit', 'views', 'features', 'embedding', 'map_layers', 'see', 'labelled', 'target_images', 'held_out',
-           'scenes', 'nets_of', 'Snapshots', 'moments', 'at_snapshot', 'query', 'similarity', 'cell_labels', 'sample',
-           'embeddings_of', 'pca', 'procrustes', 'project', 'scatter', 'in_lasso', 'in_box', 'neighbours']
+           'scenes', 'nets_of', 'states_of', 'Snapshots', 'moments', 'at_snapshot', 'put_back', 'query', 'similarity',
+           'cell_labels', 'sample', 'embeddings_of', 'pca', 'procrustes', 'project', 'scatter', 'in_lasso', 'in_box',
+           'neighbours']
 
 # %% ../../nbs/look/00_views.ipynb #e4da3b7f
 class Views(NamedTuple):
@@ -197,15 +198,20 @@ def nets_of(
     t = getattr(getattr(learn, 'mean_teacher', None), 'teacher', None)
     return dict(student=learn.model) | ({} if t is None else dict(teacher=t))
 
+def states_of(
+    learn # A learner
+)->dict: # By role the state of a net, copied and on the CPU
+    "What the nets of a learner hold now"
+    def copied(net): return {k:v.detach().cpu().clone() for k,v in net.state_dict().items()}
+    return {who:copied(net) for who,net in nets_of(learn).items()}
+
 class Snapshots(Callback):
     "Keep the state of student and teacher while they train"
     order,name,run_valid = MixedPrecision.order+60,'snapshots',False
     def __init__(self,
         every:int=1 # Epochs between two snapshots
     ): self.every,self.states = every,{}
-    def keep(self, name): # Remember the state of now under a name
-        def copy(net): return {k:v.detach().cpu().clone() for k,v in net.state_dict().items()}
-        self.states[name] = {who:copy(net) for who,net in nets_of(self.learn).items()}
+    def keep(self, name): self.states[name] = states_of(self.learn) # Remember the state of now under a name
     def before_train(self):
         if not self.states and not hasattr(self.learn, 'lr_finder'): self.keep('start')
     def after_train(self):
@@ -224,19 +230,34 @@ def moments(
 def at_snapshot(
     learn, # A learner, with or without `Snapshots`
     name:str='now', # 'now', or the name of a snapshot
-    who:str='student' # 'student' or 'teacher'
+    who:str='student', # 'student' or 'teacher'
+    more:dict=None # Further snapshots by name, from `states_of`, beside those of `Snapshots`
 )->nn.Module: # Of 'now' the very net, else a copy; raises `KeyError` for a name that isn't there
     "The net of a learner, now or as it was"
     nets = nets_of(learn)
     if who not in nets: raise KeyError(f'There is no {who} in this learner, it has: {", ".join(nets)}.')
     if name=='now': return nets[who]
-    states = learn.snapshots.states if hasattr(learn, 'snapshots') else {}
+    states = (learn.snapshots.states if hasattr(learn, 'snapshots') else {}) | (more or {})
     if name not in states:
         raise KeyError(f'There is no snapshot {name!r}: choose one of {", ".join([*states, "now"])}.')
     if who not in states[name]: raise KeyError(f'At {name!r} there was no {who} yet.')
     net = deepcopy(nets[who])
     net.load_state_dict(states[name][who])
     return net
+
+# %% ../../nbs/look/00_views.ipynb #b6d767d5
+def put_back(
+    learn, # A learner
+    states # From `states_of`, and `t`, the steps of the teacher, if it is known
+):
+    "Let the nets of a learner be as they were; a teacher who wasn't there yet is gone again"
+    learn.model.load_state_dict(states['student'])
+    mt = getattr(learn, 'mean_teacher', None)
+    if mt is None: return
+    mt.t = states.get('t', mt.t)
+    if 'teacher' not in states: mt.teacher,mt.t = None,0
+    elif mt.teacher is None: mt.teacher = deepcopy(learn.model).eval().requires_grad_(False)
+    if mt.teacher is not None: mt.teacher.load_state_dict(states['teacher'])
 
 # %% ../../nbs/look/00_views.ipynb #snapsh02
 @patch
