@@ -4,7 +4,7 @@
 
 # %% ../nbs/31_cli.ipynb #c81e728d
 from __future__ import annotations
-from .basics import between, command, long_words, one_of, own, wait_briefly, writable
+from .basics import at_home, between, command, long_words, one_of, own, wait_briefly, writable
 wait_briefly()
 import warnings
 warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
@@ -217,10 +217,11 @@ def pipa_check(
     between('--workers', workers or 0, 0, 1024)
     doms = check.domains_of(data, masks, codes, root)
     for d in doms: _beside(d, out)
-    names = ['classes', *(f"sheet_{d.name.replace(' ', '_')}" for d in doms)]
+    names = ['classes', 'sheet_hints', *(f"sheet_{d.name.replace(' ', '_')}" for d in doms)]
     files = _tables | dict.fromkeys([f'{k}.png' for k in names], 'Software\0pipa')
     own({Path(out)/k: v for k,v in files.items()}, 'pipa_check')
-    found = check.report(doms, out, n_workers=workers)
+    hints = at_home(data)/'target' if not masks and any(d.name=='target' for d in doms) else None
+    found = check.report(doms, out, n_workers=workers, hints=hints)
     print(f'In {Path(out).resolve()}: ' + ', '.join(sorted(p.name for p in Path(out).iterdir())))
     if (found.level=='wrong').any(): sys.exit('pipa: training would refuse this data, see above.')
 
