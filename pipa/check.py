@@ -409,7 +409,7 @@ def hint_sheet(
 )->Fig:
     "Some pictures with what a person said of them"
     pick = np.linspace(0, len(hints)-1, min(n, len(hints))).round().astype(int).tolist()
-    pics,fig = [_panel(hints, i, width)[0] for i in pick],None
+    pics = [_panel(hints, i, width)[0] for i in pick]
     ys = [read_mask(hints.masks[i], hints.space) for i in pick]
     fig = grid([pics[i:i+cols] for i in range(0, len(pics), cols)], width=9/cols)
     for ax,x,y in zip(fig.axes, pics, ys):
