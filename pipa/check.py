@@ -14,12 +14,15 @@ from .sets.domains import Domain, class_numbers
 from .sets.pictures import dim, header, laid_on, read_numbers
 from .basics import at_home, no_formulas, write_file
 from .sets.rare import absent, complaints, look, remember
+from .hints.clicks import clicks_by_image, read_clicks
+from .hints.tools import hints_of, nothing_yet
 from .labels import rgb_ids
 from .draw import Fig, add_legend, grid, paint
 
 # %% auto #0
 __all__ = ['sets', 'fields', 'fits', 'pairing', 'picture_key', 'unlike', 'alike', 'check_pair', 'inspect', 'problems',
-           'same_pictures', 'repeats', 'class_table', 'class_picture', 'contact_sheet', 'domains_of', 'report']
+           'same_pictures', 'repeats', 'class_table', 'class_picture', 'contact_sheet', 'heard', 'spots', 'hint_sheet',
+           'domains_of', 'report']
 
 # %% ../nbs/23_check.ipynb #c5b9a847
 _fields,_px = 24,4   # a row, and pixels of the side of each
@@ -364,6 +367,57 @@ def _bare(domain, i, size):
     y = y if y.ndim==3 and y.shape[2]==3 else np.repeat((y if y.ndim==2 else y[...,0])[...,None], 3, 2)
     return np.asarray(Image.fromarray((y*(255/max(1, y.max()))).astype(np.uint8)).resize(size, Image.NEAREST))
 
+# %% ../nbs/23_check.ipynb #chkh0002
+def heard(
+    target:Domain, # Its pictures may have hints
+    home, # Folder of the target, with `clicks.csv` or `hints`
+    valid:Domain|None=None, # Pictures to report on
+    cache=None # Folder of the cache
+)->tuple: # `Hints`, or None; and sentences of what is wrong
+    "The hints of a target, and why a training would refuse them"
+    wrong,home = [],Path(home)
+    def ask(f, *args, **kwargs):
+        try: return f(*args, **kwargs)
+        except (ValueError, OSError) as e: wrong.append(str(e))
+    hints,file,by = ask(hints_of, target, home, valid, cache=cache),home/'clicks.csv',{}
+    if wrong and file.is_file():
+        for o in ask(read_clicks, file, target.space) or (): by.setdefault(o.image, []).append(o)
+        for os in by.values(): ask(clicks_by_image, os, target, valid, file)
+        if str(file) in wrong[0] and (home/'hints').is_dir(): ask(hints_of, target, home/'hints', valid, True, cache)
+    return hints,[*dict.fromkeys(wrong)]
+
+# %% ../nbs/23_check.ipynb #chkh0004
+def spots(
+    y:np.ndarray, # Label map
+    ignore:int=255, # Where nothing is said
+    share:float=1/16 # Of the shorter side: what is larger is no spot
+)->list: # Row and column of the middle, and class
+    "The small spots of a label map, such as clicks"
+    from scipy.ndimage import find_objects, label
+    most,res = max(9, share*min(y.shape)),[]
+    for c in np.unique(y[y!=ignore]).tolist():
+        for t,l in find_objects(label(y==c)[0]):
+            h,w = t.stop-t.start,l.stop-l.start
+            if max(h, w)<=most: res.append((t.start+(h-1)/2, l.start+(w-1)/2, c))
+    return res
+
+def hint_sheet(
+    hints:Domain, # From `hints_of`
+    n:int=8, # Pictures
+    cols:int=4, # Pictures in a row
+    width:int=320 # Of a picture, pixels
+)->Fig:
+    "Some pictures with what a person said of them"
+    pick = np.linspace(0, len(hints)-1, min(n, len(hints))).round().astype(int).tolist()
+    pics = [_panel(hints, i, width)[0] for i in pick]
+    ys = [read_mask(hints.masks[i], hints.space) for i in pick]
+    fig = grid([pics[i:i+cols] for i in range(0, len(pics), cols)], width=9/cols)
+    for ax,x,y in zip(fig.axes, pics, ys):
+        for i,j,c in spots(y):
+            at = (j+.5)*x.shape[1]/y.shape[1]-.5,(i+.5)*x.shape[0]/y.shape[0]-.5
+            ax.plot(*at, 'o', c=hints.space.palette[c]/255, mec='white', mew=1.2, ms=7)
+    return add_legend(fig, ys, hints.space)
+
 # %% ../nbs/23_check.ipynb #6e108170
 sets = dict(gta=(gta, 'all'), synthia=(synthia, None), cityscapes=(cityscapes, 'train,val'), acdc=(acdc, 'train,val'),
             dark_zurich=(dark_zurich, 'train,val'), bdd100k=(bdd100k, 'train,val'), mapillary=(mapillary, 'train,val'),
@@ -394,7 +448,8 @@ def report(
     domains:list, # From `domains_of`
     out:str|Path, # Folder for `problems.csv`, `classes.csv`, `classes.png` and a sheet for each domain
     cache=None, # Folder of the cache, see `remember`
-    n_workers:int|None=None # Helpers, processes or threads, see `remember`; defaults to the number of cores, 0 for none
+    n_workers:int|None=None, # Helpers, processes or threads, see `remember`; default the number of cores, 0: none
+    hints=None # Folder of the domain `target`, with `clicks.csv` or `hints`; None: there are none
 )->pd.DataFrame: # The problems of all
     "Check domains, write tables and pictures, and print the essence"
     out,found,tables = at_home(out),[],[]
@@ -408,6 +463,7 @@ def report(
         _say(d, rs, p, out)
         contact_sheet(d, p.file[:4]).to_png(out/f"sheet_{d.name.replace(' ', '_')}.png")
         found.append(p.assign(domain=d.name))
+    if hints is not None: found.append(_say_hints(domains, hints, out, cache))
     def table(df, name): write_file(out/name, lambda f: no_formulas(df).to_csv(f, index=False))
     if tables:
         table(pd.concat(tables), 'classes.csv')
@@ -423,3 +479,12 @@ def _say(d, rs, p, out):
     if d.masks: print('  values ' + ' '.join(map(str, sorted({v for r in rs for v in r.get('values', ())})[:64])))
     for level,_,what in p[:20].values: print(f'  {level}: {what}')
     if len(p)>20: print(f'  … and {len(p)-20} more in {out/"problems.csv"}')
+
+def _say_hints(domains, home, out, cache):
+    "The same for what a person said of the target"
+    target,valid = (next((d for d in domains if d.name==k), None) for k in ('target', 'valid'))
+    hints,wrong = heard(target, home, valid, cache)
+    if said := hints.said if hints else nothing_yet(home): print(f'hints: {said}')
+    for o in wrong[:20]: print(f'  wrong: {o}')
+    if hints: hint_sheet(hints).to_png(out/'sheet_hints.png')
+    return pd.DataFrame([('wrong', str(home), o, 'hints') for o in wrong], columns=['level', 'file', 'what', 'domain'])

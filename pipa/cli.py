@@ -4,7 +4,7 @@
 
 # %% ../nbs/31_cli.ipynb #c81e728d
 from __future__ import annotations
-from .basics import between, command, long_words, one_of, own, wait_briefly, writable
+from .basics import at_home, between, command, long_words, one_of, own, wait_briefly, writable
 wait_briefly()
 import warnings
 warnings.filterwarnings('ignore', '.*torch.jit', FutureWarning)
@@ -21,7 +21,7 @@ from .hints.suggest import suggest, suggestion_sheet, write_suggestions
 from .hints.tools import hints_of
 from .sets.domains import folder
 from .sets.named import domains
-from .runs.options import options, parse_size, parser, possible, taking
+from .runs.options import options, parse_size, parser, possible, settings, taking
 from .runs.plan import *
 from .runs.record import versions
 from .runs.run import new_folder, run_command
@@ -190,7 +190,7 @@ def pipa_study(
     todo = [(n,a) for n,a in all_ if quiet_key(a) not in have]
     print(f'{len(all_)-len(todo)} of {len(all_)} runs are in {table}')
     for _,a in todo: possible(AttrDict(vars(parser().parse_args(a))))
-    if todo and '--data' not in args:   # MiniCity is drawn once, before the runs
+    if any(settings(a)['data']=='minicity' for _,a in todo):   # it is drawn once, before the runs
         for o in ('oracle', 'pipa'): domains('minicity', o, parse_size(size or '128x256'))
     run_all(todo, table, runs, jobs)
 
@@ -217,10 +217,11 @@ def pipa_check(
     between('--workers', workers or 0, 0, 1024)
     doms = check.domains_of(data, masks, codes, root)
     for d in doms: _beside(d, out)
-    names = ['classes', *(f"sheet_{d.name.replace(' ', '_')}" for d in doms)]
+    names = ['classes', 'sheet_hints', *(f"sheet_{d.name.replace(' ', '_')}" for d in doms)]
     files = _tables | dict.fromkeys([f'{k}.png' for k in names], 'Software\0pipa')
     own({Path(out)/k: v for k,v in files.items()}, 'pipa_check')
-    found = check.report(doms, out, n_workers=workers)
+    hints = at_home(data)/'target' if not masks and any(d.name=='target' for d in doms) else None
+    found = check.report(doms, out, n_workers=workers, hints=hints)
     print(f'In {Path(out).resolve()}: ' + ', '.join(sorted(p.name for p in Path(out).iterdir())))
     if (found.level=='wrong').any(): sys.exit('pipa: training would refuse this data, see above.')
 

@@ -5,6 +5,8 @@ from PIL import Image
 from pipa import check as C, cli
 from pipa.sets import rare as R
 from pipa.data import folder, uda_dls
+from pipa.hints.clicks import Click, click_masks
+from pipa.hints.tools import hints_of
 from pipa.labels import space
 from pipa.minicity import scene
 from test_layouts import mistake, mistakes, save, trees
@@ -281,3 +283,61 @@ def test_the_command_names_copies(tmp_path, capsys):
     cli.pipa_check(str(tmp_path), out=str(tmp_path/'out'), workers=0)
     out,t = capsys.readouterr().out,pd.read_csv(tmp_path/'out/problems.csv')
     assert out.count('strange:')==2 and 'Take it out of target' in out and [*t.domain]==['target']*2 and {*t.level}=={'strange'}
+
+# --- hints of the target ----------------------------------------------------------------------------------------------------------------
+def own_folder(to, home, clicks):
+    "Folders for a run; `clicks` are lines of clicks.csv, None for no such file"
+    for a,b in (('game','source'), ('real','target')): shutil.copytree(home/a, to/b)
+    for sub in ('images', 'masks'):
+        (to/'valid'/sub).mkdir(parents=True)
+        (to/f'target/{sub}/7.png').rename(to/f'valid/{sub}/7.png')
+    (to/'codes.txt').write_text('minicity')
+    if clicks is not None: (to/'target/clicks.csv').write_text('\n'.join(['image,x,y,class,r', *clicks]))
+    return to
+
+def checked(to, capsys):
+    "Exit code and what is said"
+    try: cli.pipa_check(str(to), out=str(to.parent/'check'), workers=0)
+    except SystemExit as e: return str(e),capsys.readouterr().out
+    return None,capsys.readouterr().out
+
+def test_hints_are_looked_at(home, tmp_path, capsys):
+    to = own_folder(tmp_path/'d', home, ['0.png,5,5,sky,2', '3.png,60,60,road,2'])
+    y = np.full((64,128), 255, np.uint8); y[20:50,20:60] = 1
+    save(to/'target/hints/5.png', y)
+    code,said = checked(to, capsys)
+    assert code is None and 'hints: 2 clicks and 1 mask on 3 of 7 target images; none: pole,' in said
+    pic = np.array(Image.open(tmp_path/'check/sheet_hints.png').convert('RGB'))
+    assert 'sheet_hints.png' in said and pic.shape[1]>500
+
+@pytest.mark.parametrize('clicks,says', [(None, ''), ([], 'hints: `clicks.csv` holds no click yet')])
+def test_no_hints(home, tmp_path, capsys, clicks, says):
+    code,said = checked(own_folder(tmp_path/'d', home, clicks), capsys)
+    assert code is None and says in said and ('hints:' in said)==bool(says) and not (tmp_path/'check/sheet_hints.png').exists()
+
+def test_each_wrong_hint_has_its_sentence(home, tmp_path, capsys):
+    to = own_folder(tmp_path/'d', home, ['0.png,5,5,sky,2', '9.png,1,1,sky,2', '1.png,200,5,sky,2', '7.png,5,5,sky,2', '2.png,5,64,sky,2'])
+    save(to/'target/hints/5.png', np.zeros((32,128), np.uint8))
+    code,said = checked(to, capsys)
+    assert 'training would refuse' in code
+    lines = [o for o in said.splitlines() if o.startswith('  wrong: ')]
+    for o,words in zip(lines, ('`9.png`, and the target has no such image', '`1.png`, which is 128 wide', '`7.png`, which is an image of validation', '`2.png`, which is 128 wide', 'bring both to one size')): assert words in o
+    p = pd.read_csv(tmp_path/'check/problems.csv')
+    assert len(lines)==5==(p.domain=='hints').sum() and not (tmp_path/'check/sheet_hints.png').exists()
+    with pytest.raises(ValueError) as e: hints_of(C.domains_of(str(to))[1], to/'target', C.domains_of(str(to))[2])
+    assert str(e.value) in lines[0], 'the words of a training'
+    (to/'target/clicks.csv').write_text('image,x,y,class,r\n0.png,5,5,raod,2\n')
+    src,tgt,val = C.domains_of(str(to))
+    assert [[o in s for o in ('line 2: there is no class `raod`: do you mean `road`?', 'bring both')] for s in C.heard(tgt, to/'target', val)[1]]==[[True,False],[False,True]]
+
+def test_spots_against_a_flood(home):
+    "Discs of clicks are found where they were drawn; what is large is none, touching discs are one"
+    sp,rng = space('minicity'),np.random.default_rng(0)
+    for _ in range(20):
+        at = [(int(x), int(y)) for x in rng.permutation(np.arange(8, 120, 12))[:4] for y in [rng.integers(5, 59)]]
+        cs = [Click('a', x, y, sp.codes[k]) for k,(x,y) in enumerate(at)]
+        y = click_masks(cs, (64,128), sp)
+        assert sorted(C.spots(y))==sorted((o.y, o.x, k) for k,o in enumerate(cs))
+    y[:,40:60] = 7
+    assert not [o for o in C.spots(y) if o[2]==7] and C.spots(np.full((9,9), 255))==[]
+    assert C.spots(click_masks([Click('a', 9, 9, 'road'), Click('a', 12, 9, 'road')], (64,128), sp))==[(9, 10.5, sp.codes.index('road'))]

@@ -1,5 +1,5 @@
 "Hints of a target: clicks as a file, discs, files of annotation tools, the labelled domain, and what a run does with them"
-import json, random
+import json, random, re, signal
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
@@ -12,6 +12,7 @@ from pipa.hints.tools import fill_, hints_of
 from pipa.labels import label_space, space
 from pipa.runs import run as runs
 from pipa.sets.named import domains
+from test_resume import command, same_folder
 from tiny import city
 
 sp = label_space(['sky','road','pavement','car'])
@@ -420,3 +421,67 @@ def test_a_run_that_repeats_another_says_what_differs(data, given, capsys):
     write_clicks(data/'target/clicks.csv', [Click('0.png', 5, 5, 'road')])
     cli.pipa_train(config='o', out='p', workers=0)
     assert 'data_stamps hints: was 1 files' in capsys.readouterr().err
+
+# --- who heeds them beside their own loss -----------------------------------------------------------------------------------------------
+def heard(monkeypatch):
+    "What loader and learner get"
+    seen,real,loader = [],runs.uda_learner,runs.uda_dls
+    monkeypatch.setattr(runs, 'uda_dls', lambda *a, **kw: seen.append(kw.get('hints')) or loader(*a, **kw))
+    monkeypatch.setattr(runs, 'uda_learner', lambda *a, **kw: seen.append(kw.get('clicks')) or real(*a, **kw))
+    return seen
+
+@pytest.mark.parametrize('listen', ['none', 'teacher', 'pixel', pytest.param('both', marks=pytest.mark.slow)])
+def test_who_listens(data, monkeypatch, listen):
+    "Off unless asked for; config, weights and row say so, and a run that repeats it does the same"
+    seen = heard(monkeypatch)
+    write_clicks(data/'target/clicks.csv', [Click('0.png', 5, 5, 'sky'), Click('1.png', 30, 60, 'road')])
+    kw = {} if listen=='none' else dict(listen=listen)
+    cli.pipa_train('pipa', str(data), out='o', **opts, **kw)
+    teacher,pixel = listen in ('teacher','both'),listen in ('pixel','both')
+    assert (seen[0] is not None, bool(seen[1]))==(teacher, pixel)
+    c,r,m = json.loads(Path('o/config.json').read_text()),json.loads(Path('o/row.json').read_text()),weights('o')[1]
+    assert c['listen']==listen and m['hints'].get('listen', 'none')==listen and (f'listen={listen}' in r['settings'])==bool(kw)
+    if listen=='both':
+        cli.pipa_train(config='o', out='p', workers=0)
+        assert all(torch.equal(a, b) for a,b in zip(*(weights(o)[0].state_dict().values() for o in 'op')))
+        cli.pipa_train('pipa', str(data), out='q', **opts)
+        assert not all(torch.equal(a, b) for a,b in zip(*(weights(o)[0].state_dict().values() for o in 'oq')))
+
+def test_listening_that_does_nothing(data, capsys):
+    write_clicks(data/'target/clicks.csv', [Click('0.png', 5, 5, 'sky')])
+    for method,listen,says in (('source','teacher','has no term for it'), ('self_training','pixel','has no term for it'), ('self_training','both','has no term for it'), ('pipa','all','choose one of none, teacher, pixel, both')):
+        with pytest.raises(SystemExit, match=says): cli.pipa_train(method, str(data), out='o', listen=listen, **opts)
+    assert not Path('o').exists()
+    cli.pipa_train('self_training', str(data), out='o', hints='off', listen='teacher', **opts)
+    assert '`--listen teacher` does nothing: no hints.' in capsys.readouterr().out
+
+# --- no click yet, and going on in the middle of an epoch -------------------------------------------------------------------------------
+@pytest.mark.parametrize('text', ['', '\n', 'image,x,y,class,r\n', 'image,x,y,class,r\n0.png,5,5,,2\n'])
+def test_an_empty_file_of_clicks_is_told(data, given, capsys, text):
+    put(data/'target/clicks.csv', text)
+    cli.pipa_train('source', str(data), out='o', **opts)
+    assert capsys.readouterr().out.count('Hints: `clicks.csv` holds no click yet: the target is taken without')==1
+    assert given==[None] and 'hints' not in json.loads(Path('o/config.json').read_text())['data_stamps']
+    with pytest.raises(SystemExit, match='holds no hint'): cli.pipa_train('source', str(data), out='p', hints=str(data/'target/clicks.csv'), **opts)
+
+def test_an_empty_folder_of_hints_is_told(data, capsys):
+    (data/'target/hints').mkdir(); put(data/'target/clicks.csv', '')
+    cli.pipa_train('source', str(data), out='o', **opts)
+    assert 'Hints: `hints` holds no hint yet and `clicks.csv` holds no click yet: the' in capsys.readouterr().out
+
+@pytest.mark.slow
+def test_a_command_with_clicks_goes_on_within_an_epoch(data, tmp_path):
+    "Bit for bit, with everybody listening; and not with other clicks, another listener, or none"
+    kw = opts | dict(epochs=2, steps=3, unlabelled=2, method='pipa', listen='both')
+    write_clicks(data/'target/clicks.csv', some := [Click('0.png', 5, 5, 'sky'), Click('2.png', 30, 60, 'road')])
+    code,said = command(data, out='a', **kw); assert not code, said
+    code,said = command(data, at=4, out='b', **kw)
+    assert code==128+signal.SIGTERM and 'epoch 1, step 1 of 3' in said, said
+    for cs,o,says in ((some[:1], {}, 'begun with other data: hints was 2 files'), ([], {}, 'hints was 2 files, .* and is not there|hints was 2 files, is not there'),
+                      (some, dict(listen='teacher'), '--listen=both and not teacher'), (some, dict(hints='off'), '--hints=auto and not off')):
+        write_clicks(data/'target/clicks.csv', cs)
+        code,said = command(data, out='b', resume=True, **o)
+        assert code==1 and re.search(says, said) and 'Traceback' not in said, said
+    write_clicks(data/'target/clicks.csv', some)
+    code,said = command(data, out='b', resume=True); assert not code and 'epoch 1 of 2, step 1 of 3' in said, said
+    same_folder(Path('a'), Path('b'))

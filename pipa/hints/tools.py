@@ -21,7 +21,8 @@ from ..sets.pictures import files_below, header, image_exts, laid_on, opened, wa
 
 # %% auto #0
 __all__ = ['fill_', 'Shape', 'Marked', 'corners', 'drawn', 'color_map', 'read_cvat', 'read_labelme', 'read_coco',
-           'read_label_studio', 'read_json', 'read_hints', 'Hints', 'tool_name', 'hints_of']
+           'read_label_studio', 'read_json', 'read_hints', 'Hints', 'tool_name', 'hints_of', 'hint_places',
+           'nothing_yet']
 
 # %% ../../nbs/hints/01_tools.ipynb #hto00006
 def fill_(
@@ -363,10 +364,23 @@ def hints_of(
     return _hints(target, some, by, clicks, Path(cache or cache_home()))
 
 # %% ../../nbs/hints/01_tools.ipynb #hto00028
+def hint_places(
+    folder # Folder of the target
+)->list: # Paths
+    "Where hints lie beside the images of a target"
+    return [p for p in (Path(folder)/'hints', Path(folder)/'clicks.csv') if p.exists()]
+
+def nothing_yet(
+    folder # Folder of the target, of which `hints_of` gives None
+)->str: # Empty where there is no such place
+    "The line about places for hints that hold none"
+    here = [f"`{p.name}` holds no {'click' if p.suffix=='.csv' else 'hint'} yet" for p in hint_places(folder)]
+    return ' and '.join(here) + ': the target is taken without' if here else ''
+
 def _found(folder, target, itself):
     "What the files say, or None where there is no file"
     if not folder.exists(): raise FileNotFoundError(f"There is no `{folder}`, where hints should be: check the path.")
-    own = [p for p in (folder/'hints', folder/'clicks.csv') if p.exists()] if folder.is_dir() else [folder]
+    own = hint_places(folder) if folder.is_dir() else [folder]
     if not own and itself: own = [folder]
     read = [read_hints(p, target.space, target.images) for p in own]
     return (sum((m for m,_ in read), []), sum((c for _,c in read), [])) if read else None

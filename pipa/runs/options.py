@@ -18,15 +18,16 @@ from ..learner import host_terms, method_cbs, method_name
 from ..weights.files import find_file
 
 # %% auto #0
-__all__ = ['ends_in', 'options', 'taking', 'parser', 'defaults', 'given', 'parse_size', 'method_args', 'data_args', 'net_args',
-           'learn_args', 'fit_args', 'in_range', 'encoder_learns', 'possible', 'arithmetic', 'loaders', 'idle',
-           'look_for_idle', 'settings', 'key', 'unusual']
+__all__ = ['listeners', 'ends_in', 'options', 'taking', 'parser', 'defaults', 'given', 'parse_size', 'method_args', 'data_args',
+           'net_args', 'learn_args', 'fit_args', 'heeding', 'in_range', 'encoder_learns', 'possible', 'arithmetic',
+           'loaders', 'idle', 'look_for_idle', 'settings', 'key', 'unusual']
 
 # %% ../../nbs/runs/03_options.ipynb #opt00006
 def options(
     method:str='pipa', # source oracle minent advseg advent fda self_training daformer hrda mic pixel patch pipa, or a+b
     data:str='minicity', # minicity, a pair such as gta:cityscapes, or a folder with codes.txt, source, target, valid
     hints:str='auto', # Hints of the target: auto (clicks.csv and hints beside its images in --data), off, or a path
+    listen:str='none', # Who heeds hints beside their own loss: none, teacher (for labels), pixel (contrast), or both
     seed:int=0, # Seed of everything random
     epochs:int=5, # Validations; training is cut into so many epochs
     steps:int=260, # Steps in an epoch
@@ -171,6 +172,17 @@ def fit_args(
     "The options as arguments of `fit_poly`"
     return dict(head_mult=10., warmup=1500/(o.epochs*o.steps)) if o.preset else dict(head_mult=2.)
 
+# %% ../../nbs/runs/03_options.ipynb #lst00002
+listeners = dict(none=(), teacher=(MeanTeacher,), pixel=(PixelContrast,), both=(MeanTeacher,PixelContrast))
+
+def heeding(
+    o, # Options, as an `AttrDict`
+    hints # Domain of hints, or `None`
+)->tuple: # More arguments of `uda_dls`, and of `with_hints`
+    "Who heeds the hints beside their own loss"
+    who = () if hints is None else listeners[o.get('listen', 'none')]
+    return dict(hints=hints) if MeanTeacher in who else {},dict(partners=True) if PixelContrast in who else {}
+
 # %% ../../nbs/runs/03_options.ipynb #opt00017
 def in_range(
     o # Options, as an `AttrDict`; those that are there are looked at
@@ -186,6 +198,7 @@ def in_range(
     learn_args(o)
     one_of('--guard', o.get('guard', 'off'), ('stop', 'skip', 'off'))
     one_of('--precision', o.get('precision', 'auto'), ('auto', 'fp32', 'bf16'))
+    one_of('--listen', o.get('listen', 'none'), [*listeners])
 
 # %% ../../nbs/runs/03_options.ipynb #opt0017b
 def encoder_learns(
@@ -241,7 +254,7 @@ ends_in = dict(weight=((MinEnt,AdvSeg,MIC), 'w'), pixel=((PixelContrast,), 'w'),
                temp=((PixelContrast,PatchContrast), 'temp'), form=((PixelContrast,PatchContrast), 'form'),
                alpha=((MeanTeacher,), 'alpha'), thresh=((MeanTeacher,), 'thresh'), trust=((MeanTeacher,), 'trust'), even=((MeanTeacher,), 'even'),
                start=(_late, 'start'), crop=((PatchContrast,), 'size'))   # option → callbacks and their argument
-_of_terms,_published = 'weight pixel patch temp form'.split(),'crop size bs rcs zoom'.split()
+_of_terms,_published = 'weight pixel patch temp form listen'.split(),'crop size bs rcs zoom'.split()
 
 def idle(
     o:dict # Options
@@ -251,6 +264,7 @@ def idle(
     except ValueError: return []   # of a run that can't begin; why, is said elsewhere
     lost = {k for k,(cs,_) in ends_in.items() if not any(isinstance(cb, cs) for cb in cbs)}
     if o['preset']: lost |= {*_published}
+    if not all(any(isinstance(cb, c) for cb in cbs) for c in listeners.get(o['listen'], ())): lost.add('listen')
     if 'hrda' in host_terms(o['method'])[0].split('+'): lost.add('net')
     usual = defaults()
     some = *_of_terms,*'alpha thresh trust even start'.split(),*_published,'net'

@@ -15,7 +15,7 @@ from ..basics import at_home, between, no_formulas, one_line, writable, write_fi
 from ..ranks import place, start
 from ..sets.named import domains
 from ..data import class_counts, uda_dls
-from ..hints.tools import Hints, hints_of
+from ..hints.tools import Hints, hints_of, nothing_yet
 from ..budget import pace, seconds, steps_in
 from ..checkpoints import save
 from ..recipe import advice, advised, words_of
@@ -103,7 +103,8 @@ def write_run(
 )->dict: # mIoU of student and teacher and the IoU of each class
     "Write weights, tables and pictures of a fitted learner"
     sp,ms = learn.dls.space,{m.name:m for m in learn.metrics}
-    meta = dict(space=sp, size=config['size'], method=config['method'], **(dict(hints=hints.stamp()) if hints else {}))
+    meta = dict(space=sp, size=config['size'], method=config['method'])
+    if hints: meta['hints'] = hints.stamp() | {k: config[k] for k in ('listen',) if config.get(k, 'none')!='none'}
     save(out/'weights.safetensors', learn.model, which='student', **meta)
     if 'teacher_miou' in ms: save(out/'teacher.safetensors', learn.mean_teacher.teacher, which='teacher', **meta)
     cm = ms['miou'].cm.cpu()
@@ -172,12 +173,17 @@ def find_hints(
     "What a person has said about the target, if the run is to listen"
     asked,root = o.get('hints') or 'auto',at_home(o.data)
     own = o.data!='minicity' and root.is_dir() and 'oracle' not in host_terms(o.method, o.terms)[0].split('+')
-    if asked=='off' or asked=='auto' and not own: return None
+    if asked=='off' or asked=='auto' and not own: return _deaf(o)
     hints = hints_of(tgt, root/'target' if asked=='auto' else asked, val, itself=asked!='auto')
     if hints is None and asked!='auto':
         raise ValueError(f"`--hints {asked}` holds no hint: name clicks.csv, or a folder with masks or files of tools.")
-    if hints and not place()[0]: print(f'Hints: {hints.said}', flush=True)
+    said = hints.said if hints else nothing_yet(root/'target')
+    if said and not place()[0]: print(f'Hints: {said}', flush=True)
+    if hints is None: _deaf(o)
     return hints
+
+def _deaf(o):
+    if o.get('listen', 'none')!='none' and not place()[0]: print(f"`--listen {o.listen}` does nothing: no hints.")
 
 def begun_hints(
     o, # Options of a run that goes on, as an `AttrDict`
@@ -231,16 +237,17 @@ def prepare(
     with rank0_first(): src,tgt,val = domains(o.data, host, size)
     if val: look_at(val)
     hints = find_hints(o, tgt, val)
-    views,net = data_args(o, src, tgt),net_args(o)
+    views,net,(told,clicks) = data_args(o, src, tgt),net_args(o),heeding(o, hints)
     o.size = 'x'.join(map(str, views['size']))
     o.precision = arithmetic(o.precision, views['bs']*math.prod(views['size']))
-    dls = uda_dls(src, tgt, val, n=o.steps*views['bs']*world, shard=(place()[0],world), num_workers=o.workers, **views)
+    n,shard = o.steps*views['bs']*world,(place()[0],world)
+    dls = uda_dls(src, tgt, val, n=n, shard=shard, num_workers=o.workers, **views, **told)
     before = Before(dls.valid)
     if o.get('fromrun'): encoder_learns(net_of_run(o.fromrun), **learn_args(o))
     model = fast(net_of_run(o.fromrun, dls.space) if o.get('fromrun') else
                  make_net(net['model'], dls.c, o.arch, o.encoder or o.pretrained, **net['net']))
     learn = uda_learner(dls, model, o.method, lr=o.lr, lean=o.get('lean', False), n_unlabelled=o.unlabelled,
-                        guard=None, hidden=net['hidden'], hints=hints, **learn_args(o), **method_args(o),
+                        guard=None, hidden=net['hidden'], hints=hints, clicks=clicks, **learn_args(o), **method_args(o),
                         cbs=[before, CSVLogger('metrics.csv'), Checkpoint(minutes=o.minutes)])
     if o.get('fromrun'): teach(learn, o.fromrun)
     for m in learn.metrics.filter(lambda m: isinstance(m, Validator)): m.last = True # Once, at the end
