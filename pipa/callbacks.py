@@ -13,7 +13,8 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
 from .losses import weighted_ce, feat_dist, nearest, labels_at, sample_pixels, sup_contrast, patch_ways
-from .mix import even_shares, to_shares, pseudo_label, margins, class_mask, class_mix, strong_augment, two_crops, crop_augment, aligned
+from .mix import even_shares, to_shares, pseudo_label, margins, class_mask, class_mix, strong_augment
+from .mix import two_crops, crop_augment, aligned
 from .ranks import place, mine, whole_labels, mean, share, rows, own_places, all_rows
 from .draw import panels
 from .models import get_logits, resize, with_feats
@@ -168,7 +169,8 @@ class MeanTeacher(Callback):
 
     def before_fit(self):
         if self.teacher is None: self.teacher = deepcopy(self.model).eval().requires_grad_(False)
-        self.undo = (deepcopy(self.teacher.state_dict()), self.t, self.shares, self.source) if hasattr(self.learn, 'lr_finder') else None
+        finds = hasattr(self.learn, 'lr_finder')
+        self.undo = (deepcopy(self.teacher.state_dict()), self.t, self.shares, self.source) if finds else None
 
     def before_batch(self):
         if not self.training: return

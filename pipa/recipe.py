@@ -8,6 +8,7 @@ import math, sys
 import numpy as np
 from importlib.util import find_spec
 from fastai.torch_basics import *
+from .basics import one_of
 from .learner import host_terms
 from .sets.named import domains
 from .sets.pictures import image_size
@@ -54,7 +55,7 @@ def recipe(
     half = tuple(max(64, o//64*32) for o in (h,w))
     shape = f"the shape of the target's {target[0]}x{target[1]}, about {pixels} pixels on {place}"
     early = 'the first third on the source alone'
-    res = dict(method=('self_training+fda', 'a teacher labels the target, and the source gets the colours of the target'),
+    res = dict(method=('self_training+fda', 'a teacher labels the target, the source gets its colours'),
                size=(f'{h}x{w}', shape), crop=('{}x{}'.format(*half), 'half of a view'),
                zoom=(1.6, 'things at several sizes'), rcs=(.1, 'rare classes first'),
                steps=(steps, f'{5*steps} in all on {place}'), start=(5*steps//3, early),
@@ -68,12 +69,13 @@ def recipe(
 # %% ../nbs/27_recipe.ipynb #rcp0000e
 def _own(o):
     "Has the run settings of its own?"
-    return o['data']=='minicity' or any(o.get(k) for k in ('preset', 'config', 'resume', 'fromrun'))
+    off = one_of('--recipe', o.get('recipe', 'auto'), ('auto', 'off'))=='off'
+    return off or o['data']=='minicity' or any(o.get(k) for k in ('preset', 'config', 'resume', 'fromrun'))
 
 def advised(
     o:dict, # Options
     asked # Names of those that were given
-)->dict: # Options, those of the recipe where nothing was said; `recipe` names them
+)->dict: # Options, those of the recipe where nothing was said; `found` has them with their reasons
     "Let the recipe fill in what wasn't said, for a run on somebody's own pictures"
     if _own(o): return o
     src,tgt,_ = domains(o['data'], host_terms(o['method'], o['terms'])[0])
@@ -83,7 +85,7 @@ def advised(
         for k in ('arch', 'pretrained'): r.pop(k, None)
         if not known: r['lr'] = 2e-3,'for random weights'
     took = {k:v for k,v in r.items() if k not in asked}
-    return o | {k:v for k,(v,_) in took.items()} | dict(recipe={k:why for k,(_,why) in took.items()})
+    return o | {k:v for k,(v,_) in took.items()} | dict(found={k:why for k,(_,why) in took.items()})
 
 # %% ../nbs/27_recipe.ipynb #rcp0000f
 def words_of(
@@ -97,7 +99,7 @@ def advice(
     o:dict # Options, from `advised`
 ):
     "Say what the recipe took, and loudly what is missing"
-    why = o.get('recipe') or {}
+    why = o.get('found') or {}
     if not why: return
     said = {}
     for k,w in why.items(): said.setdefault(w, []).append(words_of(o, [k])[0])

@@ -126,7 +126,7 @@ def test_version():
 # --- arrows go down ---------------------------------------------------------------------------------------------------------------------
 # A page uses only pages above it. In the core their numbers are the order; a folder stands behind the core page of this number, folders of one
 # number in this order, and inside a folder numbers count again. Nobody but the command line uses `bench` and `runs`.
-rooms = dict(sets=11, weights=8, nets=8, hints=16, look=26, runs=26, bench=26)
+rooms = dict(sets=11, weights=8, nets=8, hints=16, look=27, runs=27, bench=27)
 leaves = 'labels losses mix mit encoders fast models hrda minicity'.split()
 
 def number(p): return int(m[0]) if (m := re.match(r'\d+', p.stem)) else None

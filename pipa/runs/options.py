@@ -67,6 +67,7 @@ def options(
     resume:store_true=False, # Go on with the interrupted run in the folder; other settings come from the run
     guard:str='stop', # At a number that isn't finite: stop, skip the batch and count, or off
     deterministic:store_true=False, # Deterministic algorithms alone, slower on a GPU
+    recipe:str='auto', # With --data FOLDER: auto finds what isn't said, off leaves MiniCity's settings
     config:str=None # config.json of a run, or its folder: repeat it; other options given override it
 )->dict: # The arguments by name
     "The options of `pipa_train`"
@@ -196,6 +197,7 @@ def in_range(
     between('--decay', o.get('decay', 1.), 0, 1, above=True)
     if o.get('time'): seconds(o.time)
     learn_args(o)
+    one_of('--recipe', o.get('recipe', 'auto'), ('auto', 'off'))
     one_of('--guard', o.get('guard', 'off'), ('stop', 'skip', 'off'))
     one_of('--precision', o.get('precision', 'auto'), ('auto', 'fp32', 'bf16'))
     one_of('--listen', o.get('listen', 'none'), [*listeners])
@@ -252,7 +254,8 @@ def loaders(
 _late = Mix,MinEnt,AdvSeg,MIC,PatchContrast
 ends_in = dict(weight=((MinEnt,AdvSeg,MIC), 'w'), pixel=((PixelContrast,), 'w'), patch=((PatchContrast,), 'w'),
                temp=((PixelContrast,PatchContrast), 'temp'), form=((PixelContrast,PatchContrast), 'form'),
-               alpha=((MeanTeacher,), 'alpha'), thresh=((MeanTeacher,), 'thresh'), trust=((MeanTeacher,), 'trust'), even=((MeanTeacher,), 'even'),
+               alpha=((MeanTeacher,), 'alpha'), thresh=((MeanTeacher,), 'thresh'), trust=((MeanTeacher,), 'trust'),
+               even=((MeanTeacher,), 'even'),
                start=(_late, 'start'), crop=((PatchContrast,), 'size'))   # option → callbacks and their argument
 _of_terms,_published = 'weight pixel patch temp form listen'.split(),'crop size bs rcs zoom'.split()
 
@@ -291,7 +294,8 @@ def look_for_idle(
     if rest and not rank_distrib(): print(f"pipa: Of no use to the {by}: {said(rest)}.", file=sys.stderr)
 
 # %% ../../nbs/runs/03_options.ipynb #opt00029
-_elsewhere = 'time out threads workers lean unlabelled resume minutes guard deterministic config pdb xtra'.split()
+_elsewhere = ('time recipe out threads workers lean unlabelled resume minutes guard deterministic config pdb xtra'
+              .split())
 
 def settings(
     command:str|list # Command or its arguments, as `pipa_train --method=mic`

@@ -128,7 +128,7 @@ def with_recipe(
     "Arguments that leave nothing to the recipe"
     o = vars(parser().parse_args(args))
     o = advised(o, given(o, args))
-    return [*args, *words_of(o, o.get('recipe', ()))]
+    return [*args, *words_of(o, o.get('found', ()))]
 
 # %% ../../nbs/runs/07_plan.ipynb #pln0008a
 def _no_time(words):
@@ -158,7 +158,6 @@ def plan(
             for v in vary:
                 k = v.partition('=')[0]
                 args,lost = _useful([f'--method={m}', f'--seed={s}', *more, *[f'--{v}']*bool(v)], [k])
-                args = with_recipe(args)
                 part = f'_{v}' if v and k not in lost else ''
                 name = f'{m}_seed{s}' + part.translate({ord(c): '_' for c in '/\\'})
                 runs.setdefault(key(settings(args)), (name, args))
@@ -166,7 +165,7 @@ def plan(
     if bad := sorted(k for ks in never.values() for k in ks): raise ValueError(
         f"`{bad[0]}` would do nothing with any of {methods.replace(',', ', ')}: "
         "leave it out, or add a method or terms that it is for.")
-    return list(runs.values())
+    return [(n, with_recipe(a)) for n,a in runs.values()]
 
 # %% ../../nbs/runs/07_plan.ipynb #rsm00006
 def _read(file, read):

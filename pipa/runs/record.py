@@ -191,9 +191,10 @@ def revisions()->dict: # `package` and `here`, see `revision`
     return dict(package=revision(Path(__file__).parent), here=revision())
 
 # %% ../../nbs/runs/00_record.ipynb #rec00016
-_record = dict(versions=dict, command=str, data_stamps=dict, git=dict, ranks=int, loaded=dict, recipe=dict)
+_record = dict(versions=dict, command=str, data_stamps=dict, git=dict, ranks=int, loaded=dict, found=dict)
 _not_taken = 'out', 'config', 'resume'
-_none_or = dict.fromkeys('encoder frozen preset out config fromrun time'.split(), str) | dict(weight=float, even=float, workers=int)
+_none_or = dict.fromkeys('encoder frozen preset out config fromrun time'.split(), str)
+_none_or |= dict(weight=float, even=float, workers=int)
 _words = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', dict: 'a group, `{…}`'}
 
 def _is(v, kind):

@@ -332,8 +332,15 @@ def resumed(
     if a!=b and not rank:
         print(f"pipa: Begun with --threads={a}, going on with {b}: last digits may differ.", file=sys.stderr)
     keep = {k for k in _free if o.get(k)!=usual.get(k)} | {'out', 'resume'}
-    found = {k:v for k,v in was.items() if k=='recipe'}
+    found = {k:v for k,v in was.items() if k=='found'}
     return {k: o[k] if k in keep else was.get(k, o[k]) for k in o} | found,shlex.split(was['command'])[1:]
+
+# %% ../../nbs/runs/05_run.ipynb #run0019a
+def _command(said, o):
+    "The words of a run, with what the clock and the recipe found, so that another machine can repeat it"
+    found = ['epochs', 'steps', 'start']*bool(o.get('time')) + [*o.get('found', ())]
+    said = without(said, ' '.join(['time', *found])) + words_of(o, dict.fromkeys(found))
+    return shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))])
 
 # %% ../../nbs/runs/05_run.ipynb #run00019
 def run(
@@ -357,10 +364,7 @@ def run(
         if not row: return out
         o['precision'] = row.pop('precision') # What auto came to
         apart = ' '.join([o for o in (unusual(o), f'ranks={place()[1]}'*(place()[1]>1)) if o])
-        found = ['epochs', 'steps', 'start']*bool(o.get('time')) + [*o.get('recipe', ())]
-        said = without(said, ' '.join(['time', *found])) + words_of(o, dict.fromkeys(found))
-        command = shlex.join(['pipa_train', *(a for a in said if not a.startswith('--out='))])
-        row |= dict(settings=apart, command=command, version=made_of())
+        row |= dict(settings=apart, command=_command(said, o), version=made_of())
         write_file(out/'row.json', lambda f: f.write(json.dumps(row).encode()))
         drop_checkpoints(out)
     return out
