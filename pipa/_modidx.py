@@ -1732,6 +1732,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'pipa.runs.run.Before.answer': ('runs/run.html#before.answer', 'pipa/runs/run.py'),
                                'pipa.runs.run.Before.load_state_dict': ('runs/run.html#before.load_state_dict', 'pipa/runs/run.py'),
                                'pipa.runs.run.Before.state_dict': ('runs/run.html#before.state_dict', 'pipa/runs/run.py'),
+                               'pipa.runs.run._agree': ('runs/run.html#_agree', 'pipa/runs/run.py'),
                                'pipa.runs.run._command': ('runs/run.html#_command', 'pipa/runs/run.py'),
                                'pipa.runs.run._deaf': ('runs/run.html#_deaf', 'pipa/runs/run.py'),
                                'pipa.runs.run._origins': ('runs/run.html#_origins', 'pipa/runs/run.py'),

@@ -304,6 +304,15 @@ def begun_with(
                               "put back what pipa_train wrote, or begin another run.")
     return was
 
+# %% ../../nbs/runs/05_run.ipynb #hd00050a
+def _agree(out, o, was, usual, named):
+    "Refuse options with which it would be another run"
+    asked = {k for k in o if o[k]!=usual.get(k)} | {k for k in named if o.get(k)!='auto'}
+    odd = [k for k in o if k in was and k in asked and k not in _free and o[k]!=was[k]]
+    if odd: raise ValueError(
+        f"The run in `{out}` was begun with {', '.join(f'--{k}={was[k]} and not {o[k]}' for k in odd)}: "
+        "leave out what it knows itself, or begin another run in another folder.")
+
 # %% ../../nbs/runs/05_run.ipynb #hd000503
 def resumed(
     out:str, # Folder of the run
@@ -323,17 +332,13 @@ def resumed(
     same_ranks(out, was.get('ranks', 1))
     was = dict(precision='fp32') | was | dict(threads=was['versions']['threads'])   # fp32 before there was a choice
     if o.get('preset') or was.get('preset'): was.pop('size', None)   # that of the preset, not what was asked for
-    asked = {k for k in o if o[k]!=usual.get(k)} | {k for k in named if o.get(k)!='auto'}
-    odd = [k for k in o if k in was and k in asked and k not in _free and o[k]!=was[k]]
-    if odd: raise ValueError(
-        f"The run in `{out}` was begun with {', '.join(f'--{k}={was[k]} and not {o[k]}' for k in odd)}: "
-        "leave out what it knows itself, or begin another run in another folder.")
+    _agree(out, o, was, usual, named)
     a,b = was['threads'],o.get('threads') or was['threads']
-    if a!=b and not rank:
-        print(f"pipa: Begun with --threads={a}, going on with {b}: last digits may differ.", file=sys.stderr)
+    if a!=b and not rank: print(f"pipa: Begun with --threads={a}, going on with {b}: last digits may differ.",
+                                file=sys.stderr)
     keep = {k for k in _free if o.get(k)!=usual.get(k)} | {'out', 'resume'}
-    found = {k:v for k,v in was.items() if k=='found'}
-    return {k: o[k] if k in keep else was.get(k, o[k]) for k in o} | found,shlex.split(was['command'])[1:]
+    ks = *o,*{'found'} & {*was}
+    return {k: o[k] if k in keep else was.get(k, o.get(k)) for k in ks},shlex.split(was['command'])[1:]
 
 # %% ../../nbs/runs/05_run.ipynb #run0019a
 def _command(said, o):
