@@ -58,8 +58,10 @@ def may_fork():
     "PyTorch decides at the first gradient of a process whether its forks may have gradients, too; after an export it decides that they may not"
     if (torch := sys.modules.get('torch')): torch.ones(1, requires_grad=True).sum().backward()
 
-@pytest.fixture(autouse=True)
-def own_settings(request, monkeypatch):
+@pytest.fixture(scope='module', autouse=True)
+def own_settings(request):
     "Runs of tests have the settings that they name; those that the recipe finds are tested in a file of their own"
-    o = sys.modules.get('pipa.recipe')
-    if o and request.module.__name__!='test_recipe': monkeypatch.setattr(o, '_own', lambda o: True)
+    with pytest.MonkeyPatch.context() as m:
+        o = sys.modules.get('pipa.recipe')
+        if o and request.module.__name__!='test_recipe': m.setattr(o, '_own', lambda o: True)
+        yield

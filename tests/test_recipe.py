@@ -68,7 +68,7 @@ def test_a_run_finds_what_nobody_said(data, capsys):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(recipe, 'recipe', never)
         cli.pipa_train(config='a', out='b')
-    assert same(state('a'), state('b'))
+    assert same(state('a'), state('b')) and config('b')['found']==c['found']
 
 @pytest.mark.slow
 def test_lite0_is_taken_where_its_weights_are(data, monkeypatch, capsys):

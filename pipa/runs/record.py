@@ -254,7 +254,8 @@ def repeat(
     if was.get('preset'): was = dict(was, size=_asked_size(was))
     if threads := was.get('versions', {}).get('threads'): was = dict(was, threads=threads)
     mine = {k for k in o if o[k]!=usual.get(k)} | {*given, *_not_taken}
-    return {k: v if k in mine else was.get(k, v) for k,v in o.items()}
+    found = {k:v for k,v in was.get('found', {}).items() if k not in mine}
+    return {k: v if k in mine else was.get(k, v) for k,v in o.items()} | ({'found': found} if found else {})
 
 # %% ../../nbs/runs/00_record.ipynb #hd000108
 def changes(
