@@ -14,7 +14,7 @@ from tiny import city
 
 codes = space('minicity').codes
 env = dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg')
-small = ['--epochs=1', '--unlabelled=0', '--steps=1', '--bs=2', '--size=64x64', '--crop=64x64', '--start=0', '--thresh=.1']
+small = ['--epochs=1', '--unlabelled=0', '--steps=1', '--bs=2', '--size=64x64', '--crop=64x64', '--start=0', '--thresh=.1', '--recipe=off']
 opts = dict(epochs=1, unlabelled=0, steps=1, bs=2, size='64x64', crop='64x64', start=0, thresh=.1)
 
 def script(name):

@@ -1,6 +1,7 @@
 "What a run on a folder finds by itself, and labels in even shares"
 import json, shlex
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image
 from fastcore.basics import AttrDict
@@ -11,6 +12,7 @@ from pipa.checkpoints import load
 from pipa.labels import space
 from pipa.learner import method_cbs
 from pipa.mix import even_shares, to_shares
+from pipa.ranks import on_ranks, place
 from pipa.recipe import advised, view_size
 from pipa.runs.options import defaults, given, options, parser, settings
 from pipa.runs.plan import plan, with_recipe
@@ -156,3 +158,22 @@ def test_lr_find_leaves_no_shares():
     learn = toy(parts(.5), n=4)
     with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=3, show_plot=False, suggest_funcs=None)
     assert learn.mean_teacher.shares is None and learn.mean_teacher.source is None
+
+def part(z, y):
+    "What one of several processes makes of its share of a batch"
+    r,n = place()
+    learn = SimpleNamespace(yb=(y[r::n],), pred=torch.zeros(1,3,2,2), training=True)
+    mt = MeanTeacher(even=.5); mt.learn = learn
+    out = mt.balanced(z[r::n])
+    mt.after_pred()
+    return mt.shares,mt.source,out,learn.pred
+
+@pytest.mark.slow
+def test_ranks_share_their_shares():
+    "Two processes count what one would with the whole batch"
+    torch.manual_seed(0)
+    z,y = torch.randn(4,3,8,8)*3,torch.randint(0, 3, (4,8,8))
+    shares,source,out,pred = part(z, y)
+    for r,(s,n,o,p) in enumerate(on_ranks(part, 2, z, y)):
+        assert s[0]==shares[0] and all(torch.allclose(*k, atol=1e-6) for k in zip(s[1:], shares[1:])) and torch.equal(n, source)
+        assert torch.allclose(o, out[r::2], atol=1e-5) and torch.allclose(p, pred, atol=1e-5)

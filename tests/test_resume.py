@@ -573,7 +573,7 @@ def test_nobody_is_ever_two(tmp_path):
 
 # the commands
 
-opts = dict(epochs=2, unlabelled=2, steps=3, bs=2, size='64x64', crop='64x64', start=0, thresh=.1)
+opts = dict(epochs=2, unlabelled=2, steps=3, bs=2, size='64x64', crop='64x64', start=0, thresh=.1, recipe='off')
 
 @pytest.fixture(scope='module')
 def data(home, tmp_path_factory):

@@ -178,7 +178,7 @@ def launched(args, sig_after=None, cwd=None, timeout=400):
 @pytest.mark.slow
 def test_torchrun_is_stopped_and_goes_on(data, tmp_path):
     "SIGTERM to torchrun, which sends it on to the groups of its processes, workers included: the run goes on, and its folder is that of the run without a stop"
-    opts = [f'--data={data}', '--method=pipa', '--epochs=2', '--steps=4', '--bs=1', '--size=64x64', '--crop=64x64', '--start=0', '--thresh=.1', '--unlabelled=2',
+    opts = [f'--data={data}', '--recipe=off', '--method=pipa', '--epochs=2', '--steps=4', '--bs=1', '--size=64x64', '--crop=64x64', '--start=0', '--thresh=.1', '--unlabelled=2',
             '--minutes=.00001', '--workers=1']
     code,said = launched([*opts, '--out=a'], cwd=tmp_path); assert not code, said[-3000:]
     code,said = launched([*opts, '--out=b'], lambda: (tmp_path/'b/checkpoint_001_000001.pt').exists(), cwd=tmp_path)

@@ -173,7 +173,7 @@ def test_fastai_lends_its_launcher(home):
 def args(home, **kw):
     from inspect import signature
     o = {k:p.default for k,p in signature(cli.pipa_train).parameters.items()}
-    return o | dict(data=str(home), method='pipa', epochs=1, steps=2, size='64x64', crop='64x64', start=0, unlabelled=2) | kw
+    return o | dict(data=str(home), method='pipa', epochs=1, steps=2, size='64x64', crop='64x64', start=0, unlabelled=2, recipe='off') | kw
 
 @pytest.fixture(scope='module')
 def project(home, tmp_path_factory):
