@@ -393,7 +393,9 @@ def run_command(
     named,usual,since = given(o, argv),defaults(),time.monotonic()
     asked = {*named, *(k for k in o if o[k]!=usual[k])}
     o = advised(begun_from(repeat(o, usual, named), asked), asked)
-    if not place()[0]: advice(o)
+    if o.get('found') and not place()[0]:
+        possible(AttrDict(o))   # before anything is said
+        advice(o)
     if o['config']: in_file(o)
     if o['config'] and o['precision']=='auto' and 'precision' not in read_config(o['config']): o['precision'] = 'fp32'
     if not o['resume']: look_for_idle(o, asked)
