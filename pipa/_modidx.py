@@ -119,6 +119,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'pipa.basics.to_disk': ('basics.html#to_disk', 'pipa/basics.py'),
                              'pipa.basics.wait_briefly': ('basics.html#wait_briefly', 'pipa/basics.py'),
                              'pipa.basics.waiting': ('basics.html#waiting', 'pipa/basics.py'),
+                             'pipa.basics.watched': ('basics.html#watched', 'pipa/basics.py'),
                              'pipa.basics.writable': ('basics.html#writable', 'pipa/basics.py'),
                              'pipa.basics.write_file': ('basics.html#write_file', 'pipa/basics.py')},
             'pipa.bench.loader': { 'pipa.bench.loader._paper_rows': ('bench/loader.html#_paper_rows', 'pipa/bench/loader.py'),

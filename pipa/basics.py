@@ -13,6 +13,7 @@ from multiprocessing import get_all_start_methods, get_start_method
 from numbers import Real
 from pathlib import Path
 from fastcore.basics import patch
+from fastcore.imports import IN_NOTEBOOK
 from fastcore.script import call_parse
 try: import fcntl
 except ImportError: fcntl = None   # Windows
@@ -20,8 +21,8 @@ except ImportError: fcntl = None   # Windows
 # %% auto #0
 __all__ = ['between', 'one_of', 'at_home', 'writable', 'to_disk', 'write_file', 'sweep_folder', 'says', 'own', 'no_formulas',
            'cache_home', 'stamp', 'forks', 'end_with', 'install_command', 'need', 'harmless', 'one_line', 'Html',
-           'as_html', 'tag', 'joined', 'Console', 'telling', 'of_system', 'sentences', 'command', 'long_words',
-           'keep_file', 'waiting', 'wait_briefly']
+           'as_html', 'tag', 'joined', 'Console', 'telling', 'watched', 'of_system', 'sentences', 'command',
+           'long_words', 'keep_file', 'waiting', 'wait_briefly']
 
 # %% ../nbs/00_basics.ipynb #lim00006
 def between(
@@ -376,6 +377,11 @@ def telling():
     finally:
         for o in ours: o.flush()
         sys.stdout,sys.stderr = was
+
+# %% ../nbs/00_basics.ipynb #tel0000b
+def watched()->bool: # On a terminal, or in a notebook
+    "Does somebody see a bar that moves?"
+    return IN_NOTEBOOK or sys.stdout.isatty()
 
 # %% ../nbs/00_basics.ipynb #tel00007
 _memory = 'The memory of this machine is full: try a smaller --bs, --size or --net, --lean, or fewer --workers.'

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 from fastprogress.fastprogress import progress_bar
-from .basics import at_home, end_with, write_file
+from .basics import at_home, end_with, watched, write_file
 
 # %% auto #0
 __all__ = ['CLASSES', 'SKY', 'BUILDING', 'POLE', 'ROAD', 'PAVEMENT', 'TREE', 'SIGN', 'FENCE', 'CAR', 'PEDESTRIAN', 'BICYCLIST',
@@ -614,7 +614,7 @@ def draw(f, todo, workers=None, progress=True):
     "Call `f` on each of `todo`, in forked processes where the system has them"
     if workers is None: workers = min(8, os.cpu_count() or 1)
     def wait_for(done):
-        for _ in progress_bar(done, total=len(todo), leave=False) if progress and todo else done: pass
+        for _ in progress_bar(done, total=len(todo), leave=False) if progress and todo and watched() else done: pass
     if workers<2 or len(todo)<16 or not sys.platform.startswith('linux'): return wait_for(map(f, todo))
     pool = ProcessPoolExecutor(workers, get_context('fork'), quiet_worker, (os.getpid(),))
     try: wait_for(pool.map(f, todo, chunksize=4))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
 from fastai.torch_basics import *
-from ..basics import at_home, no_formulas, one_line, sweep_folder, write_file
+from ..basics import at_home, no_formulas, one_line, sweep_folder, watched, write_file
 from ..learner import host_terms, method_name
 from ..recipe import advised, words_of
 from .options import given, idle, key, parser, settings
@@ -299,9 +299,11 @@ def run_all(
     lost = []
     try:
         with _one_meaning(), closing(_as_they_end(todo, runs, jobs)) as results:
-            for name,out,row in progress_bar(results, total=len(todo)):
+            for i,(name,out,row) in enumerate(progress_bar(results, total=len(todo)) if watched() else results, 1):
                 if row: add_row(table, row)
                 else: lost.append((name, out))
+                if row and not watched():
+                    print(f"{i} of {len(todo)}: {name}, mean IoU {row.get('miou_student')}", flush=True)
                 if out and not row: print(f"{' with seed '.join(name.split('_seed', 1))} failed, see {out}.log")
     except (KeyboardInterrupt, SystemExit) as e:
         said = 'pipa: Stopped. Runs that were under way have kept their state: the same command goes on.'

@@ -9,7 +9,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 from fastcore.basics import defaults
 from fastcore.parallel import parallel
-from ..basics import cache_home, end_with, forks, keep_file, stamp
+from ..basics import cache_home, end_with, forks, keep_file, stamp, watched
 from ..ranks import place
 from .domains import Domain, complaint, fractions, size_complaint
 from .pictures import header, intact, read_numbers, way_to_fit
@@ -40,7 +40,7 @@ def remember(
     size:int=32, # Items in a part
     threads:bool|None=None # Threads or processes? Default processes where they are forked
 )->list: # The answer for each item
-    "Apply `f` to each item, in parallel and with a progress bar, unless the cache knows the answer"
+    "Apply `f` to each item, in parallel, unless the cache knows the answer"
     home = Path(cache or cache_home())/f.__name__
     parts = [items[i:i+size] for i in range(0, len(items), size)]
     todo = [(f, o, home/f'{stamp(o, f.__name__, _format)}.json') for o in parts]
@@ -48,7 +48,7 @@ def remember(
     if n_workers is None: n_workers = 0 if new*size<200 else 16 if threads else defaults.cpus
     if threads is None: threads = not forks()
     if not (n_workers and new): res = map(_part, todo)
-    else: res = parallel(_part, todo, n_workers=n_workers, progress=True, threadpool=threads)
+    else: res = parallel(_part, todo, n_workers=n_workers, progress=watched(), threadpool=threads)
     return [r for part in res for r in part]
 
 # %% ../../nbs/sets/03_rare.ipynb #rar00102
