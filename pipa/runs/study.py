@@ -11,8 +11,8 @@ from ..draw import Fig
 from .tables import read_results, usual, kept_apart, sentence, terms
 
 # %% auto #0
-__all__ = ['paired', 'gains', 'gains_picture', 'sweep_rows', 'sweep_picture', 'variants', 'variants_picture',
-           'validators_picture']
+__all__ = ['paired', 'gains', 'gains_picture', 'pair_gains', 'pairs_picture', 'sweep_rows', 'sweep_picture', 'variants',
+           'variants_picture', 'validators_picture']
 
 # %% ../../nbs/runs/09_study.ipynb #3cd7448f
 def paired(
@@ -84,6 +84,41 @@ def gains_picture(
     ax.set_yticks(range(len(runs)), runs)
     key = [Line2D([], [], c=c, marker='o', ms=4, label=t) for t,c in colours.items()]
     ax.legend(handles=key, loc='center left', bbox_to_anchor=(1,.5), frameon=False)
+    return fig
+
+# %% ../../nbs/runs/09_study.ipynb #prg00002
+def pair_gains(
+    csv, # Path of the file
+    method:str='self_training+fda', # Method in question; the default of `pipa_train` for folders
+    base:str='source', # Method that it is compared with
+    score:str='miou_student', # Column
+    level:float=.95 # Of the intervals
+)->pd.DataFrame: # Columns benchmark, n, gain, lo, hi, and `pairs`, the gain of each seed; in points
+    "What a method adds to another on each pair of domains, over the seeds that both were run with"
+    df,out = read_results(csv),[]
+    for k,g in df.groupby('benchmark', sort=False):
+        v = 100*g.pivot_table(index='seed', columns='method', values=score, observed=True)
+        if not {method, base}<={*v}: continue
+        v = v.dropna(subset=[method, base])
+        out.append(dict(benchmark=k) | paired(v[method], v[base], level) | dict(pairs=(v[method]-v[base]).tolist()))
+    return pd.DataFrame(out, columns=['benchmark', 'n', 'gain', 'lo', 'hi', 'pairs'])
+
+def pairs_picture(
+    csv, # Path of the file
+    methods=('self_training+fda',), # Methods in question, a colour each
+    base:str='source' # Method that they are compared with
+)->Fig: # A figure with a sentence if there is nothing to compare
+    "Gain of methods on each pair of domains, with its interval, and each seed as a dot"
+    gs = [pair_gains(csv, m, base) for m in methods]
+    names = [*dict.fromkeys(k for g in gs for k in g.benchmark)]
+    if not names: return sentence(f'Nothing in {csv} can be compared yet: run {base} and another method.')
+    fig,ax = _axes(len(names), .5, [0, *(o for g in gs for p in g.pairs for o in p)], f'gain over {base}')
+    for i,(m,g) in enumerate(zip(methods, gs)):
+        at = (i-(len(gs)-1)/2)*.6/len(gs)
+        for _,o in g.iterrows(): _difference(ax, names.index(o.benchmark)+at, o, f'C{i}')
+        ax.plot([], [], c=f'C{i}', label=m)
+    ax.set_yticks(range(len(names)), names)
+    ax.legend(frameon=False, fontsize=8)
     return fig
 
 # %% ../../nbs/runs/09_study.ipynb #840db505
