@@ -8,7 +8,7 @@ import math, sys
 import numpy as np
 from importlib.util import find_spec
 from fastai.torch_basics import *
-from .basics import one_of
+from .basics import at_home, one_of
 from .learner import host_terms
 from .sets.named import domains
 from .sets.pictures import image_size
@@ -81,9 +81,10 @@ def advised(
     src,tgt,_ = domains(o['data'], host_terms(o['method'], o['terms'])[0])
     r = recipe(picture_size(src), picture_size(tgt), default_device().type=='cuda', has_lite())
     if {'net','arch','encoder','pretrained'} & {*asked}:
-        known = o['pretrained'] or o['encoder']
         for k in ('arch', 'pretrained'): r.pop(k, None)
+        known = o['pretrained'] or o['encoder'] or o['net'].startswith('hf:') and at_home(o['net'][3:]).is_dir()
         if not known: r['lr'] = 2e-3,'for random weights'
+        elif o['arch']!='lite0': r['lr'] = 1e-4,'for pretrained weights other than those of lite0'
     took = {k:v for k,v in r.items() if k not in asked}
     return o | {k:v for k,(v,_) in took.items()} | dict(found={k:why for k,(_,why) in took.items()})
 
