@@ -86,7 +86,8 @@ def advised(
         if not known: r['lr'] = 2e-3,'for random weights'
         elif o['arch']!='lite0': r['lr'] = 1e-4,'for pretrained weights other than those of lite0'
     took = {k:v for k,v in r.items() if k not in asked}
-    return o | {k:v for k,(v,_) in took.items()} | dict(found={k:why for k,(_,why) in took.items()})
+    o = o | {k:v for k,(v,_) in took.items()} | dict(found={k:why for k,(_,why) in took.items()})
+    return o | (dict(start=o['epochs']*o['steps']//3) if 'start' in took else {})   # of so many as were asked for
 
 # %% ../nbs/27_recipe.ipynb #rcp0000f
 def words_of(
@@ -94,7 +95,8 @@ def words_of(
     names # Some of them
 )->list: # Words of a command
     "Options as one would write them"
-    return [f'--{k}' if o[k] is True else f'--{k}={o[k]}' for k in names if o[k] not in (None, False)]
+    return [f'--{k}' if o[k] is True else f'--{k}={o[k]}' for k in names
+            if o[k] is not None and o[k] is not False]
 
 def advice(
     o:dict # Options, from `advised`

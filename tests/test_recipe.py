@@ -62,7 +62,7 @@ def test_a_run_finds_what_nobody_said(data, capsys):
     said,c = capsys.readouterr(),config('a')
     assert (c['size'], c['method'], c['even'], c['steps'], c['arch'], c['lr'])==('64x96', 'self_training+fda', .5, 2, 'timm:resnet10t', 2e-3)
     assert 'these were found' in said.out and '--size=64x96' in said.out and 'NO PRETRAINED WEIGHTS' in said.err
-    assert not {'steps', 'arch', 'bs'} & {*c['found']}
+    assert not {'steps', 'arch', 'bs'} & {*c['found']} and c['start']==0, 'a third of the steps that were asked for'
     row = json.loads(Path('a/row.json').read_text())
     o = settings(row['command'])
     assert o['even']==.5 and o['size']=='64x96' and o['host']=='self_training+fda', 'the row repeats it on any machine'
@@ -80,6 +80,8 @@ def test_lite0_is_taken_where_its_weights_are(data, monkeypatch, capsys):
     monkeypatch.setattr(recipe, 'has_lite', lambda: False)
     cli.pipa_train(data=str(data), out='b', **small)
     assert config('b')['arch']=='mit_b0' and 'NO PRETRAINED' in capsys.readouterr().err
+
+def test_zero_is_a_number(): assert recipe.words_of(dict(start=0, lean=False, even=None, pretrained=True), ('start', 'lean', 'even', 'pretrained'))==['--start=0', '--pretrained']
 
 def test_what_was_asked_for_stays(data):
     o = vars(parser().parse_args([f'--data={data}', '--size=64x64', '--lr=1e-3', '--method=mic']))
