@@ -8,7 +8,7 @@ from pipa.labels import space
 from pipa.learner import make_net
 from pipa.runs import run as runs
 from pipa.runs.options import defaults, settings
-from tiny import city
+from tiny import own_data
 
 opts = dict(unlabelled=0, bs=2, size='64x64', crop='64x64', thresh=.1, workers=0)
 
@@ -16,14 +16,7 @@ opts = dict(unlabelled=0, bs=2, size='64x64', crop='64x64', thresh=.1, workers=0
 def here(tmp_path, monkeypatch, own_cache): monkeypatch.chdir(tmp_path); monkeypatch.setattr('sys.argv', ['pipa_train'])
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    home = city(tmp_path_factory.mktemp('budget')/'city', n=3, size=(64,64))
-    for a,b in (('game','source'), ('real','target')): (home/a).rename(home/b)
-    for sub in ('images', 'masks'):
-        (home/'valid'/sub).mkdir(parents=True)
-        (home/'target'/sub/'2.png').rename(home/'valid'/sub/'v.png')
-    (home/'codes.txt').write_text('\n'.join(space('minicity').codes))
-    return home
+def data(tmp_path_factory): return own_data(tmp_path_factory.mktemp('budget'), size=(64,64))
 
 def state(out, which='student'): return {k:v for k,v in load(out, which=which)[0].state_dict().items()}
 def config(out): return json.loads((Path(out)/'config.json').read_text())

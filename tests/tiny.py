@@ -12,6 +12,7 @@ from fastai.torch_core import to_float
 from pipa.models import add_heads
 from pipa.learner import SegLoss
 from pipa.minicity import scene
+from pipa.labels import space
 from pipa.models import light
 from pipa.test_utils import fit, narrow
 
@@ -24,6 +25,16 @@ def city(root, n=6, size=(64,128)):
         for i in range(n):
             for a,sub in zip(scene(i, domain, size), ('images', 'masks')): Image.fromarray(a).save(root/domain/sub/f'{i}.png')
     return root
+
+def own_data(root, n=3, size=(64,128)):
+    "A folder as for `pipa_train --data`: the last image of the target is for validation"
+    home = city(root/'city', n, size)
+    for a,b in (('game','source'), ('real','target')): (home/a).rename(home/b)
+    for sub in ('images', 'masks'):
+        (home/'valid'/sub).mkdir(parents=True)
+        (home/'target'/sub/f'{n-1}.png').rename(home/'valid'/sub/'v.png')
+    (home/'codes.txt').write_text('\n'.join(space('minicity').codes))
+    return home
 
 def seed(s=0): torch.manual_seed(s); np.random.seed(s); random.seed(s)
 
